@@ -1,0 +1,37 @@
+"""The embedded default model and text, and references (`MODEL`, `DATA`) turned into objects.
+
+Importing this package is cheap: torch and transformers are imported by the functions that need them.
+"""
+
+from __future__ import annotations
+
+from informed_routing.assets.cache import cache_dir
+from informed_routing.assets.models import (
+    DEMO_MODEL,
+    ModelSource,
+    default_dtype,
+    load_model,
+    load_tokenizer,
+    resolve_dtype,
+    resolve_model,
+)
+from informed_routing.assets.packing import pack
+from informed_routing.assets.text import DEMO_TEXTS, Split, load_texts
+from informed_routing.assets.wheels import WheelFile, fetch_wheel_file
+
+__all__ = [
+    "DEMO_MODEL",
+    "DEMO_TEXTS",
+    "ModelSource",
+    "Split",
+    "WheelFile",
+    "cache_dir",
+    "default_dtype",
+    "fetch_wheel_file",
+    "load_model",
+    "load_texts",
+    "load_tokenizer",
+    "pack",
+    "resolve_dtype",
+    "resolve_model",
+]

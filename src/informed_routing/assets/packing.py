@@ -1,0 +1,67 @@
+"""Documents into rows of token ids of one length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from informed_routing.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+_BATCH = 512  # documents given to the tokenizer at once
+
+
+def pack(texts: Iterable[str], tokenizer: Any, length: int) -> torch.LongTensor:
+    """Join documents with the end-of-text token and cut them in rows: int64 `[n, length]`, no padding.
+
+    The remainder that fills no row is dropped. Where the tokenizer itself begins every text with a
+    beginning-of-text token (Llama 3, Gemma), every row begins with it, since such models expect it.
+    Raises `InputError` when there is less than one row.
+    """
+    import torch
+
+    if length < 2:
+        raise InputError(
+            f"A row of {length} tokens is too short to predict anything", "Use a length of 2 or more"
+        )
+    start = _row_start(tokenizer)
+    body = length - len(start)
+    ids: list[int] = []
+    blocks: list[torch.Tensor] = []
+    for tokens in _tokens(texts, tokenizer):
+        ids.extend(tokens)
+        whole = len(ids) // body * body
+        if whole >= body * _BATCH:  # keep Python lists short: they cost far more memory than tensors
+            blocks.append(torch.tensor(ids[:whole], dtype=torch.long))
+            del ids[:whole]
+    blocks.append(torch.tensor(ids, dtype=torch.long))
+    stream = torch.cat(blocks)
+    count = stream.numel() // body
+    if count == 0:
+        raise InputError(
+            f"The text gives {stream.numel()} tokens, less than one row of {length}",
+            "Give more text, or a shorter sequence length",
+        )
+    rows = stream[: count * body].view(count, body)
+    if start:
+        rows = torch.cat([torch.tensor(start).expand(count, -1), rows], dim=1)
+    return rows  # type: ignore[return-value]  # torch types every integer tensor as Tensor
+
+
+def _tokens(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
+    """Token ids of each document in turn, closed by the end-of-text token if the tokenizer has one."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    remaining = iter(texts)
+    while batch := list(islice(remaining, _BATCH)):
+        for tokens in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+            yield tokens + end
+
+
+def _row_start(tokenizer: Any) -> list[int]:
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is None:
+        return []
+    return [bos] if tokenizer("a")["input_ids"][:1] == [bos] else []

@@ -1,0 +1,227 @@
+"""What every command shares: options, checks, and a `Session` that reports and writes the result."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from informed_routing.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from informed_routing.progress import Progress
+
+DEFAULT_SEED = 17
+BaseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--base", metavar="MODEL", help="Base model of a routing folder [default: where it was fitted]."
+    ),
+]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+_PANEL = "Shared options"
+_PIPE_WIDTH = 160
+
+
+@dataclass(frozen=True)
+class Common:
+    """The options that every command has."""
+
+    json: Annotated[
+        str | None,
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Write the result as JSON; - prints only the JSON.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", min=0, help=f"Random seed [default: {DEFAULT_SEED}].", rich_help_panel=_PANEL),
+    ] = None
+    device: Annotated[
+        str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=_PANEL)
+    ] = "auto"
+    dtype: Annotated[
+        Dtype,
+        typer.Option(
+            "--dtype", help="Number format; auto is the fast one of the device.", rich_help_panel=_PANEL
+        ),
+    ] = "auto"
+    threads: Annotated[
+        int | None,
+        typer.Option("--threads", help="CPU threads [default: all cores].", rich_help_panel=_PANEL),
+    ] = None
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress on stderr.", rich_help_panel=_PANEL)
+    ] = False
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Show tracebacks and the libraries' messages.", rich_help_panel=_PANEL),
+    ] = False
+
+
+def with_common(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command whose first parameter is `common: Common` the shared options, after its own."""
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    hints = inspect.get_annotations(Common, eval_str=True)
+    shared = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in fields(Common)
+    ]
+    names = {field.name for field in fields(Common)}
+
+    def run(**values: Any) -> None:
+        common = Common(**{name: values.pop(name) for name in names})
+        command(common, **values)
+
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + shared
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
+    return run
+
+
+@dataclass
+class Session:
+    """One run of a command. Make it with `session`."""
+
+    command: str
+    common: Common
+    device: str
+    seed: int
+    progress: Progress
+    console: Console
+
+    def finish(
+        self,
+        result: dict[str, Any],
+        show: Callable[[Console], None],
+        *,
+        model: str,
+        dtype: str,
+        device: str | None = None,
+    ) -> None:
+        """Print the result for people, or as JSON where `--json` says so; `model` is the reference given."""
+        from .envelope import envelope, print_json, write_json
+
+        target = self.common.json
+        self.progress.done()
+        if target != "-":
+            show(self.console)
+        if target is None:
+            return
+        content = envelope(
+            self.command,
+            model=model,
+            device=device or self.device,
+            dtype=dtype,
+            seed=self.seed,
+            result=result,
+        )
+        if target == "-":
+            print_json(content)
+        else:
+            write_json(Path(target), content)
+            self.progress.message(f"wrote {target}")
+
+
+@contextmanager
+def session(command: str, common: Common, seed: int | None = None) -> Iterator[Session]:
+    """Check the shared options, quieten the libraries, set threads and seed, close the progress at the end.
+
+    Raises InputError for a device that is not there and a JSON file that cannot be written.
+    """
+    from rich.console import Console
+
+    from .envelope import check_target
+    from .progress import make_progress
+
+    check_target(common.json)
+    if not common.debug:
+        _quieten()
+    from informed_routing.evaluation.environment import check_threads
+
+    check_threads(common.threads)
+    import torch
+    from transformers import set_seed
+
+    seed = next((value for value in (common.seed, seed) if value is not None), DEFAULT_SEED)
+    set_seed(seed)
+    device = common.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    progress = make_progress(common.quiet)
+    try:
+        # a pipe has no width: tables must not be cut to the 80 columns that rich assumes
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+        yield Session(command, common, device, seed, progress, console)
+    finally:
+        progress.done()
+
+
+def check_sparsities(values: Sequence[float], name: str = "--sparsity") -> list[float]:
+    """Distinct shares in the order given. Raises InputError for one outside 0 <= s < 1."""
+    for value in values:
+        if not 0 <= value < 1:
+            hint = (
+                f"Give a share, such as {value / 100:g}" if 2 <= value < 100 else "Give a share, such as 0.25"
+            )
+            raise InputError(f"{name} {value:g} is not between 0 and 1", hint)
+    return list(dict.fromkeys(float(value) for value in values))
+
+
+def check_at_least(name: str, values: Sequence[int], least: int) -> None:
+    """Raise InputError naming the first of `values` below `least`."""
+    for value in values:
+        if value < least:
+            raise InputError(f"{name} {value} is below {least}", f"Give {least} or more")
+
+
+def recipe_path(name: str) -> Path:
+    """A recipe file of the user, or one that comes with the library by its name (`demo`, `paper-8b`)."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    packaged = packaged_recipes()
+    if name.removesuffix(".yaml") in packaged:
+        return packaged[name.removesuffix(".yaml")]
+    raise InputError(
+        f"recipe {name} does not exist", f"Give a YAML file, or one of {', '.join(sorted(packaged))}"
+    )
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """Recipes inside the package, by name."""
+    folder = Path(__file__).resolve().parent.parent / "recipes"
+    return {path.stem: path for path in folder.glob("*.yaml")}
+
+
+def dtype_name(model: Any) -> str:
+    """`float32`, `bfloat16`, ... of a loaded model."""
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _quieten() -> None:
+    """Keep load bars and advice of the libraries off stderr, where our one-line messages are."""
+    import warnings
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.simplefilter("ignore")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

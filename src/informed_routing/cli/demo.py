@@ -1,0 +1,183 @@
+"""`demo`: the main job on the embedded default, end to end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from .common import Common, Session, check_at_least, dtype_name, session, with_common
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from informed_routing.config import Recipe
+
+    from .loading import Loaded
+
+SPARSITIES = (0.15, 0.25, 0.4)
+PROMPT = "The river rises in the mountains and"
+PROMPT_TEXTS = ["demo:wiki"]
+SEQUENCE = 512  # tokens of a scored sequence
+_PREFILL, _DECODE, _DECODE_PROMPT = 512, 32, 128  # tokens
+
+
+@with_common
+def demo(
+    common: Common,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Routing folder to write.")] = Path(
+        "demo-out"
+    ),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Fit again, even if DIR holds a finished fit.")
+    ] = False,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Router training steps [default: the recipe's].")
+    ] = None,
+    rows: Annotated[int, typer.Option("--rows", help="Held-out sequences of 512 tokens per text.")] = 16,
+    repeats: Annotated[int, typer.Option("--repeats", help="Measured runs of each engine.")] = 5,
+) -> None:
+    """Fit, evaluate and time a routed SmolLM2-135M on embedded text, in minutes on a CPU.
+
+    A finished fit in DIR is used again, an interrupted one is continued.
+
+    Example: informed-routing demo --out demo-out
+    """
+    from .fit import build_recipe, in_stages
+
+    check_at_least("--rows", [rows], 1)
+    check_at_least("--repeats", [repeats], 1)
+    overrides = {"seed": common.seed, "dtype": None if common.dtype == "auto" else common.dtype}
+    recipe = build_recipe("demo", {**overrides, **in_stages("steps", steps, ("route",))})
+    with session("demo", common, recipe.seed) as run:
+        from informed_routing.evaluation.environment import environment
+
+        from .evaluate import DEFAULT_TEXTS, evaluate_runs, load_all
+        from .generate import generate_sample, show_samples
+        from .loading import load_routed
+
+        report = _fit(run, recipe, out, overwrite)
+        loaded = load_routed(str(out), run)
+        targets = _attainable(run, loaded)
+        texts = load_all(DEFAULT_TEXTS, "heldout", loaded.tokenizer, SEQUENCE, rows)
+        runs = evaluate_runs(run, loaded, str(out), texts, [0.0, *targets], "units", SEQUENCE, 4)
+        speed = _speed(run, loaded, targets, repeats)
+        loaded.model.set_sparsity(targets[len(targets) // 2] if targets else 0.0, "units")
+        sample = generate_sample(run, loaded, PROMPT, 32, routing=True)
+
+        def show(console: Console) -> None:
+            show_samples(console, [sample])
+            console.print()
+            console.print(demo_table(runs, speed))
+            console.print(
+                f"Routing folder: {out}. Next: informed-routing generate {out} --prompt TEXT --show-routing",
+                markup=False,
+                soft_wrap=True,
+            )
+
+        run.finish(
+            {"fit": report, "runs": runs, "rows": speed, "samples": [sample], "environment": environment()},
+            show,
+            model=recipe.model,
+            dtype=dtype_name(loaded.model),
+        )
+
+
+def demo_table(runs: Sequence[Mapping[str, Any]], speed: Sequence[Mapping[str, Any]]) -> Any:
+    """One row per sparsity: what was approximated, perplexity, and speed against dense with its limit."""
+    from .tables import main_metric, new_table, share_cells, target_label, with_ratio
+
+    dense = runs[0]["tasks"]
+    columns = [
+        "sparsity",
+        "units",
+        "attention",
+        "ffn",
+        "MACs saved",
+        *(f"perplexity {task}" for task in dense),
+    ]
+    title = "Perplexity (ratio to dense), approximated shares, speed against dense (limit by MACs)"
+    table = new_table(title, [*columns, f"prefill {_PREFILL}", "decode"])
+    for run in runs:
+        target = run["sparsity"]["target"]
+        perplexities = [
+            with_ratio(main_metric(run["tasks"][task]), main_metric(dense[task])) for task in dense
+        ]
+        cells = [_speed_cell(speed, phase, target) for phase in ("prefill", "decode")]
+        table.add_row(target_label(run["sparsity"]), *share_cells(run["sparsity"]), *perplexities, *cells)
+    return table
+
+
+def _speed_cell(rows: Sequence[Mapping[str, Any]], phase: str, target: float) -> str:
+    engine = "routed" if target else "dense"
+    for row in rows:
+        if (row["engine"], row["phase"], row["sparsity"]["target"]) == (engine, phase, target):
+            limit = f" ({row['limit_speedup']:.2f}x)" if target else ""
+            return f"{row['tokens_per_second']:.0f}/s {row['speedup_vs_dense']:.2f}x{limit}"
+    return ""
+
+
+def _fit(run: Session, recipe: Recipe, out: Path, overwrite: bool) -> dict[str, Any]:
+    """The report of a finished fit in `out`: found there, or made now (from a checkpoint if there is one)."""
+    from informed_routing.training.fit import fit
+
+    finished, interrupted = fit_state(out)
+    if finished and not overwrite:
+        run.progress.message(f"{out} already holds a finished fit: using it (--overwrite fits again)")
+        return cast(dict[str, Any], json.loads((out / "fit.json").read_text(encoding="utf-8")))
+    if interrupted and not overwrite:
+        run.progress.message(f"continuing the interrupted fit in {out}")
+    return fit(
+        recipe,
+        out,
+        resume=interrupted and not overwrite,
+        overwrite=overwrite,
+        device=run.device,
+        progress=run.progress,
+    )
+
+
+def fit_state(out: Path) -> tuple[bool, bool]:
+    """(finished, interrupted) of a routing folder."""
+    finished = (out / "routing_config.json").is_file() and (out / "fit.json").is_file()
+    return finished, not finished and (out / "checkpoints").is_dir()
+
+
+def _attainable(run: Session, loaded: Loaded) -> list[float]:
+    """The sparsities of the table that the fit was calibrated for."""
+    low, high = loaded.model.calibrated_range("units")
+    kept = [target for target in SPARSITIES if low <= target <= high]
+    if len(kept) < len(SPARSITIES):
+        run.progress.message(
+            f"calibrated for {low:.0%} to {high:.0%} of the units: leaving out what lies outside"
+        )
+    return kept
+
+
+def _speed(run: Session, loaded: Loaded, targets: Sequence[float], repeats: int) -> list[dict[str, Any]]:
+    """Prefill at 512 tokens and batch-1 decode; the decode starts from a shorter prompt."""
+    from informed_routing.evaluation.speed import benchmark_rows
+
+    from .loading import load_base_of, prompt_text
+
+    base = load_base_of(loaded, run)
+    text = prompt_text(PROMPT_TEXTS, loaded.tokenizer, _PREFILL)
+    rows: list[dict[str, Any]] = []
+    for length, new, phase in ((_PREFILL, 0, "prefill"), (_DECODE_PROMPT, _DECODE, "decode")):
+        measured = benchmark_rows(
+            base,
+            loaded.model,
+            text,
+            sparsities=targets,
+            prompt_tokens=[length],
+            new_tokens=[new],
+            phases=[phase],
+            budget="units",
+            repeats=repeats,
+            progress=run.progress,
+        )
+        rows += measured
+    return rows

@@ -1,0 +1,151 @@
+"""`fit`: a pre-trained model into a routing folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .common import Common, check_at_least, check_sparsities, recipe_path, session, with_common
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from informed_routing.config import Recipe
+
+_SIZES = "Stages and sizes"
+
+
+@with_common
+def fit(
+    common: Common,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Routing folder to write.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Hub id, local folder, .gguf file or demo:smollm2-135m [default: the recipe's].",
+            show_default=False,
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", metavar="FILE", help="YAML file, or the name of a built-in recipe."),
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option("--sparsity", "-s", help="Share to approximate, such as 0.25.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="What the share is measured in: units (the paper) or macs.")
+    ] = None,
+    stages: Annotated[
+        str | None, typer.Option("--stages", help="Some of forecast,route,lora.", rich_help_panel=_SIZES)
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Steps of every gradient stage.", rich_help_panel=_SIZES)
+    ] = None,
+    objective: Annotated[
+        str | None, typer.Option("--objective", help="lm, distill or mixed.", rich_help_panel=_SIZES)
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="Rank of the forecasters.", rich_help_panel=_SIZES)
+    ] = None,
+    router: Annotated[
+        str | None, typer.Option("--router", help="mlp, linear or low-rank.", rich_help_panel=_SIZES)
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="DATA",
+            help="Text: demo:wiki|c4|code, files, globs, or a Hub set name:config:split:column. Repeatable.",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Sequences in a step.", rich_help_panel=_SIZES)
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option("--sequence-length", help="Tokens in a sequence.", rich_help_panel=_SIZES)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted fit in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")] = False,
+    keep_checkpoints: Annotated[
+        bool, typer.Option("--keep-checkpoints", help="Keep the checkpoints of a fit that succeeded.")
+    ] = False,
+) -> None:
+    """Fit forecasters and routers to a model, and LoRA if asked for.
+
+    Example: informed-routing fit demo:smollm2-135m --out out --sparsity 0.25 --budget macs
+    """
+    chosen = build_recipe(
+        recipe,
+        {
+            "model": model,
+            "route.sparsity": None if sparsity is None else check_sparsities([sparsity])[0],
+            "route.budget": budget,
+            "stages": None
+            if stages is None
+            else [part.strip() for part in stages.split(",") if part.strip()],
+            "forecaster.rank": rank,
+            "router.kind": router,
+            "data": data or None,
+            "seed": common.seed,
+            "dtype": None if common.dtype == "auto" else common.dtype,
+            **in_stages("steps", steps),
+            **in_stages("batch_size", batch_size),
+            **in_stages("sequence_length", sequence_length),
+            **in_stages("objective.kind", objective, ("route", "lora")),
+        },
+    )
+    with session("fit", common, chosen.seed) as run:
+        from informed_routing.training.fit import fit as run_fit
+
+        report = run_fit(
+            chosen,
+            out,
+            resume=resume,
+            overwrite=overwrite,
+            keep_checkpoints=keep_checkpoints,
+            device=run.device,
+            progress=run.progress,
+        )
+        run.finish(
+            report,
+            lambda console: show_report(console, report, out),
+            model=chosen.model,
+            dtype=_dtype(report, chosen),
+        )
+
+
+def build_recipe(name: str | None, overrides: Mapping[str, Any]) -> Recipe:
+    """The recipe of that name (or the defaults) under the flags. InputError names the first bad value."""
+    from informed_routing.config import Recipe
+
+    for key, value in overrides.items():
+        if isinstance(value, int) and key.endswith(".steps"):
+            check_at_least("--steps", [value], 1)
+    recipe = Recipe() if name is None else Recipe.from_yaml(recipe_path(name))
+    return recipe.with_overrides(dict(overrides))
+
+
+def in_stages(
+    key: str, value: Any, stages: tuple[str, ...] = ("forecast", "route", "lora")
+) -> dict[str, Any]:
+    """One flag as an override of the same setting in every stage."""
+    return {f"{stage}.{key}": value for stage in stages}
+
+
+def show_report(console: Console, report: Mapping[str, Any], out: Path) -> None:
+    """A line per stage and the next command."""
+    for name, stage in dict(report.get("stages", {})).items():
+        seconds = stage.get("seconds") if isinstance(stage, Mapping) else None
+        console.print(f"{name}: " + (f"{seconds:.1f} s" if isinstance(seconds, (int, float)) else "done"))
+    console.print(
+        f"The routing folder is {out}. Next: informed-routing evaluate {out}", soft_wrap=True, markup=False
+    )
+
+
+def _dtype(report: Mapping[str, Any], recipe: Recipe) -> str:
+    return str(report.get("dtype", recipe.dtype))

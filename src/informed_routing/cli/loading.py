@@ -1,0 +1,145 @@
+"""Model and text references of the command line into loaded things. Imports torch only when called."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from informed_routing.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .common import Session
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, dense or routed, with its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    routed: bool
+    base: str | None = None
+
+
+def load_any(ref: str, run: Session, base: str | None = None) -> Loaded:
+    """A routing folder (or Hub id of one) as a routed model, everything else as an ordinary dense model."""
+    from informed_routing.assets import load_model
+
+    if is_routing(ref):
+        return load_routed(ref, run, base)
+    model, tokenizer = load_model(ref, dtype=run.common.dtype, device=run.device)
+    return Loaded(model, tokenizer, routed=False)
+
+
+def load_routed(ref: str, run: Session, base: str | None = None) -> Loaded:
+    """A routed model; InputError when `ref` is a dense model or nothing at all."""
+    from informed_routing.assets import load_tokenizer
+    from informed_routing.routed_model import RoutedModelForCausalLM
+
+    if not is_routing(ref):
+        raise InputError(
+            f"{ref} is not a routing folder (no routing_config.json)",
+            f"Make one with `informed-routing fit {ref} --out DIR`",
+        )
+    model = RoutedModelForCausalLM.from_pretrained(ref, dtype=run.common.dtype, device=run.device, base=base)
+    name, revision = _base_of(model, base)
+    return Loaded(model.eval(), load_tokenizer(name, revision=revision), routed=True, base=base)
+
+
+def load_base_of(loaded: Loaded, run: Session) -> Any:
+    """The untouched dense model under a routed one, in the same dtype on the same device."""
+    from informed_routing.assets import load_model
+
+    name, revision = _base_of(loaded.model, loaded.base)
+    return load_model(name, dtype=loaded.model.dtype, device=run.device, revision=revision)[0]
+
+
+def _base_of(routed: Any, base: str | None) -> tuple[str, str | None]:
+    """(reference, revision) of a routed model's base, which the user may have put elsewhere."""
+    stored = routed.routing_config.base_model
+    return (base, None) if base is not None else (stored.name, stored.revision)
+
+
+def is_routing(ref: str) -> bool:
+    """Whether `ref` names a routing folder, on disk or on the Hub. Raises InputError for a missing model."""
+    from informed_routing.assets import resolve_model
+
+    source = resolve_model(ref)
+    if source.kind != "hub":
+        return source.kind == "routing"
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(
+            source.path_or_id,
+            "routing_config.json",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+    except OSError:
+        return False  # a missing model: loading it says so better
+    return found is not None
+
+
+def is_pages(ref: str) -> bool:
+    """Whether a text reference holds whole pages (`*.pages.jsonl`, or a `page` column and no `text`)."""
+    name = ref.lower().removesuffix(".zst")
+    if name.endswith(".pages.jsonl") or (":" in ref and ref.rsplit(":", 1)[1] == "page"):
+        return True
+    path = Path(ref).expanduser()
+    if not path.is_file():
+        return False
+    return "page" in (columns := _columns(path)) and "text" not in columns
+
+
+def _columns(path: Path) -> set[str]:
+    """Column names of a `.jsonl` or `.parquet` file; none if it cannot be read (`load_texts` says why)."""
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            return set(pyarrow.parquet.read_schema(path).names)
+        if path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as file:
+                first = json.loads(file.readline())
+            return set(first) if isinstance(first, dict) else set()
+    except (OSError, ValueError):
+        pass
+    return set()
+
+
+def task_names(refs: list[str]) -> list[str]:
+    """A readable, distinct name of each text: `demo:wiki`, a file's name, `wikitext` for a page file."""
+    names: list[str] = []
+    for ref in refs:
+        name = ref if ref.startswith("demo:") or not _looks_like_path(ref) else Path(ref).name
+        if is_pages(ref):
+            name = "wikitext" if "wikitext" not in names else f"wikitext:{name}"
+        base, number = name, 2
+        while name in names:
+            name, number = f"{base}#{number}", number + 1
+        names.append(name)
+    return names
+
+
+def _looks_like_path(ref: str) -> bool:
+    return Path(ref).expanduser().exists() or "*" in ref or ":" not in ref
+
+
+def prompt_text(refs: list[str], tokenizer: Any, needed: int) -> Tensor:
+    """At least `needed` tokens, if there are so many, of the held-out part of the texts: int64 `[tokens]`."""
+    import torch
+
+    from informed_routing.assets import load_texts
+
+    ids: list[int] = []
+    for document in load_texts(",".join(refs), "heldout"):
+        ids += tokenizer.encode(document, add_special_tokens=False)
+        if len(ids) >= needed:
+            break
+    return torch.tensor(ids, dtype=torch.long)

@@ -1,0 +1,79 @@
+"""Results as tables for people. Numbers are not computed here, only shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+
+def new_table(title: str, columns: Sequence[str], left: int = 1) -> Table:
+    """A plain table; the first `left` columns are aligned left, numbers right."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="left" if position < left else "right")
+    return table
+
+
+def perplexity_table(runs: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """One row per sparsity: what was approximated, and perplexity on each text with its ratio to dense."""
+    tasks = list(runs[0]["tasks"])
+    words = {task for task in tasks if "word_perplexity" in runs[0]["tasks"][task]}
+    columns = [f"{task} (word)" if task in words else task for task in tasks]
+    table = new_table(title, ["sparsity", *_SHARES, *columns])
+    dense = next((run for run in runs if run["sparsity"]["target"] == 0), None)
+    for run in runs:
+        cells = []
+        for task in tasks:
+            value = main_metric(run["tasks"][task])
+            cells.append(with_ratio(value, main_metric(dense["tasks"][task]) if dense else None))
+        table.add_row(target_label(run["sparsity"]), *share_cells(run["sparsity"]), *cells)
+    return table
+
+
+def speed_table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:
+    """Seconds, tokens per second, the speed-up against dense, and the limit that the MACs set."""
+    columns = ["engine", "phase", "sparsity", "batch", "prompt", "new", "ms", "min-max", "tokens/s"]
+    table = new_table(title, [*columns, "speed-up", "limit", "of limit"], left=3)
+    for row in rows:
+        seconds = row["seconds"]
+        table.add_row(
+            row["engine"],
+            row["phase"],
+            target_label(row["sparsity"]),
+            str(row["batch"]),
+            str(row["prompt_tokens"]),
+            str(row.get("new_tokens", "")),
+            f"{seconds['median'] * 1e3:.1f}",
+            f"{seconds['min'] * 1e3:.1f}-{seconds['max'] * 1e3:.1f}",
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['speedup_vs_dense']:.2f}x",
+            f"{row['limit_speedup']:.2f}x",
+            f"{row['fraction_of_limit']:.0%}",
+        )
+    return table
+
+
+_SHARES = ("units", "attention", "ffn", "MACs saved")
+
+
+def share_cells(sparsity: Mapping[str, float]) -> list[str]:
+    """The realised shares in the order of the column names."""
+    return [f"{sparsity[key] * 100:.1f}%" for key in ("units", "attention", "ffn", "macs")]
+
+
+def target_label(sparsity: Mapping[str, Any]) -> str:
+    """`dense` for a target of 0, else per cent."""
+    return f"{sparsity['target'] * 100:g}%" if sparsity["target"] else "dense"
+
+
+def main_metric(task: Mapping[str, Any]) -> float:
+    """The number of a task that stands in a table: perplexity per word where there is one, else per token."""
+    return float(task.get("word_perplexity", task["token_perplexity"]))
+
+
+def with_ratio(value: float, dense: float | None) -> str:
+    """A perplexity and its ratio to the dense one."""
+    return f"{value:.2f}" + (f" ({value / dense:.3f}x)" if dense and value != dense else "")

@@ -1,0 +1,267 @@
+"""Settings of a method and of its training. Frozen; every bound is checked here, before any work starts.
+
+A `Recipe` is what a user writes in YAML; a `RoutingConfig` is what a routing folder stores.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import InputError
+
+FORMAT_VERSION = 1
+
+UnitKind = Literal["attention", "ffn"]
+Budget = Literal["units", "macs"]
+StageName = Literal["forecast", "route", "lora"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ForecasterConfig(_Frozen):
+    """The Lightweight Feature Forecaster W2 (W1 x + b1) + b2 of paper Eq. 6 and how it is fitted (stage 1)."""
+
+    fallback: Literal["forecaster", "zero"] = Field(
+        "forecaster", description="what an approximated token gets; zero is greedy routing (SkipGPT)"
+    )
+    rank: int = Field(64, ge=1, description="bottleneck width r (paper: 100 at d = 4096)")
+    activation: Literal["none", "silu"] = Field("none", description="paper: none; published code: silu")
+    fit: Literal["closed-form", "gradient"] = "closed-form"
+    start: Literal["random", "closed-form"] = Field("random", description="start of the gradient fit")
+    tokens: int = Field(40_960, ge=1, description="text read by the closed-form fit, in tokens")
+    ridge: float = Field(3e-3, ge=0, description="ridge strength relative to the mean input variance")
+    loss: Literal["l1+cosine", "smooth-l1", "mse"] = "l1+cosine"
+    target: Literal["update", "raw", "normalised"] = Field(
+        "update",
+        description="update: what the unit adds to the residual; raw: before an output norm, the same in "
+        "pre-norm families; normalised: update divided by its per-unit root mean square during the fit",
+    )
+    refit: bool = Field(
+        False,
+        description="after stage 2, solve the closed form once more on the tokens that the routers approximate",
+    )
+
+    @model_validator(mode="after")
+    def _linear_for_closed_form(self) -> ForecasterConfig:
+        closed = self.fit == "closed-form" or self.start == "closed-form" or self.refit
+        if closed and self.activation != "none" and self.fallback == "forecaster":
+            raise ValueError("a closed-form fit needs forecaster.activation = none; use fit = gradient with silu")
+        return self
+
+
+class RouterConfig(_Frozen):
+    """The per-token classifier of a unit (paper Eq. 7 and two cheaper forms)."""
+
+    kind: Literal["mlp", "linear", "low-rank"] = "mlp"
+    width: int | None = Field(None, ge=1, description="hidden width; default d/4 - 2r for mlp, 16 for low-rank")
+    input: Literal["normed", "residual"] = "normed"
+    execute_bias: float = Field(1.0, description="margin before training: above 0 most tokens start executed")
+    warm_start: bool = Field(
+        True,
+        description="before stage 2, regress the margins on measured recoverability in one pass (closed form)",
+    )
+    warm_start_tokens: int = Field(16_384, ge=1)
+
+
+class StageConfig(_Frozen):
+    """What every gradient stage shares. A step sees batch_size * gradient_accumulation sequences per process."""
+
+    steps: int = Field(2000, ge=1)
+    batch_size: int = Field(4, ge=1)
+    gradient_accumulation: int = Field(1, ge=1)
+    sequence_length: int = Field(256, ge=2)
+    learning_rate: float = Field(2e-3, gt=0)
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: int = Field(10, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+    gradient_clip: float = Field(1.0, gt=0)
+    checkpoint_every: int = Field(25, ge=1)
+
+
+class ForecastStage(StageConfig):
+    """Stage 1 by gradient (ignored by the closed form). Defaults: paper A.2."""
+
+    learning_rate: float = Field(1e-3, gt=0)
+    batch_size: int = Field(8, ge=1)
+    schedule: Literal["constant", "cosine"] = "constant"
+
+
+class ObjectiveConfig(_Frozen):
+    """Language-model loss, distillation from the dense model (KL), or their weighted sum."""
+
+    kind: Literal["lm", "distill", "mixed"] = "lm"
+    distill_weight: float = Field(0.5, ge=0, le=1, description="weight of the KL term when kind is mixed")
+
+
+class RouteStage(StageConfig):
+    """Stage 2: Gumbel-softmax straight-through with a sparsity target (paper 3.3, Eq. 8)."""
+
+    steps: int = Field(2000, ge=0, description="0 keeps the closed-form start as it is")
+
+    sparsity: float = Field(0.25, gt=0, lt=1)
+    budget: Budget = "units"
+    balanced: bool = Field(False, description="hold attention and ffn to the target separately (paper Table 3)")
+    coefficient: float = Field(8.0, ge=0, description="lambda of the sparsity term")
+    tau_start: float = Field(5.0, gt=0)
+    tau_end: float = Field(1.0, gt=0)
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train_forecasters: bool = Field(False, description="let stage 2 move the forecasters too (paper: frozen)")
+
+
+class LoraStage(StageConfig):
+    """Stage 3: LoRA on the base model, routers and forecasters frozen (paper 3.3, Eq. 9)."""
+
+    learning_rate: float = Field(1e-3, gt=0)
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: tuple[str, ...] | None = Field(None, description="default: q, k, v and gate of the family")
+    sparsity: float | None = Field(None, gt=0, lt=1, description="where to tune; default the routed sparsity")
+    objective: ObjectiveConfig = ObjectiveConfig()
+
+
+class CalibrationConfig(_Frozen):
+    """Thresholds for many sparsities from one trained router, on text that training never saw."""
+
+    targets: tuple[float, ...] = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40, 0.45, 0.50)
+    tokens: int = Field(32_768, ge=1)
+    sequence_length: int = Field(512, ge=2)
+    batch_size: int = Field(2, ge=1)
+
+    @field_validator("targets")
+    @classmethod
+    def _targets_are_shares(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        for target in value:
+            if not 0 < target < 1:
+                raise ValueError(f"sparsity {target} is not between 0 and 1")
+        return tuple(sorted(set(value)))
+
+
+class Recipe(_Frozen):
+    """All of a `fit`: model, text, stages and their settings."""
+
+    model: str = "demo:smollm2-135m"
+    revision: str | None = None
+    data: tuple[str, ...] = ("demo:wiki", "demo:c4")
+    stages: tuple[StageName, ...] = ("forecast", "route")
+    seed: int = 17
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    activation_checkpointing: bool = False
+    kv: Literal["keep", "drop"] = Field("keep", description="drop: approximated tokens leave no keys (paper A.4)")
+    forecaster: ForecasterConfig = ForecasterConfig()
+    router: RouterConfig = RouterConfig()
+    forecast: ForecastStage = ForecastStage()
+    route: RouteStage = RouteStage()
+    lora: LoraStage = LoraStage()
+    calibration: CalibrationConfig = CalibrationConfig()
+
+    @field_validator("stages")
+    @classmethod
+    def _stages_in_order(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        order = [name for name in ("forecast", "route", "lora") if name in value]
+        if len(order) != len(value) or not value:
+            raise ValueError("stages must be some of forecast, route, lora, each once")
+        return tuple(order)
+
+    @classmethod
+    def from_mapping(cls, data: dict[str, Any]) -> Recipe:
+        """Check a nested mapping. Raises InputError naming the first bad key and its bound."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise InputError(*describe(error)) from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Recipe:
+        """Read a recipe file. Raises InputError when it is missing, is no YAML mapping, or breaks a bound."""
+        import yaml
+
+        try:
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"recipe {path} does not exist", "Give the path of a YAML file") from None
+        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+            raise InputError(f"recipe {path} cannot be read: {str(error).splitlines()[0]}", "See recipes/") from None
+        if not isinstance(data, dict):
+            raise InputError(f"recipe {path} is not a mapping of settings", "Start from one in recipes/")
+        return cls.from_mapping(data)
+
+    def with_overrides(self, overrides: dict[str, Any]) -> Recipe:
+        """A copy with dotted keys replaced, such as {"route.sparsity": 0.4}; None values are ignored."""
+        data = self.model_dump()
+        for key, value in overrides.items():
+            if value is None:
+                continue
+            *parents, last = key.split(".")
+            node = data
+            for parent in parents:
+                node = node[parent]
+            node[last] = value
+        return Recipe.from_mapping(data)
+
+
+class ThresholdRow(_Frozen):
+    """One calibrated point: the margin threshold and the shares approximated that it realised."""
+
+    threshold: float
+    units: float
+    attention: float
+    ffn: float
+    macs: float
+
+
+class BaseModelReference(_Frozen):
+    name: str
+    revision: str | None = None
+    fingerprint: str
+    model_type: str
+
+
+class RoutingConfig(_Frozen):
+    """The content of routing_config.json: everything needed to attach the saved tensors to the base model."""
+
+    format_version: int = FORMAT_VERSION
+    library_version: str = ""
+    method: str = "informed-routing"
+    base_model: BaseModelReference
+    num_layers: int
+    hidden_size: int
+    forecaster: ForecasterConfig
+    router: RouterConfig
+    budget: Budget = "units"
+    sparsity: float = 0.0
+    kv: Literal["keep", "drop"] = "keep"
+    calibration_context: int = Field(512, description="sequence length at which `macs` of the table was counted")
+    thresholds: tuple[ThresholdRow, ...] = ()
+
+    @classmethod
+    def from_json(cls, text: str, origin: str) -> RoutingConfig:
+        """Parse a stored file. Raises InputError when it is damaged or of a newer format."""
+        try:
+            config = cls.model_validate_json(text)
+        except ValidationError as error:
+            what, _ = describe(error)
+            raise InputError(f"{origin} is damaged: {what}", "Fit or download the routing folder again") from None
+        if config.format_version > FORMAT_VERSION:
+            raise InputError(
+                f"{origin} has format {config.format_version}, this version reads up to {FORMAT_VERSION}",
+                "Upgrade informed-routing",
+            )
+        return config
+
+
+def describe(error: ValidationError) -> tuple[str, str]:
+    """The first problem of a pydantic error as (what, remedy)."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "settings"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return f"unknown setting {where}", "Remove it or correct its spelling"
+    shown = repr(first.get("input"))
+    given = f" = {shown}" if len(shown) < 60 else ""
+    return f"{where}{given}: {message[0].lower()}{message[1:]}", "Correct this value"

@@ -1,0 +1,172 @@
+"""The inference back end: executed tokens are gathered, computed and written back; the rest cost a forecast.
+
+Keys and values are computed and cached for all tokens, so that later tokens can attend to approximated ones; with
+kv='drop' only executed tokens leave any. Works on CPU and GPU; data-dependent counts are read on the host.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.units import attend, keys_values, queries
+from ..routing.routed_unit import RoutedUnit, RoutingState
+from . import masked
+from .cache import ExecutedKeysLayer
+
+Rope = tuple[Tensor, Tensor] | None
+
+
+def run(
+    routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
+    """One routed unit on the residual stream [B, N, d]; equals `masked.run` to rounding for the same gate."""
+    if state.dense or state.observer is not None:
+        return masked.run(routed, state, layer, hidden, kwargs)
+    x = routed.unit.normed(layer, hidden)
+    features = routed.features(hidden, x)
+    gate = routed.decide(state, hidden, features)
+    flat = gate.reshape(-1)
+    executed = flat.nonzero().squeeze(1)
+    count, total = executed.numel(), flat.numel()
+    if routed.kind == "attention":
+        if count == total and state.kv == "keep":
+            return hidden + routed.unit.update(layer, routed.unit.run(layer, x, kwargs))
+        attention = _drop_attention if state.kv == "drop" else _keep_attention
+        output = attention(routed, layer, x, gate, executed, kwargs)
+    elif count == total:
+        return hidden + routed.unit.update(layer, routed.unit.run(layer, x, kwargs))
+    elif count:
+        output = routed.unit.run(layer, _rows(x, executed), {})
+    if not count:
+        return hidden + routed.forecast(layer, features)
+    result = torch.empty_like(hidden).view(total, -1)
+    update = routed.unit.update(layer, output).reshape(count, -1)
+    result.index_copy_(0, executed, _rows(hidden, executed)[0] + update)
+    if count < total:
+        approximated = (~flat).nonzero().squeeze(1)
+        forecast = routed.forecast(layer, _rows(features, approximated))
+        result.index_copy_(0, approximated, (_rows(hidden, approximated) + forecast)[0])
+    return result.view_as(hidden)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of [B, N, d] by flat index, as [1, n, d]."""
+    return x.reshape(-1, x.shape[-1]).index_select(0, index).unsqueeze(0)
+
+
+def _keep_attention(
+    routed: RoutedUnit, layer: nn.Module, x: Tensor, gate: Tensor, executed: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
+    """Outputs [1, n, d] of the executed tokens in flat order, with keys and values of all tokens."""
+    family, attention = routed.unit.family, routed.unit.module(layer)
+    rope: Rope = kwargs.get("position_embeddings")
+    keys, values = keys_values(family, attention, x, rope)
+    cache = kwargs.get("past_key_values")
+    if cache is not None:
+        keys, values = cache.update(keys, values, attention.layer_idx)
+    if not executed.numel():
+        return x
+    mask = kwargs.get("attention_mask")
+    batch, length = gate.shape
+    if length == 1:  # decode: only the sequences that execute
+        if batch > 1:
+            x, keys, values = x[executed], keys[executed], values[executed]
+            mask = mask[executed] if mask is not None and mask.shape[0] > 1 else mask
+            rope = _take_batch(rope, executed)
+        return attend(attention, queries(family, attention, x, rope), keys, values, mask).transpose(0, 1)
+    if batch == 1:
+        places = executed
+        q = queries(family, attention, x[:, places], _take(rope, places))
+        return attend(attention, q, keys, values, _mask_rows(mask, places, length, keys.shape[-2]))
+    places, filled = _ragged(gate)
+    spread = places.unsqueeze(-1)
+    q = queries(
+        family, attention, x.gather(1, spread.expand(-1, -1, x.shape[-1])), _take_ragged(rope, places)
+    )
+    rows = _mask_ragged(mask, places, length, keys.shape[-2])
+    return attend(attention, q, keys, values, rows)[filled].unsqueeze(0)
+
+
+def _drop_attention(
+    routed: RoutedUnit, layer: nn.Module, x: Tensor, gate: Tensor, executed: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
+    """As `_keep_attention`, but approximated tokens leave no key and no value."""
+    family, attention = routed.unit.family, routed.unit.module(layer)
+    batch, length = gate.shape
+    cache = kwargs.get("past_key_values")
+    store = cache.layers[attention.layer_idx] if cache is not None else ExecutedKeysLayer()
+    start = store.seen
+    store.seen += length
+    if not executed.numel():
+        return x
+    places, filled = _ragged(gate)
+    rope = _take_ragged(kwargs.get("position_embeddings"), places)
+    rows = x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    keys, values = keys_values(family, attention, rows, rope)
+    stored_at = torch.where(filled, places + start, -1)
+    keys, values, stored_at = store.append(keys, values, stored_at)
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        allowed = stored_at[:, None, None, :] <= (places + start)[:, None, :, None]
+    else:
+        full = _mask_ragged(mask, places, length, mask.shape[-1])
+        assert full is not None
+        picked = stored_at.clamp(min=0)[:, None, None, :].expand(-1, -1, places.shape[1], -1)
+        allowed = full.expand(batch, -1, -1, -1).gather(3, picked)
+        allowed = allowed if allowed.dtype == torch.bool else allowed >= 0
+    allowed = allowed & (stored_at >= 0)[:, None, None, :]
+    # Filler queries are thrown away below; they only must not be empty rows.
+    allowed = allowed | ~filled[:, None, :, None]
+    q = queries(family, attention, rows, rope)
+    return attend(attention, q, keys, values, allowed)[filled].unsqueeze(0)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Selections
+# ---------------------------------------------------------------------------------------------------------
+
+
+def _ragged(gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Places [B, Q] of the executed tokens of each sequence, in order, and which of them are real."""
+    counts = gate.sum(1)
+    widest = int(counts.max())
+    places = gate.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :widest]
+    return places, torch.arange(widest, device=gate.device) < counts[:, None]
+
+
+def _take(rope: Rope, places: Tensor) -> Rope:
+    return None if rope is None else (rope[0][:, places], rope[1][:, places])
+
+
+def _take_batch(rope: Rope, rows: Tensor) -> Rope:
+    if rope is None or rope[0].shape[0] == 1:
+        return rope
+    return rope[0][rows], rope[1][rows]
+
+
+def _take_ragged(rope: Rope, places: Tensor) -> Rope:
+    if rope is None:
+        return None
+    cos, sin = (part.expand(places.shape[0], -1, -1) for part in rope)
+    index = places.unsqueeze(-1).expand(-1, -1, cos.shape[-1])
+    return cos.gather(1, index), sin.gather(1, index)
+
+
+def _mask_rows(mask: Tensor | None, places: Tensor, length: int, keys: int) -> Tensor:
+    """Mask rows of some queries. Without a mask the base model relies on causality: written out here."""
+    if mask is not None:
+        return mask[:, :, places]
+    last = places + (keys - length)
+    return (torch.arange(keys, device=places.device) <= last[:, None])[None, None]
+
+
+def _mask_ragged(mask: Tensor | None, places: Tensor, length: int, keys: int) -> Tensor:
+    """Mask rows [B, 1, Q, K] of queries whose places [B, Q] differ between sequences."""
+    if mask is None:
+        last = places + (keys - length)
+        return (torch.arange(keys, device=places.device) <= last[..., None])[:, None]
+    mask = mask.expand(places.shape[0], -1, -1, -1)
+    return mask.gather(2, places[:, None, :, None].expand(-1, -1, -1, mask.shape[-1]))

@@ -1,0 +1,146 @@
+"""Units of a decoder layer: find them, call them as they are, or compute attention for some queries only.
+
+Nothing here knows about routing. A `Unit` holds no modules: it is a view given the layer on each call, so a
+routed model never registers the base model's weights twice.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..config import UnitKind
+from .families import Family
+
+Kwargs = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One computational unit of a layer: `h + scale * out_norm(unit(in_norm(h)))` (paper Eq. 1 and 2)."""
+
+    kind: UnitKind
+    family: Family
+
+    def _part(self, layer: nn.Module, name: str) -> Any:
+        attribute = getattr(self.family, f"{self.kind}_{name}")
+        return None if attribute is None else getattr(layer, attribute)
+
+    @property
+    def has_input_norm(self) -> bool:
+        return getattr(self.family, f"{self.kind}_in_norm") is not None
+
+    def module(self, layer: nn.Module) -> nn.Module:
+        """The unit itself: the attention or FFN module of the base model."""
+        return getattr(layer, getattr(self.family, self.kind))
+
+    def normed(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """What the unit reads: [..., d] after the input norm, or `hidden` itself in post-norm families."""
+        norm = self._part(layer, "in_norm")
+        return hidden if norm is None else norm(hidden)
+
+    def run(self, layer: nn.Module, x: Tensor, kwargs: Kwargs) -> Tensor:
+        """The unit's raw output [..., d] for its normed input, by the base model's own module."""
+        if self.kind == "ffn":
+            return self.module(layer)(x)
+        return self.module(layer)(hidden_states=x, **kwargs)[0]
+
+    def update(self, layer: nn.Module, output: Tensor) -> Tensor:
+        """What is added to the residual: output norm, dropout and residual scale applied."""
+        norm = self._part(layer, "out_norm")
+        if norm is not None:
+            output = norm(output)
+        dropout = self._part(layer, "dropout")
+        if dropout is not None:
+            output = dropout(output)
+        if self.family.residual_scale is not None:
+            output = output * getattr(layer, self.family.residual_scale)
+        return output
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Attention in parts: keys and values of all tokens, queries of some
+# ---------------------------------------------------------------------------------------------------------
+
+
+def _heads(x: Tensor, head_dim: int) -> Tensor:
+    """[B, N, heads * head_dim] -> [B, heads, N, head_dim]."""
+    return x.view(*x.shape[:-1], -1, head_dim).transpose(1, 2)
+
+
+def _rotate(attention: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Apply the family's own rotary embedding to [B, heads, N, head_dim]."""
+    if rope is None or not getattr(attention, "use_rope", True):
+        return x
+    apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    nothing = x[:, :0]  # the function rotates a pair; an empty partner costs nothing
+    return apply(x, nothing, *rope)[0]
+
+
+def _fused_rows(attention: Any, part: str) -> slice:
+    queries = attention.config.num_attention_heads * attention.head_dim
+    keys = attention.num_key_value_heads * attention.head_dim
+    return {"q": slice(0, queries), "kv": slice(queries, queries + 2 * keys)}[part]
+
+
+def _fused(attention: Any, x: Tensor, part: str) -> Tensor:
+    rows = _fused_rows(attention, part)
+    linear = attention.qkv_proj
+    if type(linear) is nn.Linear:
+        bias = None if linear.bias is None else linear.bias[rows]
+        return nn.functional.linear(x, linear.weight[rows], bias)
+    return linear(x)[..., rows]  # an adapter or a quantised layer: run it whole
+
+
+def keys_values(
+    family: Family, attention: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, kv_heads, N, head_dim] of the normed input [B, N, d], keys rotated."""
+    if family.projections == "fused":
+        keys, values = _fused(attention, x, "kv").chunk(2, dim=-1)
+    else:
+        keys, values = attention.k_proj(x), attention.v_proj(x)
+    if family.qk_norm == "whole":
+        keys = attention.k_norm(keys)
+    keys, values = _heads(keys, attention.head_dim), _heads(values, attention.head_dim)
+    if family.qk_norm == "head":
+        keys = attention.k_norm(keys)
+    return _rotate(attention, keys, rope), values
+
+
+def queries(family: Family, attention: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Rotated queries [B, heads, Q, head_dim] of the selected normed rows [B, Q, d]."""
+    q = _fused(attention, x, "q") if family.projections == "fused" else attention.q_proj(x)
+    if family.qk_norm == "whole":
+        q = attention.q_norm(q)
+    q = _heads(q, attention.head_dim)
+    if family.qk_norm == "head":
+        q = attention.q_norm(q)
+    return _rotate(attention, q, rope)
+
+
+def attend(attention: Any, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """The family's attention function and output projection: [B, Q, d].
+
+    `mask` [B or 1, 1, Q, K] is boolean (True = may attend) or additive; None lets every query see every key.
+    """
+    implementation = attention.config._attn_implementation
+    module = sys.modules[type(attention).__module__]
+    interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, module.eager_attention_forward)
+    extra: dict[str, Any] = {}
+    if getattr(attention, "attn_logit_softcapping", None) is not None:
+        extra["softcap"] = attention.attn_logit_softcapping
+    if mask is not None and mask.dtype == torch.bool and implementation == "eager":
+        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(
+            ~mask, torch.finfo(q.dtype).min
+        )
+    out, _ = interface(
+        attention, q, keys, values, mask, dropout=0.0, scaling=attention.scaling, is_causal=False, **extra
+    )
+    return attention.o_proj(out.reshape(*out.shape[:2], -1))

@@ -1,0 +1,120 @@
+"""The Lightweight Feature Forecaster and its closed-form fit.
+
+A forecaster predicts the *update* that its unit adds to the residual, so `h + F(norm(h))` is right in scale. The
+paper's text asks for the normalised output and its Eq. 6 adds the forecast to the residual; only a forecast of
+the update satisfies both, since a normalised one would lose the scale that the sum needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Forecaster(nn.Module):
+    """W2 act(W1 x + b1) + b2: [..., d] -> [..., d], rank r (paper Eq. 6)."""
+
+    def __init__(self, width: int, rank: int, activation: str = "none") -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, rank)
+        self.outer = nn.Linear(rank, width)
+        self.activation = activation
+        # Small weights: an unfitted forecaster is almost greedy routing, as in the published code.
+        for linear in (self.inner, self.outer):
+            nn.init.normal_(linear.weight, std=1e-3)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.inner(x.to(self.inner.weight.dtype))
+        if self.activation == "silu":
+            hidden = F.silu(hidden)
+        return self.outer(hidden).to(x.dtype)
+
+
+class Moments:
+    """Running second moments of (input x, target y) of one unit, for the least-squares fit of every rank.
+
+    Blocks are multiplied in float32 and summed in float64, so a long stream loses nothing to rounding.
+    Memory: 2 d^2 + 3 d doubles.
+    """
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        kw = {"dtype": torch.float64, "device": device}
+        self.count = torch.zeros((), **kw)
+        self.sum_x = torch.zeros(width, **kw)
+        self.sum_y = torch.zeros(width, **kw)
+        self.sum_yy = torch.zeros(width, **kw)
+        self.xx = torch.zeros(width, width, **kw)
+        self.xy = torch.zeros(width, width, **kw)
+
+    def add(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
+        """Accumulate rows x [n, d] and y [n, d], each with its weight [n, 1] (default 1)."""
+        x, y = x.float(), y.float()
+        wx = x if weight is None else x * weight
+        wy = y if weight is None else y * weight
+        self.count += x.shape[0] if weight is None else weight.sum()
+        self.sum_x += wx.sum(0)
+        self.sum_y += wy.sum(0)
+        self.sum_yy += (wy * y).sum(0)
+        self.xx += wx.T @ x
+        self.xy += wx.T @ y
+
+    def tensors(self) -> list[Tensor]:
+        """The sums, for a reduction over processes."""
+        return [self.count, self.sum_x, self.sum_y, self.sum_yy, self.xx, self.xy]
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """The solution of one unit: weights of every rank up to d, and the variance that each rank explains."""
+
+    inner: Tensor
+    """[d, d]: row i is the i-th direction read from the input."""
+    inner_bias: Tensor
+    """[d]: centres each direction, so that any number of leading directions keeps the means right."""
+    outer: Tensor
+    """[d, d]: column i is where the i-th direction goes."""
+    outer_bias: Tensor
+    explained: Tensor
+    """[d]: explained share of the output variance at rank i + 1, on the text it was fitted on."""
+
+    def write_to(self, forecaster: Forecaster) -> None:
+        """Copy the best solution of the forecaster's rank into it."""
+        rank = forecaster.inner.out_features
+        with torch.no_grad():
+            forecaster.inner.weight.copy_(self.inner[:rank])
+            forecaster.inner.bias.copy_(self.inner_bias[:rank])
+            forecaster.outer.weight.copy_(self.outer[:, :rank])
+            forecaster.outer.bias.copy_(self.outer_bias)
+
+
+def solve(moments: Moments, ridge: float) -> ClosedForm:
+    """Ridge reduced-rank regression: the least-squares optimum of every rank from one pair of decompositions.
+
+    With Sigma = cov(x) + ridge * mean variance * I = L L^T and B = Sigma^-1 cov(x, y), the best rank-r map is B
+    projected on the r leading right singular vectors of L^T B (Izenman 1975). The bias makes the means agree.
+    """
+    n = moments.count.clamp(min=1)
+    mean_x, mean_y = moments.sum_x / n, moments.sum_y / n
+    cov = moments.xx / n - torch.outer(mean_x, mean_x)
+    cross = moments.xy / n - torch.outer(mean_x, mean_y)
+    variance = (moments.sum_yy / n - mean_y.square()).clamp(min=0).sum()
+    jitter = max(ridge, 1e-9) * cov.diagonal().mean().clamp(min=1e-30)
+    sigma = cov + jitter * torch.eye(cov.shape[0], dtype=cov.dtype, device=cov.device)
+    lower = torch.linalg.cholesky(sigma)
+    weights = torch.cholesky_solve(cross, lower)
+    _, _, directions = torch.linalg.svd(lower.T @ weights, full_matrices=False)
+    inner = weights @ directions.T  # column i: what direction i reads
+    # Variance left at rank r: |y|^2 - 2 <cross, B_r> + <B_r, cov B_r>, accumulated direction by direction.
+    gain = 2 * ((cross @ directions.T) * inner).sum(0) - (inner * (cov @ inner)).sum(0)
+    explained = gain.cumsum(0) / variance.clamp(min=1e-30)
+    return ClosedForm(
+        inner=inner.T.float(),
+        inner_bias=-(mean_x @ inner).float(),
+        outer=directions.T.float(),
+        outer_bias=mean_y.float(),
+        explained=explained.float(),
+    )

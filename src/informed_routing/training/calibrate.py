@@ -1,0 +1,119 @@
+"""Thresholds for many sparsities, found on text that training never saw.
+
+A threshold changes what later layers see, so margins depend on it: each target is approached from its neighbour's
+margins, and what the table stores is the sparsity measured at its threshold, not the one predicted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import Budget, CalibrationConfig, ThresholdRow
+from ..errors import InputError
+from ..progress import NullProgress, Progress
+from ..routed_model import RoutedModelForCausalLM
+from ..routing.budget import BudgetMeter
+from ..routing.decision import Threshold
+
+TOLERANCE = 0.001
+"""A target is met when the realised share is this close on the calibration text."""
+
+MAX_PASSES = 3
+
+
+@dataclass
+class _Measured:
+    threshold: float
+    margins: Tensor
+    """[U, T] float32."""
+    row: ThresholdRow
+
+
+def calibrate(
+    model: RoutedModelForCausalLM,
+    rows: Tensor,
+    config: CalibrationConfig,
+    budget: Budget,
+    progress: Progress | None = None,
+) -> tuple[ThresholdRow, ...]:
+    """The threshold table of a routed model from rows [n, L]: one row per target and one where nothing is approximated.
+
+    Targets that the routers cannot reach (a MACs budget has a ceiling) are left out.
+    """
+    progress = progress or NullProgress()
+    meter = BudgetMeter(model.costs, [u.kind for u in model.units], budget, (rows.shape[1] + 1) / 2)
+    ceiling = meter.attainable()
+    targets = [target for target in config.targets if target < ceiling - 0.02]
+    if not targets:
+        raise InputError(f"no calibration target is below the attainable {ceiling:.2f}", "Lower the targets")
+    progress.stage("calibrate", len(targets))
+    first = rows[: max(len(rows) // 4, 1)]
+    low = float("-inf")
+    measured = _measure(model, first, low, config.batch_size)
+    floor = float(measured.margins.min()) - 1e-3
+    table = [ThresholdRow(threshold=floor, units=0.0, attention=0.0, ffn=0.0, macs=measured.row.macs)]
+    for done, target in enumerate(targets, start=1):
+        aim = target
+        for attempt in range(MAX_PASSES):
+            threshold = _quantile(measured.margins, meter, aim)
+            text = first if attempt == 0 else rows  # the first guess needs less text
+            measured = _measure(model, text, threshold, config.batch_size)
+            if attempt and abs(getattr(measured.row, budget) - target) <= TOLERANCE:
+                break
+            # Executed tokens may sit later in the text than the average one: their keys cost more than the mean.
+            aim = target - (getattr(measured.row, budget) - _predicted(measured, meter))
+        table.append(measured.row)
+        progress.advance(done, target=target, realised=getattr(measured.row, budget))
+    return tuple(sorted(table, key=lambda row: row.threshold))
+
+
+def threshold_at(model: RoutedModelForCausalLM, rows: Tensor, target: float, budget: Budget) -> float:
+    """One threshold, from two passes over rows [n, L]."""
+    meter = BudgetMeter(model.costs, [u.kind for u in model.units], budget, (rows.shape[1] + 1) / 2)
+    measured = _measure(model, rows, float("-inf"), 2)
+    for _ in range(2):
+        measured = _measure(model, rows, _quantile(measured.margins, meter, target), 2)
+    return _quantile(measured.margins, meter, target)
+
+
+def _measure(model: RoutedModelForCausalLM, rows: Tensor, threshold: float, batch_size: int) -> _Measured:
+    state = model.routing_state
+    model.eval()
+    model.reset_routing_stats()
+    state.record_margins = True
+    collected: list[Tensor] = []
+    try:
+        with model.deciding(Threshold(threshold)), torch.inference_mode():
+            for start in range(0, len(rows), batch_size):
+                model.hidden_states(rows[start : start + batch_size].to(model.device))
+                collected.append(torch.stack([m.reshape(-1) for _, m in sorted(state.margins.items())]).cpu())
+    finally:
+        state.record_margins = False
+        state.margins.clear()
+    stats = model.routing_stats()
+    model.reset_routing_stats()
+    row = ThresholdRow(
+        threshold=threshold,
+        units=stats["units"],
+        attention=stats["attention"],
+        ffn=stats["ffn"],
+        macs=stats["macs"],
+    )
+    return _Measured(threshold, torch.cat(collected, dim=1), row)
+
+
+def _predicted(measured: _Measured, meter: BudgetMeter) -> float:
+    """What the meter expects to be saved at the measured threshold."""
+    return float(meter.saved((measured.margins <= measured.threshold).float().mean(1)))
+
+
+def _quantile(margins: Tensor, meter: BudgetMeter, target: float) -> float:
+    """The threshold below which the margins' summed weights reach the target: a weighted quantile."""
+    ordered, order = margins.reshape(-1).sort()
+    weight = (meter.weights / margins.shape[1]).unsqueeze(1).expand_as(margins).reshape(-1)[order]
+    saved = weight.double().cumsum(0) - meter.overhead
+    place = int(torch.searchsorted(saved, torch.tensor(target, dtype=torch.float64)))
+    return float(ordered[min(place, len(ordered) - 1)])

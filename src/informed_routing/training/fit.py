@@ -1,0 +1,369 @@
+"""The whole pipeline: from a dense model to a routing folder. Each phase leaves a file, so a killed run goes on."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from .. import __version__
+from ..assets import load_model, load_texts, pack
+from ..config import Recipe
+from ..errors import InputError
+from ..evaluation.environment import environment
+from ..files import disk_error, write_json, write_text
+from ..persistence import LORA_FOLDER, is_routing_folder, save
+from ..progress import NullProgress, Progress
+from ..model_card import model_card
+from ..routed_model import RoutedModelForCausalLM
+from ..routing.budget import BudgetMeter
+from ..routing.decision import Threshold
+from . import forecast as stage1
+from .calibrate import calibrate, threshold_at
+from .checkpoint import StageRecord, load_checkpoint, save_checkpoint
+from .lora import LoraObjective, add_lora, merge_lora, save_lora
+from .loop import run_stage
+from .route import RouteObjective, freeze_all_but, router_parameters
+from .schedule import seed_of
+from .warm_start import warm_start
+
+CHECKPOINTS = "checkpoints"
+RECIPE_FILE = "recipe.json"
+MEASURE_ROWS = 16
+"""Rows of unseen text on which forecasters are judged."""
+
+
+def fit(
+    model: str | Recipe,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    keep_checkpoints: bool = False,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Fit forecasters and routers (and LoRA) to a model and write the routing folder `out`.
+
+    `model` is a model reference, with settings such as `sparsity=0.25`, `budget="macs"`, `data=[...]` or dotted recipe
+    keys in a mapping `overrides`, or a whole `Recipe`. Returns the content of `fit.json`. Raises InputError before any
+    work for what cannot work (an existing folder among it), WorkError for what fails on the way.
+    """
+    recipe = model if isinstance(model, Recipe) else _recipe(model, settings)
+    return _Fit(recipe, Path(out), device, progress or NullProgress(), resume, overwrite).run(keep_checkpoints)
+
+
+def _recipe(model: str, settings: dict[str, Any]) -> Recipe:
+    overrides = dict(settings.pop("overrides", {}))
+    route = {"sparsity", "budget", "balanced"}
+    for key, value in settings.items():
+        overrides[f"route.{key}" if key in route else key] = value
+    unknown = [key for key in overrides if key.split(".")[0] not in Recipe.model_fields]
+    if unknown:
+        raise InputError(f"unknown setting {unknown[0]}", "See informed_routing.Recipe for the names")
+    return Recipe(model=model).with_overrides(overrides)
+
+
+class _Fit:
+    """One run: what its phases share."""
+
+    def __init__(
+        self, recipe: Recipe, out: Path, device: str, progress: Progress, resume: bool, overwrite: bool
+    ) -> None:
+        self.recipe, self.out, self.device, self.progress = recipe, out, device, progress
+        self.report: dict[str, Any] = {}
+        self._prepare_folder(resume, overwrite)
+        self.accelerator = Accelerator(cpu=device == "cpu")
+        self.base, self.tokenizer = load_model(
+            recipe.model, dtype=recipe.dtype, device=device, revision=recipe.revision
+        )
+        if self.base.dtype != torch.float32 and device != "cpu":
+            self.accelerator = Accelerator(mixed_precision="bf16" if self.base.dtype == torch.bfloat16 else "fp16")
+        torch.manual_seed(seed_of(recipe.seed, "initial weights"))
+        self.model = RoutedModelForCausalLM.attach(
+            self.base, recipe.forecaster, recipe.router, name=recipe.model, revision=recipe.revision
+        )
+        self.model.routing_state.kv = recipe.kv
+        self.model.routing_config = self.model.routing_config.model_copy(
+            update={
+                "method": "skipgpt" if recipe.forecaster.fallback == "zero" else "informed-routing",
+                "kv": recipe.kv,
+            }
+        )
+        self.meter = BudgetMeter(
+            self.model.costs, [u.kind for u in self.model.units], recipe.route.budget,
+            (recipe.route.sequence_length + 1) / 2,
+        )
+        ceiling = self.meter.attainable()
+        if recipe.route.sparsity >= ceiling:
+            raise InputError(
+                f"sparsity {recipe.route.sparsity} cannot be reached: approximating everything saves "
+                f"{ceiling:.2f} ({recipe.route.budget})",
+                "Choose a lower sparsity, a cheaper router, or the units budget",
+            )
+        self._texts: dict[tuple[str, int], Tensor] = {}
+
+    # -- folder and text ----------------------------------------------------------------------------------
+
+    def _prepare_folder(self, resume: bool, overwrite: bool) -> None:
+        """Refuse to mix runs: an existing folder must be resumed (same recipe) or overwritten."""
+        self.checkpoints = self.out / CHECKPOINTS
+        stored = self.checkpoints / RECIPE_FILE
+        if self.out.exists() and not self.out.is_dir():
+            raise InputError(f"{self.out} is a file", "Give a folder for --out")
+        if self.out.is_dir() and any(self.out.iterdir()):
+            if overwrite:
+                self._clear()
+            elif not resume:
+                raise InputError(f"{self.out} exists already", "Use --resume, --overwrite or another --out")
+            elif stored.is_file():
+                text = stored.read_text(encoding="utf-8")
+                if text.strip() != self.recipe.model_dump_json(indent=2).strip():
+                    raise InputError(
+                        f"{self.out} was begun with another recipe", "Repeat its settings, or use --overwrite"
+                    )
+            elif is_routing_folder(self.out):
+                raise InputError(f"{self.out} holds a finished fit", "Use --overwrite to fit again")
+            else:
+                raise InputError(f"{self.out} holds no fit to resume", "Use another --out, or --overwrite")
+        write_text(stored, self.recipe.model_dump_json(indent=2) + "\n")
+
+    def _clear(self) -> None:
+        """Remove what a fit writes; a folder of anything else is not touched."""
+        known = {
+            "routing_config.json", "routing.safetensors", "config.json", "fit.json", "README.md", LORA_FOLDER,
+            CHECKPOINTS, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+            "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json", "generation_config.json",
+        }
+        strangers = [path.name for path in self.out.iterdir() if path.name not in known and path.name[0] != "."]
+        if strangers:
+            raise InputError(
+                f"{self.out} holds {strangers[0]}, which no fit has written", "Use another --out or empty the folder"
+            )
+        for path in self.out.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def rows(self, split: str, length: int) -> Tensor:
+        """Packed text [n, length] of a split, tokenised once per length."""
+        key = (split, length)
+        if key not in self._texts:
+            self._texts[key] = pack(load_texts(",".join(self.recipe.data), split), self.tokenizer, length)  # type: ignore[arg-type]
+        return self._texts[key]
+
+    def some_rows(self, split: str, length: int, tokens: int, name: str) -> Tensor:
+        """A seeded random choice of rows worth `tokens` tokens."""
+        rows = self.rows(split, length)
+        generator = torch.Generator().manual_seed(seed_of(self.recipe.seed, name))
+        order = torch.randperm(len(rows), generator=generator)
+        return rows[order[: max(tokens // length, 1)]]
+
+    # -- phases -------------------------------------------------------------------------------------------
+
+    def phase(self, name: str, tensors: dict[str, nn.Parameter], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Do `work` unless an earlier run has: its result is the tensors and what it reports."""
+        path = self.checkpoints / f"{name}.safetensors"
+        record = load_checkpoint(path, tensors)
+        if record is None:
+            started = time.perf_counter()
+            extra = work()
+            record = StageRecord(seconds=time.perf_counter() - started, finished=True, extra=extra)
+            if self.accelerator.is_main_process:
+                save_checkpoint(path, record, dict(tensors))
+            self.accelerator.wait_for_everyone()
+        return {**record.extra, "seconds": round(record.seconds, 2)}
+
+    def run(self, keep_checkpoints: bool) -> dict[str, Any]:
+        recipe = self.recipe
+        try:
+            if recipe.activation_checkpointing:
+                self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            if "forecast" in recipe.stages and recipe.forecaster.fallback == "forecaster":
+                self.report["forecast"] = self.forecast()
+            if "route" in recipe.stages:
+                self.report["route"] = self.route()
+            if "lora" in recipe.stages:
+                self.report["lora"] = self.lora()
+            self.report["calibrate"] = self.calibration()
+            return self.finish(keep_checkpoints)
+        except OSError as error:
+            raise disk_error(self.out, error) from error
+        finally:
+            self.progress.done()
+
+    def forecast(self) -> dict[str, Any]:
+        """Stage 1 and its judgement on unseen text."""
+        config, tensors = self.recipe.forecaster, stage1.forecaster_parameters(self.model)
+        report: dict[str, Any] = {"fit": config.fit, "rank": config.rank}
+        length = self.recipe.forecast.sequence_length
+        rows = self.some_rows("train", length, config.tokens, "forecast")
+        if config.fit == "closed-form" or config.start == "closed-form":
+
+            def work() -> dict[str, Any]:
+                self.progress.stage("forecast", len(rows))
+                seconds = stage1.fit_closed_form(
+                    self.model, rows, config, accelerator=self.accelerator, progress=self.progress
+                )
+                return {"pass_seconds": seconds[0], "solve_seconds": seconds[1], "tokens": rows.numel()}
+
+            report["closed_form"] = self.phase("forecast", tensors, work)
+        if config.fit == "gradient":
+            report["gradient"] = self.fit_by_gradient(tensors)
+
+        def judge() -> dict[str, Any]:
+            unseen = self.rows("calibration", length)[:MEASURE_ROWS]
+            self.progress.stage("judge forecasters", len(unseen))
+            return stage1.measure(self.model, unseen, self.progress).as_dict([u.kind for u in self.model.units])
+
+        report["quality"] = self.phase("forecast-quality", {}, judge)
+        return report
+
+    def fit_by_gradient(self, tensors: dict[str, nn.Parameter]) -> dict[str, Any]:
+        """The paper's stage 1: AdamW on every unit's own loss at once."""
+        config, stage = self.recipe.forecaster, self.recipe.forecast
+        freeze_all_but(self.model, tensors)
+        rows = self.some_rows("train", stage.sequence_length, 10**12, "forecast-gradient")
+        objective = stage1.ForecastObjective(self.model, config)
+        if config.target == "normalised":
+            objective.scales = stage1.output_scales(self.model, rows.to(self.model.device))
+        record = self.stage("forecast-gradient", objective, tensors, rows, stage)
+        return _summary(record)
+
+    def route(self) -> dict[str, Any]:
+        """Stage 2: closed-form start, training, optional refit of the forecasters."""
+        recipe, config = self.recipe, self.recipe.route
+        tensors = router_parameters(self.model, config.train_forecasters)
+        freeze_all_but(self.model, tensors)
+        report: dict[str, Any] = {"sparsity": config.sparsity, "budget": config.budget}
+        length = config.sequence_length
+        if recipe.router.warm_start:
+            rows = self.some_rows("train", length, recipe.router.warm_start_tokens, "warm start")
+
+            def work() -> dict[str, Any]:
+                self.progress.stage("start routers", len(rows))
+                return dict(
+                    warm_start(
+                        self.model, rows, self.meter, config.sparsity, batch_size=config.batch_size,
+                        progress=self.progress,
+                    ),
+                    tokens=rows.numel(),
+                )
+
+            report["warm_start"] = self.phase("warm-start", tensors, work)
+        if config.steps:
+            rows_all = self.rows("train", length)
+            objective = RouteObjective(self.model, config, self.meter)
+            report["train"] = _summary(self.stage("route", objective, tensors, rows_all, config))
+        if recipe.forecaster.refit and recipe.forecaster.fallback == "forecaster":
+            report["refit"] = self.phase("refit", stage1.forecaster_parameters(self.model), self.refit)
+        return report
+
+    def refit(self) -> dict[str, Any]:
+        """Solve the forecasters again on the tokens, and at the inputs, that routing gives them."""
+        recipe = self.recipe
+        length = recipe.forecast.sequence_length
+        rows = self.some_rows("train", length, recipe.forecaster.tokens, "refit")
+        self.progress.stage("refit", len(rows))
+        some = rows[: max(len(rows) // 8, 2)]
+        threshold = threshold_at(self.model, some, recipe.route.sparsity, recipe.route.budget)
+        stage1.fit_closed_form(
+            self.model, rows, recipe.forecaster, accelerator=self.accelerator, progress=self.progress,
+            decision=Threshold(threshold),
+        )
+        return {"tokens": rows.numel(), "threshold": threshold}
+
+    def lora(self) -> dict[str, Any]:
+        """Stage 3 at the threshold of its sparsity."""
+        config = self.recipe.lora
+        rows = self.rows("train", config.sequence_length)
+        sparsity = config.sparsity or self.recipe.route.sparsity
+
+        def find() -> dict[str, Any]:
+            text = self.some_rows("calibration", self.recipe.calibration.sequence_length, 16_384, "lora")
+            return {"threshold": threshold_at(self.model, text, sparsity, self.recipe.route.budget)}
+
+        found = self.phase("lora-threshold", {}, find)
+        torch.manual_seed(seed_of(self.recipe.seed, "lora"))
+        tensors = add_lora(self.model, config)
+        freeze_all_but(self.model, tensors)
+        objective = LoraObjective(self.model, config, Threshold(found["threshold"]))
+        record = self.stage("lora", objective, tensors, rows, config)
+        return {"rank": config.rank, "sparsity": sparsity, **_summary(record)}
+
+    def stage(
+        self, name: str, objective: nn.Module, tensors: dict[str, nn.Parameter], rows: Tensor, config: Any
+    ) -> StageRecord:
+        return run_stage(
+            name,
+            objective,
+            tensors,
+            rows,
+            config,
+            seed=self.recipe.seed,
+            accelerator=self.accelerator,
+            checkpoint=self.checkpoints / f"{name}.safetensors",
+            progress=self.progress,
+            offenders=lambda batch: stage1.offenders(self.model, batch),
+        )
+
+    def calibration(self) -> dict[str, Any]:
+        """The threshold table, on its own split; after LoRA, since that moves the margins."""
+        config = self.recipe.calibration
+        rows = self.some_rows("calibration", config.sequence_length, config.tokens, "calibrate")
+
+        def work() -> dict[str, Any]:
+            table = calibrate(self.model, rows, config, self.recipe.route.budget, self.progress)
+            return {"tokens": rows.numel(), "thresholds": [row.model_dump() for row in table]}
+
+        found = self.phase("calibrate", {}, work)
+        from ..config import ThresholdRow
+
+        table = tuple(ThresholdRow(**row) for row in found["thresholds"])
+        highest = max(getattr(row, self.recipe.route.budget) for row in table)
+        self.model.with_thresholds(
+            table, self.recipe.route.budget, min(self.recipe.route.sparsity, highest), config.sequence_length
+        )
+        return found
+
+    def finish(self, keep_checkpoints: bool) -> dict[str, Any]:
+        """Write the folder; routing_config.json, which makes it loadable, comes last."""
+        result = {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "stages": self.report,
+            "informed_routing": __version__,
+            "environment": environment(),
+            "dtype": str(self.base.dtype).removeprefix("torch."),
+            "device": str(self.model.device),
+            "processes": self.accelerator.num_processes,
+        }
+        if self.accelerator.is_main_process:
+            if "lora" in self.recipe.stages:
+                save_lora(self.model, self.recipe.lora, self.out / LORA_FOLDER, self.recipe.model)
+                merge_lora(self.model)
+            self.tokenizer.save_pretrained(self.out)
+            write_json(self.out / "fit.json", result)
+            write_text(self.out / "README.md", model_card(self.model.routing_config, result))
+            save(self.model, self.out)
+            if not keep_checkpoints:
+                shutil.rmtree(self.checkpoints)
+        self.accelerator.wait_for_everyone()
+        return result
+
+
+def _summary(record: StageRecord) -> dict[str, Any]:
+    """What fit.json keeps of a trained stage."""
+    return {
+        "steps": record.step,
+        "tokens": record.tokens,
+        "seconds": round(record.seconds, 2),
+        "history": record.history,
+    }

@@ -1,0 +1,225 @@
+"""Stage 1: fit the forecasters, by least squares in one pass (closed form) or by gradient (the paper's way)."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import ForecasterConfig
+from ..progress import Progress
+from ..routed_model import RoutedModelForCausalLM
+from ..routing.decision import AlwaysExecute, DecisionRule
+from ..routing.forecaster import ClosedForm, Moments, solve
+from ..routing.routed_unit import Observation, Observer
+from .objectives import forecast_loss
+
+REFIT_EXECUTED_WEIGHT = 0.05
+"""Weight of executed tokens in a refit: keeps units with few approximated tokens well posed."""
+
+
+def observe(
+    model: RoutedModelForCausalLM,
+    rows: Tensor,
+    observer: Observer,
+    decision: DecisionRule,
+    *,
+    batch_size: int = 4,
+    progress: Progress | None = None,
+) -> None:
+    """Run rows [n, L] through the model without gradients and show every unit's input and output."""
+    state = model.routing_state
+    model.eval()
+    state.observer = observer
+    try:
+        with model.deciding(decision), torch.no_grad():
+            for start in range(0, len(rows), batch_size):
+                model.hidden_states(rows[start : start + batch_size].to(model.device))
+                if progress is not None:
+                    progress.advance(min(start + batch_size, len(rows)))
+    finally:
+        state.observer = None
+
+
+def gather_moments(
+    model: RoutedModelForCausalLM,
+    rows: Tensor,
+    accelerator: Accelerator | None = None,
+    progress: Progress | None = None,
+    *,
+    decision: DecisionRule | None = None,
+) -> list[Moments]:
+    """Second moments of (input, output) of all units in one streaming pass over rows [n, L]; nothing is stored.
+
+    With a decision rule, approximated tokens count 1 and executed ones `REFIT_EXECUTED_WEIGHT`: the moments of the
+    tokens that forecasts will really be used for, at inputs that earlier forecasts have already shifted.
+    """
+    width = model.routing_config.hidden_size
+    moments = [Moments(width, model.device) for _ in model.units]
+
+    def observer(seen: Observation) -> None:
+        x, y = seen.x.reshape(-1, width), seen.output.reshape(-1, width)
+        if seen.gate is None:
+            moments[seen.index].add(x, y)
+            return
+        weight = torch.where(seen.gate.reshape(-1, 1) > 0.5, REFIT_EXECUTED_WEIGHT, 1.0)
+        moments[seen.index].add(x, y, weight)
+
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    observe(model, rows[rank::world], observer, decision or AlwaysExecute(), progress=progress)
+    if world > 1:
+        for unit in moments:
+            for tensor in unit.tensors():
+                torch.distributed.all_reduce(tensor)
+    return moments
+
+
+@dataclass
+class ForecastReport:
+    """Explained variance and mean cosine of every unit, in unit order, and the time both parts took."""
+
+    explained: list[float]
+    cosine: list[float]
+    pass_seconds: float = 0.0
+    solve_seconds: float = 0.0
+
+    def as_dict(self, kinds: list[str]) -> dict[str, Any]:
+        def mean(values: list[float], kind: str) -> float:
+            picked = [v for v, k in zip(values, kinds, strict=True) if k == kind]
+            return sum(picked) / max(len(picked), 1)
+
+        return {
+            "pass_seconds": round(self.pass_seconds, 2),
+            "solve_seconds": round(self.solve_seconds, 2),
+            "explained_variance": {kind: round(mean(self.explained, kind), 4) for kind in ("attention", "ffn")},
+            "cosine": {kind: round(mean(self.cosine, kind), 4) for kind in ("attention", "ffn")},
+            "per_unit": [
+                {"layer": i // 2, "kind": kind, "explained_variance": round(e, 4), "cosine": round(c, 4)}
+                for i, (kind, e, c) in enumerate(zip(kinds, self.explained, self.cosine, strict=True))
+            ],
+        }
+
+
+def fit_closed_form(
+    model: RoutedModelForCausalLM,
+    rows: Tensor,
+    config: ForecasterConfig,
+    *,
+    accelerator: Accelerator | None = None,
+    progress: Progress | None = None,
+    decision: DecisionRule | None = None,
+) -> tuple[float, float]:
+    """Least-squares forecasters for all units from rows [n, L]; returns seconds of (pass, solve)."""
+    started = time.perf_counter()
+    moments = gather_moments(model, rows, accelerator, progress, decision=decision)
+    passed = time.perf_counter()
+    for unit, found in zip(model.units, moments, strict=True):
+        if unit.forecaster is not None:
+            solve(found, config.ridge).write_to(unit.forecaster)
+    return passed - started, time.perf_counter() - passed
+
+
+def solutions(
+    model: RoutedModelForCausalLM, rows: Tensor, ridge: float, progress: Progress | None = None
+) -> list[ClosedForm]:
+    """The closed forms of all units, for studies of the rank."""
+    return [solve(found, ridge) for found in gather_moments(model, rows, progress=progress)]
+
+
+def measure(model: RoutedModelForCausalLM, rows: Tensor, progress: Progress | None = None) -> ForecastReport:
+    """Explained variance and mean cosine of the forecasts on rows [n, L] that the fit has not seen."""
+    units = model.units
+    width = model.routing_config.hidden_size
+    kw = {"dtype": torch.float64}
+    error, total, total_squares, cosines = (torch.zeros(len(units), **kw) for _ in range(4))
+    sums = torch.zeros(len(units), width, **kw)
+    count = 0
+
+    def observer(seen: Observation) -> None:
+        nonlocal count
+        forecaster = units[seen.index].forecaster
+        assert forecaster is not None
+        y = seen.output.reshape(-1, width).float()
+        predicted = forecaster(seen.x.reshape(-1, width)).float()
+        error[seen.index] += (y - predicted).square().sum().double().cpu()
+        total_squares[seen.index] += y.square().sum().double().cpu()
+        sums[seen.index] += y.sum(0).double().cpu()
+        cosines[seen.index] += F.cosine_similarity(predicted, y, dim=-1).sum().double().cpu()
+        count += y.shape[0] if seen.index == 0 else 0
+
+    observe(model, rows, observer, AlwaysExecute(), progress=progress)
+    total = total_squares - sums.square().sum(1) / max(count, 1)
+    explained = 1 - error / total.clamp(min=1e-30)
+    return ForecastReport(explained.tolist(), (cosines / max(count, 1)).tolist())
+
+
+class ForecastObjective(nn.Module):
+    """Sum over units of the fitting loss; the base runs without gradients and units do not influence each other."""
+
+    def __init__(self, model: RoutedModelForCausalLM, config: ForecasterConfig) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self.scales: list[float] | None = None
+
+    def forward(self, input_ids: Tensor, step: int) -> dict[str, Tensor]:
+        losses: list[Tensor] = []
+        units = self.model.units
+
+        def observer(seen: Observation) -> None:
+            forecaster = units[seen.index].forecaster
+            assert forecaster is not None
+            x, y = seen.x.detach(), seen.output.detach()
+            with torch.enable_grad():
+                predicted = forecaster(x)
+                scale = self.scales[seen.index] if self.scales is not None else 1.0
+                losses.append(forecast_loss(self.config.loss, predicted / scale, y / scale))
+
+        state = self.model.routing_state
+        state.observer = observer
+        try:
+            with self.model.deciding(AlwaysExecute()), torch.no_grad():
+                self.model.hidden_states(input_ids)
+        finally:
+            state.observer = None
+        return {"loss": torch.stack(losses).sum()}
+
+
+def output_scales(model: RoutedModelForCausalLM, rows: Tensor) -> list[float]:
+    """Root mean square of every unit's output on rows [n, L], for `target: normalised`."""
+    squares = [0.0] * len(model.units)
+
+    def observer(seen: Observation) -> None:
+        squares[seen.index] += float(seen.output.float().square().mean())
+
+    observe(model, rows[:4], observer, AlwaysExecute())
+    return [max(value, 1e-12) ** 0.5 for value in squares]
+
+
+def forecaster_parameters(model: RoutedModelForCausalLM) -> dict[str, nn.Parameter]:
+    """The tensors that stage 1 trains."""
+    return {n: p for n, p in model.routing_parameters() if ".forecaster." in n}
+
+
+def offenders(model: RoutedModelForCausalLM, input_ids: Tensor) -> list[str]:
+    """Names of the first units whose output or forecast is not finite on a batch, or whose weights are not."""
+    found: list[str] = []
+    for unit in model.units:
+        if not all(bool(torch.isfinite(p).all()) for p in unit.parameters()):
+            found.append(f"layer {unit.index // 2} {unit.kind}")
+    if not found:
+
+        def observer(seen: Observation) -> None:
+            unit = model.units[seen.index]
+            outputs = [seen.output] + ([unit.forecaster(seen.x)] if unit.forecaster is not None else [])
+            if not all(bool(torch.isfinite(out).all()) for out in outputs):
+                found.append(f"layer {seen.index // 2} {unit.kind}")
+
+        training = model.training
+        observe(model, input_ids, observer, cast(DecisionRule, model.routing_state.decision))
+        model.train(training)
+    return found[:4]

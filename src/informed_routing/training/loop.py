@@ -1,0 +1,114 @@
+"""The one training loop, for all gradient stages: accelerate for devices and processes, exact resume."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..config import StageConfig
+from ..errors import WorkError
+from ..progress import Progress
+from .checkpoint import StageRecord, load_checkpoint, save_checkpoint
+from .schedule import Batches, learning_rate, seed_of
+
+BETAS = (0.9, 0.95)
+"""Paper A.2, all stages."""
+
+HISTORY_POINTS = 200
+
+
+class Objective(Protocol):
+    """A stage's loss as a module, so that wrappers for several processes see every forward."""
+
+    def __call__(self, input_ids: Tensor, step: int) -> dict[str, Tensor]: ...
+
+
+def run_stage(
+    name: str,
+    objective: nn.Module,
+    trainable: dict[str, nn.Parameter],
+    rows: Tensor,
+    config: StageConfig,
+    *,
+    seed: int,
+    accelerator: Accelerator,
+    checkpoint: Path,
+    progress: Progress,
+    offenders: Callable[[Tensor], list[str]],
+) -> StageRecord:
+    """Train `trainable` so that `objective(input_ids, step)["loss"]` falls; returns what happened.
+
+    Continues from `checkpoint` if it exists. On the same machine in float32 on CPU the weights at the end do not
+    depend on how often the run was interrupted. Raises WorkError on a loss that is not finite, with the step and
+    the units at fault; the last checkpoint stays.
+    """
+    optimizer = torch.optim.AdamW(
+        list(trainable.values()),
+        lr=config.learning_rate,
+        betas=BETAS,
+        weight_decay=config.weight_decay,
+        fused=accelerator.device.type == "cuda",
+    )
+    record = load_checkpoint(checkpoint, trainable, optimizer) or StageRecord()
+    if record.finished:
+        return record
+    world = accelerator.num_processes
+    batches = Batches(rows, config.batch_size, seed_of(seed, name), accelerator.process_index, world)
+    wrapped: Any = accelerator.prepare(objective) if world > 1 else objective
+    progress.stage(name, config.steps)
+    objective.train()
+    every = max(config.steps // HISTORY_POINTS, 1)
+    started = time.perf_counter() - record.seconds
+    while record.step < config.steps:
+        step = record.step
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        metrics: dict[str, float] = {}
+        for micro in range(config.gradient_accumulation):
+            index = step * config.gradient_accumulation + micro
+            batch = batches[index].to(accelerator.device)
+            torch.manual_seed(seed_of(seed, name, index, accelerator.process_index))
+            last = micro == config.gradient_accumulation - 1
+            with accelerator.autocast(), _sync(accelerator, wrapped, last):
+                found = wrapped(batch, step)
+                accelerator.backward(found["loss"] / config.gradient_accumulation)
+            for key, value in found.items():
+                metrics[key] = metrics.get(key, 0.0) + float(value.detach()) / config.gradient_accumulation
+            record.tokens += batch.numel() * world
+        norm = torch.nn.utils.clip_grad_norm_(trainable.values(), config.gradient_clip)
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(float(norm))):
+            units = ", ".join(offenders(batch)) or "none of the units alone"
+            raise WorkError(
+                f"{name} stage: loss is not finite at step {step} (units at fault: {units})",
+                f"The last good checkpoint is {checkpoint.name}; lower the learning rate, or use float32, "
+                "and run again",
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        record.step += 1
+        record.seconds = time.perf_counter() - started
+        if step % every == 0 or record.step == config.steps:
+            record.history.append({"step": step, **{k: round(v, 5) for k, v in metrics.items()}})
+        progress.advance(record.step, **metrics)
+        record.finished = record.step == config.steps
+        if accelerator.is_main_process and (record.step % config.checkpoint_every == 0 or record.finished):
+            save_checkpoint(checkpoint, record, dict(trainable), None if record.finished else optimizer)
+    objective.eval()
+    accelerator.wait_for_everyone()
+    return record
+
+
+def _sync(accelerator: Accelerator, wrapped: Any, last: bool) -> Any:
+    """Gradients of several processes are averaged at the last micro-batch only."""
+    from contextlib import nullcontext
+
+    if last or accelerator.num_processes == 1:
+        return nullcontext()
+    return accelerator.no_sync(wrapped)

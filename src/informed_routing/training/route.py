@@ -1,0 +1,88 @@
+"""Stage 2: train the routers with sampled decisions towards a sparsity target."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import RouteStage
+from ..routed_model import RoutedModelForCausalLM
+from ..routing.budget import BudgetMeter
+from ..routing.decision import AlwaysExecute, GumbelSample
+from .objectives import lm_head, next_token_loss
+from .schedule import linear
+
+
+class RouteObjective(nn.Module):
+    """Task loss + lambda |saved - target| (paper Eq. 8) on a batch [B, N], both branches computed."""
+
+    def __init__(self, model: RoutedModelForCausalLM, config: RouteStage, meter: BudgetMeter) -> None:
+        super().__init__()
+        self.model, self.config, self.meter = model, config, meter
+        self.head = lm_head(model)
+
+    def forward(self, input_ids: Tensor, step: int, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        config, model = self.config, self.model
+        teacher = dense_hidden(model, input_ids, attention_mask) if config.objective.kind != "lm" else None
+        tau = linear(config.tau_start, config.tau_end, step, config.steps)
+        with model.deciding(GumbelSample(tau)):
+            hidden = model.hidden_states(input_ids, attention_mask)
+        valid = None if attention_mask is None else attention_mask.bool()
+        task = next_token_loss(hidden, input_ids, self.head, config.objective, teacher, valid)
+        approximated = approximated_shares(model.routing_state.gates, valid)
+        shared = across_processes(approximated)
+        penalty = self.meter.deviation(shared, config.sparsity, config.balanced)
+        return {
+            "loss": task + config.coefficient * penalty,
+            "task": task.detach(),
+            "saved": self.meter.saved(shared.detach()),
+            "attention": shared[0::2].mean().detach(),
+            "ffn": shared[1::2].mean().detach(),
+        }
+
+
+def dense_hidden(
+    model: RoutedModelForCausalLM, input_ids: Tensor, attention_mask: Tensor | None = None
+) -> Tensor:
+    """Last hidden states of the dense model on the same batch: the teacher of a distillation."""
+    with torch.no_grad(), model.deciding(AlwaysExecute()):
+        return model.hidden_states(input_ids, attention_mask)
+
+
+def approximated_shares(gates: dict[int, Tensor], valid: Tensor | None) -> Tensor:
+    """Share of real tokens that each unit approximated: [U] float32, with the gates' gradient. Pads excluded."""
+    shares = []
+    for index in sorted(gates):
+        gate = gates[index].float()
+        if valid is None:
+            shares.append(1 - gate.mean())
+        else:
+            shares.append(1 - (gate * valid).sum() / valid.sum().clamp(min=1))
+    return torch.stack(shares)
+
+
+def across_processes(shares: Tensor) -> Tensor:
+    """The mean over all processes in value, the local shares in gradient.
+
+    |mean - target| is not the mean of |local - target|: without this each process would be held to the target on its
+    own. The gradients are averaged by the wrapper, which completes the derivative.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return shares
+    total = shares.detach().clone()
+    torch.distributed.all_reduce(total)
+    return shares + (total / torch.distributed.get_world_size() - shares.detach())
+
+
+def router_parameters(model: RoutedModelForCausalLM, forecasters_too: bool = False) -> dict[str, nn.Parameter]:
+    """The tensors that stage 2 trains."""
+    return {n: p for n, p in model.routing_parameters() if forecasters_too or ".router." in n}
+
+
+def freeze_all_but(model: Any, trainable: dict[str, nn.Parameter]) -> None:
+    """Let gradients reach `trainable` only."""
+    model.requires_grad_(False)
+    for parameter in trainable.values():
+        parameter.requires_grad_(True)

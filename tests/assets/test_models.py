@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.conftest import Demo
+from tests.tiny import make_tiny, random_ids
+
+from informed_routing.assets import (
+    DEMO_MODEL,
+    ModelSource,
+    cache_dir,
+    default_dtype,
+    load_model,
+    load_tokenizer,
+    models,
+    resolve_dtype,
+    resolve_model,
+)
+from informed_routing.assets.gguf import _shortest_float32
+from informed_routing.errors import InputError
+
+
+@pytest.fixture
+def folder(tmp_path: Path, demo_model_ref: str) -> Path:
+    """A tiny Llama with the embedded tokenizer, as a user's folder."""
+    path = tmp_path / "tiny"
+    make_tiny("llama").save_pretrained(path)
+    load_tokenizer(demo_model_ref).save_pretrained(path)
+    return path
+
+
+def test_resolve_model_kinds(folder: Path, tmp_path: Path) -> None:
+    gguf, routing = tmp_path / "m.GGUF", tmp_path / "out"
+    gguf.touch()
+    routing.mkdir()
+    (routing / "routing_config.json").write_text("{}")
+    assert resolve_model(DEMO_MODEL) == ModelSource("demo", "smollm2-135m")
+    assert resolve_model(folder) == ModelSource("folder", str(folder))
+    assert resolve_model(str(gguf)) == ModelSource("gguf", str(gguf))
+    assert resolve_model(routing).kind == "routing"
+    assert resolve_model("org/name", "v1") == ModelSource("hub", "org/name", "v1")
+    assert resolve_model("gpt2").kind == "hub"
+
+
+def test_what_cannot_be_a_model_is_refused_by_name(tmp_path: Path) -> None:
+    bare, pickled, unsaved, other = (tmp_path / name for name in ("bare", "pickled", "unsaved", "file.bin"))
+    for path in (bare, pickled, unsaved):
+        path.mkdir()
+    (bare / "x.gguf").touch()
+    (pickled / "config.json").write_text("{}")
+    (pickled / "pytorch_model.bin").touch()
+    (unsaved / "config.json").write_text("{}")
+    other.touch()
+    cases = {
+        "demo:other": "no embedded model",
+        str(bare): r"no config.json\)\. Name the file: .*x\.gguf",
+        str(pickled): r"only pickled weights \(pytorch_model\.bin\).*safetensors",
+        str(unsaved): "holds no weights",
+        str(other): "not a .gguf file",
+        "missing.gguf": "does not exist",
+        "./missing": "does not exist",
+        "a/b/c": "does not exist",
+        "": "holds no model|does not exist",
+    }
+    for ref, message in cases.items():
+        with pytest.raises(InputError, match=message) as caught:
+            resolve_model(ref)
+        assert caught.value.exit_code == 2
+
+
+def test_missing_hub_model_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no-such is not a local folder and is not a valid model identifier\nmore lines")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(InputError, match=r"'no-such' cannot be loaded \(no such path here") as caught:
+        load_model("no-such")
+    assert "\n" not in str(caught.value)
+    assert DEMO_MODEL in str(caught.value)
+
+
+def test_folder_loads_as_it_was_saved(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = load_model(folder, dtype="float32")
+    assert capfd.readouterr() == ("", "")
+    assert not model.training
+    ids = random_ids(2, 9)
+    assert torch.equal(model(ids).logits, make_tiny("llama")(ids).logits)
+    assert tokenizer.eos_token_id == 2
+    assert load_model(folder, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_routing_folder_gives_its_base(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    config = out / "routing_config.json"
+    config.write_text(json.dumps({"base_model": str(folder)}))
+    assert load_tokenizer(out).eos_token_id == 2
+    assert type(load_model(out)[0]).__name__ == "LlamaForCausalLM"
+    config.write_text("{")
+    with pytest.raises(InputError, match="damaged"):
+        load_model(out)
+    config.write_text(json.dumps({"base_model": str(out)}))
+    with pytest.raises(InputError, match="another routing folder"):
+        load_model(out)
+
+
+def test_damaged_folders_are_input_errors(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="cannot be loaded") as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+    weights.write_bytes(whole)
+    tensors = load_file(weights)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"1 missing, first model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(folder)
+    weights.write_bytes(whole)
+    (folder / "config.json").write_text('{"model_type": "unheard-of"}')
+    with pytest.raises(InputError, match="unheard-of"):
+        load_model(folder)
+
+
+def test_bad_gguf_leaves_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("INFORMED_ROUTING_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(b"no such thing")
+    with pytest.raises(InputError, match="is not a GGUF file"):
+        load_model(path)
+    path.write_bytes(b"GGUF" + bytes(64))
+    with pytest.raises(InputError, match="cannot be read as a language model"):
+        load_model(path)
+    entries = (tmp_path / "cache" / "models").iterdir()
+    left = [entry.name for entry in entries if not entry.name.endswith(".lock")]
+    assert left == []
+
+
+def test_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "_cpu_has_bfloat16", lambda: True)
+    assert default_dtype("cpu") == resolve_dtype("auto", "cpu") == torch.bfloat16
+    monkeypatch.setattr(models, "_cpu_has_bfloat16", lambda: False)
+    assert default_dtype("cpu") == torch.float32
+    assert default_dtype("cuda:0") == torch.bfloat16
+    assert resolve_dtype(torch.float16, "cpu") == resolve_dtype("float16", "cpu") == torch.float16
+    with pytest.raises(InputError, match="Unknown dtype 'int4'"):
+        resolve_dtype("int4", "cpu")
+    with pytest.raises(InputError, match="Unknown device 'gpu'"):
+        load_model(DEMO_MODEL, device="gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="not available"):
+            load_model(DEMO_MODEL, device="cuda")
+
+
+def test_shortest_float32() -> None:
+    assert _shortest_float32(9.999999747378752e-06) == 1e-05
+    assert _shortest_float32(1e-06) == 1e-06
+
+
+def test_demo_model_is_an_ordinary_llama(demo: Demo) -> None:
+    config = json.loads((cache_dir() / "models" / "smollm2-135m" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["rms_norm_eps"] == 1e-05
+    assert config["dtype"] == "bfloat16"
+    assert not {"quantization_config", "_name_or_path", "_model_name_or_path"} & set(config)
+    model = demo.model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not getattr(model, "is_quantized", False)
+    assert sum(weight.numel() for weight in model.parameters()) == 134_515_008
+    chat = demo.tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n")
+
+
+def test_demo_model_knows_english_and_can_be_saved(demo: Demo, tmp_path: Path) -> None:
+    tokens = demo.tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        best = demo.model(**tokens).logits[0, -1].argmax()
+    assert demo.tokenizer.decode(best).strip() == "Paris"
+    demo.model.save_pretrained(tmp_path / "copy")
+    assert (tmp_path / "copy" / "model.safetensors").is_file()

@@ -1,0 +1,169 @@
+"""Timings: engines take turns, preparation is off the clock, and decode does what generate does."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny import make_tiny, random_ids
+
+from informed_routing.errors import InputError
+from informed_routing.evaluation import speed
+from informed_routing.evaluation.environment import check_threads, environment
+from informed_routing.evaluation.speed import (
+    Workload,
+    benchmark_rows,
+    decode_callable,
+    measure,
+    prefill_callable,
+    take_prompts,
+)
+
+
+def test_measure_takes_turns() -> None:
+    calls: list[str] = []
+    engines = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    timings = measure(engines, repeats=4, warmup=2)  # type: ignore[arg-type]
+    assert len(calls) == 3 * 6
+    for turn in range(0, len(calls), 3):  # nobody runs again before everybody has run
+        assert set(calls[turn : turn + 3]) == {"a", "b", "c"}
+    assert (
+        len({tuple(calls[turn : turn + 3]) for turn in range(0, len(calls), 3)}) == 3
+    )  # and the order changes
+    assert all(timing.runs == 4 for timing in timings.values())
+
+
+def test_measure_reports_median_and_extremes_without_preparation(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    costs = iter([100.0, 5.0, 1.0, 3.0])
+
+    def wait(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now)
+    work = Workload(run=lambda _: wait(next(costs)), prepare=lambda: wait(1000))
+    timing = measure({"x": work}, repeats=3, warmup=1)["x"]
+    assert (timing.median, timing.min, timing.max, timing.runs) == (3.0, 1.0, 5.0, 3)
+
+
+def test_nothing_to_time_is_refused() -> None:
+    with pytest.raises(InputError):
+        measure({})
+    with pytest.raises(InputError):
+        measure({"x": lambda: None}, repeats=0)
+
+
+def test_decode_gives_the_tokens_of_generate() -> None:
+    model, ids = make_tiny("llama", eos_token_id=None), random_ids(2, 9)
+    expected = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False
+    )
+    # the prefill gives the first new token, five steps the other five
+    assert torch.equal(decode_callable(model, ids, 5)(), expected[:, -1:])
+
+
+def test_prefill_computes_one_row_of_logits_per_prompt() -> None:
+    model, ids = make_tiny("llama"), random_ids(3, 9)
+    logits = prefill_callable(model, ids)()
+    assert logits.shape == (3, 1, 128)
+    with torch.inference_mode():
+        torch.testing.assert_close(logits[:, 0], model(ids).logits[:, -1])
+
+
+def test_prompts_are_repeated_when_the_text_is_short() -> None:
+    assert take_prompts(torch.arange(5), 2, 4).tolist() == [[0, 1, 2, 3], [4, 0, 1, 2]]
+
+
+def test_rows_are_measured_at_the_sparsity_they_name() -> None:
+    from informed_routing import RoutedModelForCausalLM
+    from informed_routing.routing.decision import AlwaysExecute, Given
+
+    routed: Any = RoutedModelForCausalLM.attach(make_tiny("llama"))
+    seen: Counter[float] = Counter()
+
+    def set_sparsity(value: float, budget: str | None = None) -> None:
+        seen[value] += 1
+        routed.set_decision(Given(torch.zeros(1, 1, dtype=torch.bool)) if value else AlwaysExecute())
+
+    routed.set_sparsity = set_sparsity
+    rows = benchmark_rows(
+        make_tiny("llama"),
+        routed,
+        random_ids(1, 50)[0],
+        sparsities=[0.5],
+        prompt_tokens=[12],
+        new_tokens=[2],
+        repeats=2,
+    )
+    assert [(row["engine"], row["phase"], row["sparsity"]["target"]) for row in rows] == [
+        ("dense", "prefill", 0.0),
+        ("routed", "prefill", 0.0),
+        ("routed", "prefill", 0.5),
+        ("dense", "decode", 0.0),
+        ("routed", "decode", 0.0),
+        ("routed", "decode", 0.5),
+    ]
+    assert seen[0.0] == seen[0.5] == 2 * (1 + 2 + 1)  # warm-up, repeats, and one run that counts
+    for row in rows:
+        full = row["sparsity"]["target"] == 0.5
+        assert row["sparsity"]["units"] == (1.0 if full else 0.0)
+        assert (row["limit_speedup"] > 1.2) == full
+        best = min(
+            r["seconds"]["median"] for r in rows if r["phase"] == row["phase"] and not r["sparsity"]["target"]
+        )
+        assert row["speedup_vs_dense"] == pytest.approx(best / row["seconds"]["median"])
+
+
+def test_the_limit_counts_the_lm_head() -> None:
+    """Decode pays the head for every token, a prefill once: there the limit is nearly that of the body."""
+    from informed_routing import RoutedModelForCausalLM
+    from informed_routing.routing.decision import AlwaysExecute, Given
+
+    routed: Any = RoutedModelForCausalLM.attach(make_tiny("llama"))
+    gate = Given(torch.zeros(1, 1, dtype=torch.bool))
+    routed.set_sparsity = lambda value, budget=None: routed.set_decision(gate if value else AlwaysExecute())
+    rows = benchmark_rows(
+        make_tiny("llama"),
+        routed,
+        random_ids(1, 64)[0],
+        sparsities=[0.5],
+        prompt_tokens=[32],
+        new_tokens=[4],
+        repeats=1,
+    )
+    for row in rows:
+        if row["sparsity"]["target"]:
+            body = 1 / (1 - row["sparsity"]["macs"])
+            assert 1 < row["limit_speedup"] < body
+            near = row["limit_speedup"] == pytest.approx(body, rel=0.03)
+            assert near == (row["phase"] == "prefill")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"prompt_tokens": [0]}, {"new_tokens": [-1]}, {"batches": [0]}, {"text": torch.zeros(0)}]
+)
+def test_settings_that_cannot_be_measured(settings: dict[str, Any]) -> None:
+    text = settings.pop("text", torch.arange(5))
+    with pytest.raises(InputError):
+        benchmark_rows(None, None, text, **settings)
+
+
+def test_environment_names_no_machine_and_no_path() -> None:
+    import getpass
+    import platform
+    from pathlib import Path
+
+    found = environment()
+    assert found["threads"] == torch.get_num_threads()
+    words = " ".join(str(value) for value in found.values())
+    assert platform.node() not in words
+    assert str(Path.home()) not in words
+    assert getpass.getuser() not in words.split()
+
+
+def test_thread_count_below_one() -> None:
+    with pytest.raises(InputError, match="--threads 0"):
+        check_threads(0)
