@@ -31,6 +31,10 @@ from .routing.decision import AlwaysExecute, DecisionRule, Threshold
 from .routing.routed_unit import Execution, KeyValues, RoutedUnit, RoutingState
 
 
+RANGE_SLACK = 0.005
+"""How far above the last measured share a sparsity may lie: targets are met to a fraction of a point."""
+
+
 class RoutedConfig(PreTrainedConfig):
     """Lets `AutoModelForCausalLM` find a routing folder; the real settings are in routing_config.json."""
 
@@ -203,7 +207,7 @@ class RoutedModelForCausalLM(PreTrainedModel):
     def calibrated_range(self, budget: Budget | None = None) -> tuple[float, float]:
         """Lowest and highest sparsity of the threshold table."""
         values = [getattr(row, budget or self.routing_config.budget) for row in self.routing_config.thresholds]
-        return (min(values), max(values)) if values else (0.0, 0.0)
+        return (max(min(values), 0.0), max(values) + RANGE_SLACK) if values else (0.0, 0.0)
 
     def set_decision(self, decision: DecisionRule) -> None:
         """Use another decision rule; `set_sparsity` is the usual way."""
@@ -267,7 +271,7 @@ def threshold_for(config: RoutingConfig, sparsity: float, budget: Budget | None 
     if not rows:
         raise InputError("the routing has not been calibrated", "Run `fit` to the end, or training.calibrate")
     shares = [getattr(row, budget) for row in rows]
-    if not shares[0] <= sparsity <= shares[-1]:
+    if not shares[0] <= sparsity <= shares[-1] + RANGE_SLACK:
         raise InputError(
             f"sparsity {sparsity} is outside the calibrated range {max(shares[0], 0):.3f} to {shares[-1]:.3f} ({budget})",
             "Choose a value inside, or fit with higher calibration targets",
@@ -278,7 +282,7 @@ def threshold_for(config: RoutingConfig, sparsity: float, budget: Budget | None 
         if low <= sparsity <= high:
             part = 0.0 if math.isclose(low, high) else (sparsity - low) / (high - low)
             return row.threshold + part * (following.threshold - row.threshold)
-    return rows[-1].threshold
+    return rows[-1].threshold  # a hair above the last measured share
 
 
 def _units_of(decoder: Any) -> Iterator[RoutedUnit]:

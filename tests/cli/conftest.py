@@ -130,7 +130,10 @@ def _routing_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         routed = RoutedModelForCausalLM.attach(
-            model, ForecasterConfig(rank=4), RouterConfig(kind="linear"), name=str(tiny_folder)
+            model,
+            ForecasterConfig.model_validate({"rank": 4}),
+            RouterConfig.model_validate({"kind": "linear"}),
+            name=str(tiny_folder),
         )
     for unit in routed.units:
         unit.router.outer.weight.data.mul_(20)  # margins that differ between tokens, as after training

@@ -97,11 +97,11 @@ def test_unknown_family(run: Run, tmp_path: Path, flags: list[object]) -> None:
 
 
 def test_missing_model_and_text(run: Run, tiny_folder: Path, tmp_path: Path, flags: list[object]) -> None:
-    out = tmp_path / "out"
-    assert "nowhere" in run("fit", tmp_path / "nowhere", "--out", out, *flags).one_line_error()
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert "nowhere" in run("fit", tmp_path / "nowhere", "--out", one, *flags).one_line_error()
     options = ["--recipe", flags[1], "--data", tmp_path / "none.jsonl", "-q"]
-    assert "none.jsonl" in run("fit", tiny_folder, "--out", out, *options).one_line_error()
-    assert not (out / "routing_config.json").exists()
+    assert "none.jsonl" in run("fit", tiny_folder, "--out", two, *options).one_line_error()
+    assert not any((out / "routing_config.json").exists() for out in (one, two))
 
 
 @pytest.mark.parametrize("refused", ["model", "rank", "text"])
@@ -139,6 +139,7 @@ def test_ctrl_c_then_resume(
     error = run("fit", tiny_folder, "--out", out, *flags).one_line_error(1)
     assert "--resume" in error
     assert fit_state(out) == (False, True)
+    assert "unfinished fit" in run("evaluate", out).one_line_error()
     outcome = run("fit", tiny_folder, "--out", out, *flags, "--resume")
     assert outcome.code == 0, outcome.err
     from safetensors.torch import load_file

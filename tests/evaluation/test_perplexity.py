@@ -106,7 +106,7 @@ def test_routed_models_report_what_they_approximated() -> None:
 
 
 def test_page_perplexity_is_the_definition_of_lm_eval() -> None:
-    """Windows of at most max_length tokens, every token predicted once; words counted on the page as given."""
+    """Windows of at most max_length tokens; each token predicted once; words counted as given."""
     model, tokenizer = make_tiny("llama"), CharacterTokenizer()
     pages = ["the old town , it stands @-@ here", "a river", "x" * 25]
     total, tokens = 0.0, 0
@@ -131,7 +131,7 @@ def test_page_windows_are_those_of_lm_eval() -> None:
         pairs = utils.get_rolling_token_windows(ids, prefix_token=2, max_seq_len=8, context_len=1)
         expected = []
         for context, targets in map(utils.make_disjoint_window, pairs):
-            # lm-eval feeds the context and all of the continuation but its last token, and scores the continuation
+            # lm-eval feeds all but the last token, and scores the continuation
             inputs = (context + targets)[:-1]
             expected.append((inputs, [-100] * (len(inputs) - len(targets)) + targets))
         assert list(page_windows(ids, 2, 8)) == expected
@@ -141,7 +141,7 @@ def test_detokenizer_is_that_of_lm_eval() -> None:
     task = pytest.importorskip("lm_eval.tasks.wikitext.preprocess_wikitext")
     pages = [
         ' \n = Robert <unk> = \n \n He said : " well , 3 @,@ 500 @.@ 5 boys \' toys " ( the end ) . \n ',
-        "a ; b ! c ? d [ x ] { y } ' z ' 12 \N{DEGREE SIGN} N \n = = A = = \n = = = B = = = \n = = = = C = = = =",
+        "a ; b ! c ? d [ x ] { y } ' z ' 12 \N{DEGREE SIGN} N \n = = A = = \n = = = B = = = \n = = = = C",
         "",
     ]
     for page in pages:

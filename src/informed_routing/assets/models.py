@@ -213,11 +213,11 @@ def _gguf_folder(gguf: Path) -> Path:
 
 
 def _base_of(folder: Path) -> ModelSource:
-    """The base model named in a routing folder's `routing_config.json` (`base_model`, `base_revision`)."""
+    """The base model named in a routing folder's `routing_config.json` (`base_model`: name and revision)."""
     path = folder / "routing_config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        base, revision = config["base_model"], config.get("base_revision")
+        base, revision = config["base_model"]["name"], config["base_model"].get("revision")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path} is damaged: {first_line(error)}", "Run `fit` again, or copy the folder again"

@@ -155,6 +155,11 @@ def evaluate_runs(
             f"{ref} is a dense model and has no sparsity {max(targets):g}",
             f"Fit routers first: informed-routing fit {ref} --out DIR",
         )
+    if loaded.routed:
+        for target in targets:
+            loaded.model.set_sparsity(
+                target, budget
+            )  # a value out of range is refused before anything is scored
     runs = []
     for target in targets:
         if loaded.routed:

@@ -126,7 +126,7 @@ def build_recipe(name: str | None, overrides: Mapping[str, Any]) -> Recipe:
     for key, value in overrides.items():
         if isinstance(value, int) and key.endswith(".steps"):
             check_at_least("--steps", [value], 1)
-    recipe = Recipe() if name is None else Recipe.from_yaml(recipe_path(name))
+    recipe = Recipe.from_mapping({}) if name is None else Recipe.from_yaml(recipe_path(name))
     return recipe.with_overrides(dict(overrides))
 
 
@@ -140,11 +140,18 @@ def in_stages(
 def show_report(console: Console, report: Mapping[str, Any], out: Path) -> None:
     """A line per stage and the next command."""
     for name, stage in dict(report.get("stages", {})).items():
-        seconds = stage.get("seconds") if isinstance(stage, Mapping) else None
-        console.print(f"{name}: " + (f"{seconds:.1f} s" if isinstance(seconds, (int, float)) else "done"))
+        console.print(f"{name}: {total_seconds(stage):.1f} s")
     console.print(
         f"The routing folder is {out}. Next: informed-routing evaluate {out}", soft_wrap=True, markup=False
     )
+
+
+def total_seconds(report: Any) -> float:
+    """Seconds of a stage, over all of its parts."""
+    if not isinstance(report, Mapping):
+        return 0.0
+    own = report.get("seconds")
+    return float(own) if own is not None else sum(total_seconds(part) for part in report.values())
 
 
 def _dtype(report: Mapping[str, Any], recipe: Recipe) -> str:

@@ -145,6 +145,7 @@ def generate_sample(
     run.progress.advance(len(new))
     sample: dict[str, Any] = {
         "prompt": prompt,
+        "chat": chat,
         "text": tokenizer.decode(new, skip_special_tokens=True),
         "new_tokens": len(new),
     }
@@ -190,7 +191,8 @@ def show_samples(console: Console, samples: Sequence[dict[str, Any]]) -> None:
         if "tokens" in sample:
             _show_tokens(console, sample["tokens"])
         else:
-            console.print(sample["prompt"] + sample["text"], markup=False, soft_wrap=True)
+            between = "\n" if sample["chat"] else ""
+            console.print(sample["prompt"] + between + sample["text"], markup=False, soft_wrap=True)
         if "sparsity" in sample:
             units, attention, ffn, macs = share_cells(sample["sparsity"])
             console.print(

@@ -68,6 +68,9 @@ def is_routing(ref: str) -> bool:
     """Whether `ref` names a routing folder, on disk or on the Hub. Raises InputError for a missing model."""
     from informed_routing.assets import resolve_model
 
+    folder = Path(ref).expanduser()
+    if (folder / "checkpoints").is_dir() and not (folder / "routing_config.json").exists():
+        raise InputError(f"{ref} holds an unfinished fit", "Run the same `fit` again with --resume")
     source = resolve_model(ref)
     if source.kind != "hub":
         return source.kind == "routing"

@@ -84,9 +84,9 @@ def page_perplexity(
 ) -> PagePerplexityResult:
     """Word and token perplexity of whole pages, by the definition of lm-eval's `wikitext` task.
 
-    A page is detokenised, tokenised without special tokens, and scored in the windows of `page_windows`: up to
-    `max_length` predictions each, the first after the beginning (or end) of text token. Words are counted on the
-    page as it was given. Raises InputError when there is nothing to score.
+    A page is detokenised, tokenised without special tokens, and scored in the windows of `page_windows`: up
+    to `max_length` predictions each, the first after the beginning (or end) of text token. Words are counted
+    on the page as it was given. Raises InputError when there is nothing to score.
     """
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if prefix is None:
@@ -120,8 +120,8 @@ def page_perplexity(
 def page_windows(ids: Sequence[int], prefix: int, max_length: int) -> Iterator[tuple[list[int], list[int]]]:
     """(inputs, targets) windows that predict every token of `ids` once, exactly those of lm-eval.
 
-    Windows are disjoint and see one token before their first target; only the last, shorter one is filled up with
-    earlier tokens as context (target -100: not scored).
+    Windows are disjoint and see one token before their first target; only the last, shorter one is filled up
+    with earlier tokens as context (target -100: not scored).
     """
     shifted = [prefix, *ids[:-1]]
     for start in range(0, len(ids), max_length):

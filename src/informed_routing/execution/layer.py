@@ -55,7 +55,9 @@ def routed_decoder_class(base: type[nn.Module]) -> type[nn.Module]:
             stats.add(state, contexts)
         return output
 
-    return type(f"Routed{base.__name__}", (base,), {"forward": forward, "__module__": __name__})
+    # transformers keeps what a class can record (hidden states) under the class's printed name: keep that name.
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(f"Routed{base.__name__}", (base,), {"forward": forward, **names})
 
 
 def _describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None, Any]:

@@ -79,7 +79,7 @@ class _Fit:
     ) -> None:
         self.recipe, self.out, self.device, self.progress = recipe, out, device, progress
         self.report: dict[str, Any] = {}
-        self._prepare_folder(resume, overwrite)
+        self._check_folder(resume, overwrite)
         self.accelerator = Accelerator(cpu=device == "cpu")
         self.base, self.tokenizer = load_model(
             recipe.model, dtype=recipe.dtype, device=device, revision=recipe.revision
@@ -109,10 +109,16 @@ class _Fit:
                 "Choose a lower sparsity, a cheaper router, or the units budget",
             )
         self._texts: dict[tuple[str, int], Tensor] = {}
+        # Text is read before anything is written, so that a refused fit leaves no folder behind.
+        self.rows("train", recipe.route.sequence_length)
+        self.rows("calibration", recipe.calibration.sequence_length)
+        if overwrite and self.out.is_dir():
+            self._clear()
+        write_text(self.checkpoints / RECIPE_FILE, self.recipe.model_dump_json(indent=2) + "\n")
 
     # -- folder and text ----------------------------------------------------------------------------------
 
-    def _prepare_folder(self, resume: bool, overwrite: bool) -> None:
+    def _check_folder(self, resume: bool, overwrite: bool) -> None:
         """Refuse to mix runs: an existing folder must be resumed (same recipe) or overwritten."""
         self.checkpoints = self.out / CHECKPOINTS
         stored = self.checkpoints / RECIPE_FILE
@@ -120,7 +126,7 @@ class _Fit:
             raise InputError(f"{self.out} is a file", "Give a folder for --out")
         if self.out.is_dir() and any(self.out.iterdir()):
             if overwrite:
-                self._clear()
+                self._strangers()
             elif not resume:
                 raise InputError(f"{self.out} exists already", "Use --resume, --overwrite or another --out")
             elif stored.is_file():
@@ -133,10 +139,9 @@ class _Fit:
                 raise InputError(f"{self.out} holds a finished fit", "Use --overwrite to fit again")
             else:
                 raise InputError(f"{self.out} holds no fit to resume", "Use another --out, or --overwrite")
-        write_text(stored, self.recipe.model_dump_json(indent=2) + "\n")
 
-    def _clear(self) -> None:
-        """Remove what a fit writes; a folder of anything else is not touched."""
+    def _strangers(self) -> None:
+        """Refuse to overwrite a folder that holds anything that no fit writes."""
         known = {
             "routing_config.json", "routing.safetensors", "config.json", "fit.json", "README.md", LORA_FOLDER,
             CHECKPOINTS, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -147,6 +152,8 @@ class _Fit:
             raise InputError(
                 f"{self.out} holds {strangers[0]}, which no fit has written", "Use another --out or empty the folder"
             )
+
+    def _clear(self) -> None:
         for path in self.out.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)

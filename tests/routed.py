@@ -1,0 +1,42 @@
+"""Tiny routed models whose routers and forecasters are random but matter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tests.tiny import make_tiny
+
+from informed_routing.config import ForecasterConfig, RouterConfig
+from informed_routing.routed_model import RoutedModelForCausalLM
+
+
+def make_routed(
+    family: str = "llama",
+    *,
+    fallback: str = "forecaster",
+    router: str = "low-rank",
+    seed: int = 0,
+    **overrides: Any,
+) -> RoutedModelForCausalLM:
+    """A tiny routed model with random routers (margins of both signs) and random forecasters."""
+    model = RoutedModelForCausalLM.attach(
+        make_tiny(family, seed=seed, **overrides),
+        ForecasterConfig(rank=8, fallback=fallback),  # type: ignore[arg-type]
+        RouterConfig(kind=router, width=None if router == "linear" else 8),  # type: ignore[arg-type]
+    )
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for unit in model.units:
+            for name, parameter in unit.named_parameters():
+                std = 0.1 if name.endswith("bias") else 1.0 / parameter.shape[-1] ** 0.5
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return model
+
+
+def left_padded(ids: torch.Tensor, pads: tuple[int, ...]) -> torch.Tensor:
+    """Attention mask [B, N] with `pads[i]` masked tokens at the left of row i."""
+    mask = torch.ones_like(ids)
+    for row, count in enumerate(pads):
+        mask[row, :count] = 0
+    return mask
