@@ -29,7 +29,17 @@ if TYPE_CHECKING:
     from .routed_model import RoutedConfig, RoutedModelForCausalLM
     from .training.fit import fit
 
-__all__ = [*_EXPORTS, "__version__"]
+__all__ = [
+    "InformedRoutingError",
+    "InputError",
+    "Recipe",
+    "RoutedConfig",
+    "RoutedModelForCausalLM",
+    "RoutingConfig",
+    "WorkError",
+    "__version__",
+    "fit",
+]
 
 
 def __getattr__(name: str) -> Any:

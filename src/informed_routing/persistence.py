@@ -1,9 +1,9 @@
 """Routing folders: a small artefact beside the base model, as a PEFT adapter is.
 
-    routing_config.json    settings, base model reference and fingerprint, thresholds
-    routing.safetensors    routers and forecasters
-    lora/                  the stage 3 adapter, if any
-    config.json            lets AutoModelForCausalLM recognise the folder
+routing_config.json    settings, base model reference and fingerprint, thresholds
+routing.safetensors    routers and forecasters
+lora/                  the stage 3 adapter, if any
+config.json            lets AutoModelForCausalLM recognise the folder
 """
 
 from __future__ import annotations
@@ -52,7 +52,15 @@ def locate(reference: str | Path) -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            patterns = [CONFIG_FILE, TENSOR_FILE, "config.json", f"{LORA_FOLDER}/*", "token*", "*.jinja", "README.md"]
+            patterns = [
+                CONFIG_FILE,
+                TENSOR_FILE,
+                "config.json",
+                f"{LORA_FOLDER}/*",
+                "token*",
+                "*.jinja",
+                "README.md",
+            ]
             found = Path(snapshot_download(str(reference), allow_patterns=patterns))
         except Exception as error:
             raise InputError(
@@ -134,7 +142,7 @@ def load(
         model = with_lora(model, folder / LORA_FOLDER, merge=merge_lora)
     routed = RoutedModelForCausalLM.attach(model, routing_config=config)
     load_routing_tensors(routed, folder / TENSOR_FILE)
-    routed.to(dtype=model.dtype)
+    cast(Any, routed).to(dtype=model.dtype)
     routed.set_execution(execution, kv)
     routed.eval()
     if config.thresholds and config.sparsity > 0:

@@ -15,13 +15,13 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from .config import BaseModelReference, Budget, ForecasterConfig, RouterConfig, RoutingConfig, ThresholdRow
+from .config import BaseModelReference, Budget, ForecasterConfig, RouterConfig, RoutingConfig, ThresholdRow, UnitKind
 from .errors import InputError
 from .execution.layer import add_routing, routed_decoder_class
 from .models.families import family_of
@@ -30,6 +30,7 @@ from .routing.budget import RoutingStats, UnitCost, unit_costs
 from .routing.decision import AlwaysExecute, DecisionRule, Threshold
 from .routing.routed_unit import Execution, KeyValues, RoutedUnit, RoutingState
 
+KINDS: tuple[UnitKind, UnitKind] = ("attention", "ffn")
 
 RANGE_SLACK = 0.005
 """How far above the last measured share a sparsity may lie: targets are met to a fraction of a point."""
@@ -47,6 +48,11 @@ class RoutedModelForCausalLM(PreTrainedModel):
     config_class = RoutedConfig
     routing_config: RoutingConfig
     routing_state: RoutingState
+    _target: float | None
+
+    if TYPE_CHECKING:  # the base model's class brings it
+
+        def generate(self, *args: Any, **kwargs: Any) -> Any: ...
 
     # -- building ---------------------------------------------------------------------------------------
 
@@ -76,7 +82,10 @@ class RoutedModelForCausalLM(PreTrainedModel):
             routing_config = RoutingConfig(
                 library_version=_version(),
                 base_model=BaseModelReference(
-                    name=name, revision=revision, fingerprint=print_of_base, model_type=model.config.model_type
+                    name=name,
+                    revision=revision,
+                    fingerprint=print_of_base,
+                    model_type=model.config.model_type,
                 ),
                 num_layers=model.config.num_hidden_layers,
                 hidden_size=hidden_size,
@@ -95,14 +104,14 @@ class RoutedModelForCausalLM(PreTrainedModel):
         for i, layer in enumerate(decoder.layers):
             pair = [
                 RoutedUnit(2 * i + j, kind, family, hidden_size, forecaster, router).to(device)
-                for j, kind in enumerate(("attention", "ffn"))
+                for j, kind in enumerate(KINDS)
             ]
             add_routing(layer, state, *pair)
         costs = unit_costs(decoder.layers, list(_units_of(decoder)))
         decoder.routing_state = state
         decoder.routing_stats_counter = RoutingStats.empty(costs, [u.kind for u in _units_of(decoder)])
-        decoder.__class__ = routed_decoder_class(type(decoder))
-        model.__class__ = _routed_model_class(type(model))
+        decoder.__class__ = routed_decoder_class(type(decoder))  # type: ignore[arg-type]
+        model.__class__ = _routed_model_class(type(model))  # type: ignore[arg-type]
         routed = cast(RoutedModelForCausalLM, model)
         routed.routing_config = routing_config
         routed.routing_state = state
@@ -238,7 +247,12 @@ class RoutedModelForCausalLM(PreTrainedModel):
     def with_thresholds(self, rows: tuple[ThresholdRow, ...], budget: Budget, sparsity: float, context: int) -> None:
         """Store a calibrated table."""
         self.routing_config = self.routing_config.model_copy(
-            update={"thresholds": rows, "budget": budget, "sparsity": sparsity, "calibration_context": context}
+            update={
+                "thresholds": rows,
+                "budget": budget,
+                "sparsity": sparsity,
+                "calibration_context": context,
+            }
         )
 
     # -- what happened ----------------------------------------------------------------------------------
@@ -273,7 +287,8 @@ def threshold_for(config: RoutingConfig, sparsity: float, budget: Budget | None 
     shares = [getattr(row, budget) for row in rows]
     if not shares[0] <= sparsity <= shares[-1] + RANGE_SLACK:
         raise InputError(
-            f"sparsity {sparsity} is outside the calibrated range {max(shares[0], 0):.3f} to {shares[-1]:.3f} ({budget})",
+            f"sparsity {sparsity} is outside the calibrated range {max(shares[0], 0):.3f} to "
+            f"{shares[-1]:.3f} ({budget})",
             "Choose a value inside, or fit with higher calibration targets",
         )
     for (low, row), (high, following) in zip(

@@ -16,9 +16,7 @@ class Letters:
     def __init__(self, eos: int | None = 2, bos: int | None = None, adds_bos: bool = False) -> None:
         self.eos_token_id, self.bos_token_id, self.adds_bos = eos, bos, adds_bos
 
-    def __call__(
-        self, texts: str | list[str], add_special_tokens: bool = True, **_: object
-    ) -> dict[str, list]:
+    def __call__(self, texts: str | list[str], add_special_tokens: bool = True, **_: object) -> dict[str, list]:
         if isinstance(texts, str):
             start = [self.bos_token_id] if self.adds_bos and add_special_tokens else []
             return {"input_ids": start + [ord(letter) - 87 for letter in texts]}

@@ -68,9 +68,7 @@ def test_jsonl_zst_and_parquet_give_the_same(tmp_path: Path, column: str) -> Non
     plain = write_jsonl(tmp_path / "a.jsonl", records)
     packed = tmp_path / "a.jsonl.zst"
     packed.write_bytes(zstandard.compress((tmp_path / "a.jsonl").read_bytes()))
-    table = write_parquet(
-        tmp_path / "a.parquet", {"id": list(range(20)), column: [r[column] for r in records]}
-    )
+    table = write_parquet(tmp_path / "a.parquet", {"id": list(range(20)), column: [r[column] for r in records]})
     expected = [f"document {index}" for index in (*range(8), *range(10, 18))]
     assert load_texts(plain) == load_texts(str(packed)) == load_texts(table) == expected
     assert load_texts(plain, "calibration") == ["document 8", "document 18"]

@@ -112,9 +112,7 @@ def test_bad_sampling_options(run: Run, tiny_folder: Path, option: str, value: s
     assert value in error
 
 
-def test_json_into_a_missing_folder_is_refused_before_any_work(
-    run: Run, tiny_folder: Path, tmp_path: Path
-) -> None:
+def test_json_into_a_missing_folder_is_refused_before_any_work(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     error = run("evaluate", tiny_folder, "--json", tmp_path / "no" / "x.json").one_line_error()
     assert "--json" in error
 

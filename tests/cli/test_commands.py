@@ -59,9 +59,7 @@ def test_evaluate_routed_at_several_sparsities(
         assert set(entry["sparsity"]) == SHARES
         # the table was measured on this very text
         assert entry["sparsity"]["units"] == pytest.approx(entry["sparsity"]["target"], abs=0.03)
-    dense = run("evaluate", tiny_folder, *small, "--dtype", "float32", "--json", "-").json["result"]["runs"][
-        0
-    ]
+    dense = run("evaluate", tiny_folder, *small, "--dtype", "float32", "--json", "-").json["result"]["runs"][0]
     losses = [entry["tasks"]["story.jsonl"]["loss"] for entry in [dense, *runs]]
     assert losses[0] == losses[1]
     assert len(set(losses)) == 3
@@ -75,9 +73,7 @@ def test_evaluate_takes_dense_and_trained_sparsity_by_default(
     assert [entry["sparsity"]["target"] for entry in runs] == [0, 0.25]
 
 
-def test_progress_goes_to_stderr_and_quiet_silences_it(
-    run: Run, tiny_folder: Path, small: list[object]
-) -> None:
+def test_progress_goes_to_stderr_and_quiet_silences_it(run: Run, tiny_folder: Path, small: list[object]) -> None:
     loud = run("evaluate", tiny_folder, *small, "--limit", 2)
     assert "perplexity" in loud.err
     quiet = run("evaluate", tiny_folder, *small, "--limit", 2, "-q")
@@ -102,9 +98,7 @@ def test_generate_text(run: Run, routing_folder: Path) -> None:
 
 def test_generate_several_prompts_as_json_with_routing(run: Run, routing_folder: Path) -> None:
     prompts = ["--prompt", "the river rises", "--prompt", "old town"]
-    outcome = run(
-        "generate", routing_folder, *prompts, "-n", 5, "-s", 0.4, "--show-routing", "--json", "-", "-q"
-    )
+    outcome = run("generate", routing_folder, *prompts, "-n", 5, "-s", 0.4, "--show-routing", "--json", "-", "-q")
     assert outcome.code == 0, outcome.err
     samples = outcome.json["result"]["samples"]
     assert [sample["prompt"] for sample in samples] == ["the river rises", "old town"]

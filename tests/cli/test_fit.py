@@ -33,9 +33,7 @@ def flags(tmp_path: Path, text_file: Path) -> list[object]:
     return ["--recipe", recipe, "--data", text_file, "--sparsity", 0.25, "--dtype", "float32", "-q"]
 
 
-def test_fit_then_evaluate_and_generate(
-    run: Run, tiny_folder: Path, tmp_path: Path, flags: list[object]
-) -> None:
+def test_fit_then_evaluate_and_generate(run: Run, tiny_folder: Path, tmp_path: Path, flags: list[object]) -> None:
     out = tmp_path / "out"
     outcome = run("fit", tiny_folder, "--out", out, *flags, "--json", tmp_path / "fit.json")
     assert outcome.code == 0, outcome.err
@@ -72,9 +70,7 @@ def test_output_that_is_a_file(run: Run, tiny_folder: Path, tmp_path: Path, flag
     assert "is a file" in run("fit", tiny_folder, "--out", tmp_path / "out", *flags).one_line_error()
 
 
-def test_a_finished_fit_is_not_resumed(
-    run: Run, routing_folder: Path, tiny_folder: Path, flags: list[object]
-) -> None:
+def test_a_finished_fit_is_not_resumed(run: Run, routing_folder: Path, tiny_folder: Path, flags: list[object]) -> None:
     error = run("fit", tiny_folder, "--out", routing_folder, *flags, "--resume").one_line_error()
     assert "finished" in error
 
@@ -89,9 +85,7 @@ def test_unknown_family(run: Run, tmp_path: Path, flags: list[object]) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     folder = tmp_path / "gpt2"
-    GPT2LMHeadModel(
-        GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=128, n_positions=64)
-    ).save_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=128, n_positions=64)).save_pretrained(folder)
     save_tokenizer(folder)
     assert "gpt2" in run("fit", folder, "--out", tmp_path / "out", *flags).one_line_error()
 

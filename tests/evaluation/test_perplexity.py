@@ -42,9 +42,7 @@ class CharacterTokenizer:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_token_perplexity_is_the_naive_one_in_every_family(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_token_perplexity_is_the_naive_one_in_every_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(perplexity, "HEAD_ROWS", 7)  # chunks that end inside of sequences
     model, rows = make_tiny(family), random_ids(3, 20)
     expected = sum(naive_loss(model, row[:-1], row[1:]) for row in rows.tolist()) / (3 * 19)

@@ -29,9 +29,7 @@ def test_measure_takes_turns() -> None:
     assert len(calls) == 3 * 6
     for turn in range(0, len(calls), 3):  # nobody runs again before everybody has run
         assert set(calls[turn : turn + 3]) == {"a", "b", "c"}
-    assert (
-        len({tuple(calls[turn : turn + 3]) for turn in range(0, len(calls), 3)}) == 3
-    )  # and the order changes
+    assert len({tuple(calls[turn : turn + 3]) for turn in range(0, len(calls), 3)}) == 3  # and the order changes
     assert all(timing.runs == 4 for timing in timings.values())
 
 
@@ -58,9 +56,7 @@ def test_nothing_to_time_is_refused() -> None:
 
 def test_decode_gives_the_tokens_of_generate() -> None:
     model, ids = make_tiny("llama", eos_token_id=None), random_ids(2, 9)
-    expected = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False
-    )
+    expected = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
     # the prefill gives the first new token, five steps the other five
     assert torch.equal(decode_callable(model, ids, 5)(), expected[:, -1:])
 
@@ -111,9 +107,7 @@ def test_rows_are_measured_at_the_sparsity_they_name() -> None:
         full = row["sparsity"]["target"] == 0.5
         assert row["sparsity"]["units"] == (1.0 if full else 0.0)
         assert (row["limit_speedup"] > 1.2) == full
-        best = min(
-            r["seconds"]["median"] for r in rows if r["phase"] == row["phase"] and not r["sparsity"]["target"]
-        )
+        best = min(r["seconds"]["median"] for r in rows if r["phase"] == row["phase"] and not r["sparsity"]["target"])
         assert row["speedup_vs_dense"] == pytest.approx(best / row["seconds"]["median"])
 
 

@@ -81,9 +81,7 @@ def _convert(gguf: Path, out: Path) -> None:
                 tokenizer.save_pretrained(out)
         except SafetensorError as error:
             reason = first_line(error)
-            raise WorkError(
-                f"Writing the converted {gguf.name} failed: {reason}", disk_remedy(reason)
-            ) from error
+            raise WorkError(f"Writing the converted {gguf.name} failed: {reason}", disk_remedy(reason)) from error
 
 
 def _clean_copy(read: Any) -> Any:
@@ -120,9 +118,7 @@ def check_header(gguf: Path) -> None:
         with gguf.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        raise InputError(
-            f"{gguf} cannot be opened: {error.strerror}", "Check the path and its permissions"
-        ) from error
+        raise InputError(f"{gguf} cannot be opened: {error.strerror}", "Check the path and its permissions") from error
     if magic != b"GGUF":
         raise InputError(f"{gguf} is not a GGUF file", "Download it again, or give a folder with safetensors")
 

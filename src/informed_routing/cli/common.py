@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 DEFAULT_SEED = 17
 BaseOption = Annotated[
     str | None,
-    typer.Option(
-        "--base", metavar="MODEL", help="Base model of a routing folder [default: where it was fitted]."
-    ),
+    typer.Option("--base", metavar="MODEL", help="Base model of a routing folder [default: where it was fitted]."),
 ]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _PANEL = "Shared options"
@@ -49,22 +47,16 @@ class Common:
         int | None,
         typer.Option("--seed", min=0, help=f"Random seed [default: {DEFAULT_SEED}].", rich_help_panel=_PANEL),
     ] = None
-    device: Annotated[
-        str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=_PANEL)
-    ] = "auto"
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=_PANEL)] = "auto"
     dtype: Annotated[
         Dtype,
-        typer.Option(
-            "--dtype", help="Number format; auto is the fast one of the device.", rich_help_panel=_PANEL
-        ),
+        typer.Option("--dtype", help="Number format; auto is the fast one of the device.", rich_help_panel=_PANEL),
     ] = "auto"
     threads: Annotated[
         int | None,
         typer.Option("--threads", help="CPU threads [default: all cores].", rich_help_panel=_PANEL),
     ] = None
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress on stderr.", rich_help_panel=_PANEL)
-    ] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.", rich_help_panel=_PANEL)] = False
     debug: Annotated[
         bool,
         typer.Option("--debug", help="Show tracebacks and the libraries' messages.", rich_help_panel=_PANEL),
@@ -176,9 +168,7 @@ def check_sparsities(values: Sequence[float], name: str = "--sparsity") -> list[
     """Distinct shares in the order given. Raises InputError for one outside 0 <= s < 1."""
     for value in values:
         if not 0 <= value < 1:
-            hint = (
-                f"Give a share, such as {value / 100:g}" if 2 <= value < 100 else "Give a share, such as 0.25"
-            )
+            hint = f"Give a share, such as {value / 100:g}" if 2 <= value < 100 else "Give a share, such as 0.25"
             raise InputError(f"{name} {value:g} is not between 0 and 1", hint)
     return list(dict.fromkeys(float(value) for value in values))
 
@@ -198,9 +188,7 @@ def recipe_path(name: str) -> Path:
     packaged = packaged_recipes()
     if name.removesuffix(".yaml") in packaged:
         return packaged[name.removesuffix(".yaml")]
-    raise InputError(
-        f"recipe {name} does not exist", f"Give a YAML file, or one of {', '.join(sorted(packaged))}"
-    )
+    raise InputError(f"recipe {name} does not exist", f"Give a YAML file, or one of {', '.join(sorted(packaged))}")
 
 
 def packaged_recipes() -> dict[str, Path]:

@@ -34,10 +34,8 @@ def demo(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Fit again, even if DIR holds a finished fit.")
     ] = False,
-    steps: Annotated[
-        int | None, typer.Option("--steps", help="Router training steps [default: the recipe's].")
-    ] = None,
-    rows: Annotated[int, typer.Option("--rows", help="Held-out sequences of 512 tokens per text.")] = 16,
+    steps: Annotated[int | None, typer.Option("--steps", help="Router training steps [default: the recipe's].")] = None,
+    rows: Annotated[int, typer.Option("--rows", help="Held-out sequences of 512 tokens per text.")] = 8,
     repeats: Annotated[int, typer.Option("--repeats", help="Measured runs of each engine.")] = 5,
 ) -> None:
     """Fit, evaluate and time a routed SmolLM2-135M on embedded text, in minutes on a CPU.
@@ -103,9 +101,7 @@ def demo_table(runs: Sequence[Mapping[str, Any]], speed: Sequence[Mapping[str, A
     table = new_table(title, [*columns, f"prefill {_PREFILL}", "decode"])
     for run in runs:
         target = run["sparsity"]["target"]
-        perplexities = [
-            with_ratio(main_metric(run["tasks"][task]), main_metric(dense[task])) for task in dense
-        ]
+        perplexities = [with_ratio(main_metric(run["tasks"][task]), main_metric(dense[task])) for task in dense]
         cells = [_speed_cell(speed, phase, target) for phase in ("prefill", "decode")]
         table.add_row(target_label(run["sparsity"]), *share_cells(run["sparsity"]), *perplexities, *cells)
     return table
@@ -151,9 +147,7 @@ def _attainable(run: Session, loaded: Loaded) -> list[float]:
     low, high = loaded.model.calibrated_range("units")
     kept = [target for target in SPARSITIES if low <= target <= high]
     if len(kept) < len(SPARSITIES):
-        run.progress.message(
-            f"calibrated for {low:.0%} to {high:.0%} of the units: leaving out what lies outside"
-        )
+        run.progress.message(f"calibrated for {low:.0%} to {high:.0%} of the units: leaving out what lies outside")
     return kept
 
 

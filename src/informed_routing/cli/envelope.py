@@ -13,9 +13,7 @@ from informed_routing.errors import InputError
 from informed_routing.files import write_text
 
 
-def envelope(
-    command: str, *, model: str, device: str, dtype: str, seed: int, result: dict[str, Any]
-) -> dict[str, Any]:
+def envelope(command: str, *, model: str, device: str, dtype: str, seed: int, result: dict[str, Any]) -> dict[str, Any]:
     """`result` with what it was computed by and on."""
     import torch
     import transformers

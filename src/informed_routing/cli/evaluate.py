@@ -44,15 +44,12 @@ def evaluate(
         typer.Option(
             "--data",
             metavar="DATA",
-            help="Text; *.pages.jsonl gives perplexity per word. Repeatable [default: "
-            "demo:wiki and demo:c4].",
+            help="Text; *.pages.jsonl gives perplexity per word. Repeatable [default: demo:wiki and demo:c4].",
         ),
     ] = None,
     split: Annotated[
         Split | None,
-        typer.Option(
-            "--split", help="Part of the text [default: heldout; all of a page file].", show_default=False
-        ),
+        typer.Option("--split", help="Part of the text [default: heldout; all of a page file].", show_default=False),
     ] = None,
     sparsity: Annotated[
         list[float] | None,
@@ -113,9 +110,7 @@ class Text:
     pages: tuple[str, ...] = ()
 
 
-def load_all(
-    refs: Sequence[str], split: Split | None, tokenizer: Any, length: int, limit: int | None
-) -> list[Text]:
+def load_all(refs: Sequence[str], split: Split | None, tokenizer: Any, length: int, limit: int | None) -> list[Text]:
     """The texts behind references, tokenised where they are scored in rows."""
     from informed_routing.assets import load_texts, pack
 
@@ -157,9 +152,7 @@ def evaluate_runs(
         )
     if loaded.routed:
         for target in targets:
-            loaded.model.set_sparsity(
-                target, budget
-            )  # a value out of range is refused before anything is scored
+            loaded.model.set_sparsity(target, budget)  # a value out of range is refused before anything is scored
     runs = []
     for target in targets:
         if loaded.routed:
@@ -167,13 +160,9 @@ def evaluate_runs(
         tasks: dict[str, Any] = {}
         stats = []
         for text in texts:
-            progress = _Named(
-                run.progress, f"{text.name} at {target * 100:g} %" if target else f"{text.name}, dense"
-            )
+            progress = _Named(run.progress, f"{text.name} at {target * 100:g} %" if target else f"{text.name}, dense")
             if text.pages:
-                pages = page_perplexity(
-                    loaded.model, loaded.tokenizer, text.pages, length, batch_size, progress
-                )
+                pages = page_perplexity(loaded.model, loaded.tokenizer, text.pages, length, batch_size, progress)
                 scored: Any = pages
                 tasks[text.name] = {"word_perplexity": pages.word_perplexity, "words": pages.words}
             else:

@@ -49,9 +49,7 @@ def fit(
     objective: Annotated[
         str | None, typer.Option("--objective", help="lm, distill or mixed.", rich_help_panel=_SIZES)
     ] = None,
-    rank: Annotated[
-        int | None, typer.Option("--rank", help="Rank of the forecasters.", rich_help_panel=_SIZES)
-    ] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="Rank of the forecasters.", rich_help_panel=_SIZES)] = None,
     router: Annotated[
         str | None, typer.Option("--router", help="mlp, linear or low-rank.", rich_help_panel=_SIZES)
     ] = None,
@@ -85,9 +83,7 @@ def fit(
             "model": model,
             "route.sparsity": None if sparsity is None else check_sparsities([sparsity])[0],
             "route.budget": budget,
-            "stages": None
-            if stages is None
-            else [part.strip() for part in stages.split(",") if part.strip()],
+            "stages": None if stages is None else [part.strip() for part in stages.split(",") if part.strip()],
             "forecaster.rank": rank,
             "router.kind": router,
             "data": data or None,
@@ -130,9 +126,7 @@ def build_recipe(name: str | None, overrides: Mapping[str, Any]) -> Recipe:
     return recipe.with_overrides(dict(overrides))
 
 
-def in_stages(
-    key: str, value: Any, stages: tuple[str, ...] = ("forecast", "route", "lora")
-) -> dict[str, Any]:
+def in_stages(key: str, value: Any, stages: tuple[str, ...] = ("forecast", "route", "lora")) -> dict[str, Any]:
     """One flag as an override of the same setting in every stage."""
     return {f"{stage}.{key}": value for stage in stages}
 
@@ -141,9 +135,7 @@ def show_report(console: Console, report: Mapping[str, Any], out: Path) -> None:
     """A line per stage and the next command."""
     for name, stage in dict(report.get("stages", {})).items():
         console.print(f"{name}: {total_seconds(stage):.1f} s")
-    console.print(
-        f"The routing folder is {out}. Next: informed-routing evaluate {out}", soft_wrap=True, markup=False
-    )
+    console.print(f"The routing folder is {out}. Next: informed-routing evaluate {out}", soft_wrap=True, markup=False)
 
 
 def total_seconds(report: Any) -> float:

@@ -33,15 +33,11 @@ _SAMPLING = "Sampling"
 @with_common
 def generate(
     common: Common,
-    folder: Annotated[
-        str, typer.Argument(metavar="DIR", help="Routing folder, or any dense model to compare with.")
-    ],
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Routing folder, or any dense model to compare with.")],
     prompt: Annotated[
         list[str], typer.Option("--prompt", "-p", metavar="TEXT", help="Prompt; - reads stdin. Repeatable.")
     ],
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", help="Tokens to add at most.")
-    ] = 64,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to add at most.")] = 64,
     sparsity: Annotated[
         float | None, typer.Option("--sparsity", "-s", help="0 is dense [default: as trained].")
     ] = None,
@@ -49,9 +45,7 @@ def generate(
         Literal["units", "macs"] | None,
         typer.Option("--budget", help="What --sparsity is measured in [default: as trained]."),
     ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
-    ] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     show_routing: Annotated[
         bool, typer.Option("--show-routing", help="Colour tokens by the share of the model that they used.")
     ] = False,
@@ -61,18 +55,12 @@ def generate(
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(
-            "--top-p", help="Sample from the likeliest tokens of this mass.", rich_help_panel=_SAMPLING
-        ),
+        typer.Option("--top-p", help="Sample from the likeliest tokens of this mass.", rich_help_panel=_SAMPLING),
     ] = None,
-    num_beams: Annotated[
-        int, typer.Option("--num-beams", help="Beam search.", rich_help_panel=_SAMPLING)
-    ] = 1,
+    num_beams: Annotated[int, typer.Option("--num-beams", help="Beam search.", rich_help_panel=_SAMPLING)] = 1,
     kv: Annotated[
         Literal["keep", "drop"] | None,
-        typer.Option(
-            "--kv", help="Keep or drop the keys and values of approximated tokens [default: as trained]."
-        ),
+        typer.Option("--kv", help="Keep or drop the keys and values of approximated tokens [default: as trained]."),
     ] = None,
     execution: Annotated[
         Literal["sparse", "masked"],

@@ -50,9 +50,7 @@ def check_threads(threads: int | None) -> None:
 
 
 def _usable_cores() -> int:
-    affinity = getattr(
-        os, "sched_getaffinity", None
-    )  # Linux only; a container may own fewer cores than there are
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only; a container may own fewer cores than there are
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
@@ -72,9 +70,7 @@ def _commit() -> str | None:
         return None  # installed from a wheel: whatever repository lies around it is not ours
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10, check=True
-        )
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10, check=True)
         return done.stdout.strip()
 
     try:

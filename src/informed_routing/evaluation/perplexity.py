@@ -64,9 +64,7 @@ def token_perplexity(
     Deterministic; leaves the model in the mode it was in. Raises InputError for empty or too short rows.
     """
     if rows.ndim != 2 or rows.shape[0] == 0 or rows.shape[1] < 2:
-        raise InputError(
-            f"rows of shape {tuple(rows.shape)} hold nothing to predict", "Give [n, L] with L >= 2"
-        )
+        raise InputError(f"rows of shape {tuple(rows.shape)} hold nothing to predict", "Give [n, L] with L >= 2")
     targets = torch.full_like(rows, _IGNORED)
     targets[:, :-1] = rows[:, 1:]
     pairs = ((rows[i : i + batch_size], targets[i : i + batch_size]) for i in range(0, len(rows), batch_size))
@@ -90,9 +88,7 @@ def page_perplexity(
     """
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if prefix is None:
-        raise InputError(
-            "the tokenizer has no beginning- or end-of-text token", "Use a tokenizer that has one"
-        )
+        raise InputError("the tokenizer has no beginning- or end-of-text token", "Use a tokenizer that has one")
     if max_length < 1:
         raise InputError(f"window length {max_length} is below 1", "Give the model's context, or 512")
     windows: list[tuple[list[int], list[int]]] = []

@@ -55,9 +55,7 @@ def measure(
     InputError when there is nothing to time.
     """
     if not workloads or repeats < 1 or warmup < 0:
-        raise InputError(
-            f"{len(workloads)} engines, {repeats} repeats: nothing to time", "Give --repeats 1 or more"
-        )
+        raise InputError(f"{len(workloads)} engines, {repeats} repeats: nothing to time", "Give --repeats 1 or more")
     progress = progress or NullProgress()
     names = list(workloads)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -83,9 +81,7 @@ def prefill_callable(model: Any, ids: Tensor, before: Callable[[], Any] = lambda
     return Workload(run, before)
 
 
-def decode_callable(
-    model: Any, ids: Tensor, new_tokens: int, before: Callable[[], Any] = lambda: None
-) -> Workload:
+def decode_callable(model: Any, ids: Tensor, new_tokens: int, before: Callable[[], Any] = lambda: None) -> Workload:
     """`new_tokens` greedy one-token steps after prompts `[B, N]`; the prefill is not on the clock."""
 
     def prepare() -> tuple[Any, Tensor]:
@@ -176,9 +172,7 @@ def _compare(
 
     workloads: dict[str, Workload] = {"dense": workload(dense)}
     for sparsity in sparsities:
-        workloads[f"routed {sparsity}"] = workload(
-            routed, functools.partial(routed.set_sparsity, sparsity, budget)
-        )
+        workloads[f"routed {sparsity}"] = workload(routed, functools.partial(routed.set_sparsity, sparsity, budget))
     timings = measure(workloads, repeats, warmup, progress)
     best_dense = min(timings["dense"].median, timings["routed 0.0"].median)
     per_run = ids.shape[0] * (new_tokens or ids.shape[1])

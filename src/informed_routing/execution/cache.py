@@ -28,9 +28,12 @@ class ExecutedKeysLayer(DynamicLayer):
             self.lazy_initialization(keys, values)
             self.keys, self.values, self.places = keys, values, places
         elif places.shape[1]:
+            assert self.values is not None
             self.keys = torch.cat([self.keys, keys], dim=-2)
             self.values = torch.cat([self.values, values], dim=-2)
             self.places = torch.cat([self.places, places], dim=-1)
+        assert self.keys is not None
+        assert self.values is not None
         return self.keys, self.values, self.places
 
     def get_seq_length(self) -> int:
@@ -42,14 +45,14 @@ class ExecutedKeysLayer(DynamicLayer):
         self.seen, self.places = 0, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.places is not None:
+        if self.places is not None and self.keys is not None and self.values is not None:
             rows = beam_idx.to(self.places.device)
             self.keys = self.keys.index_select(0, rows)
             self.values = self.values.index_select(0, rows)
             self.places = self.places.index_select(0, rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.places is not None:
+        if self.places is not None and self.keys is not None and self.values is not None:
             self.keys = self.keys.repeat_interleave(repeats, dim=0)
             self.values = self.values.repeat_interleave(repeats, dim=0)
             self.places = self.places.repeat_interleave(repeats, dim=0)

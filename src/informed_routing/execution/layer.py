@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from ..errors import InputError
-from . import masked, sparse
-from .cache import keep_executed_only
 from ..routing.budget import RoutingStats
 from ..routing.routed_unit import RoutedUnit, RoutingState
+from . import masked, sparse
+from .cache import keep_executed_only
 
 
 def _routed_layer_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -102,4 +102,4 @@ def add_routing(layer: Any, state: RoutingState, attention: RoutedUnit, ffn: Rou
     layer.attention_routing = attention
     layer.ffn_routing = ffn
     layer.routing_state = state
-    layer.__class__ = routed_layer_class(type(layer))
+    layer.__class__ = routed_layer_class(type(layer))  # type: ignore[arg-type]

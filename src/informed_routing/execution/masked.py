@@ -11,9 +11,7 @@ from ..errors import InputError
 from ..routing.routed_unit import RoutedUnit, RoutingState
 
 
-def run(
-    routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]
-) -> Tensor:
+def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """One routed unit on the residual stream [B, N, d]; returns the updated stream.
 
     With every gate at 1 the result equals the base model's bit for bit: `1 * y + 0 * f` is exactly `y`.
@@ -28,7 +26,7 @@ def run(
     features = routed.features(hidden, x)
     gate = routed.decide(state, hidden, features)
     if routed.kind == "attention" and state.kv == "drop":
-        kwargs = _without_approximated_keys(layer, gate, kwargs, routed)
+        kwargs = _without_approximated_keys(routed.unit.module(layer), gate, kwargs, hidden.dtype)
     raw = unit.run(layer, x, kwargs)
     update = unit.update(layer, raw)
     routed.observe(state, features, raw, update, gate)
@@ -40,13 +38,14 @@ def run(
 
 
 def _without_approximated_keys(
-    layer: nn.Module, gate: Tensor, kwargs: dict[str, Any], routed: RoutedUnit
+    attention: Any, gate: Tensor, kwargs: dict[str, Any], dtype: torch.dtype
 ) -> dict[str, Any]:
     """The attention arguments with the keys of approximated tokens masked out (paper A.4)."""
     cache = kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         raise InputError(
-            "the masked back end does not decode with kv='drop'", "Use execution='sparse', which frees the cache"
+            "the masked back end does not decode with kv='drop'",
+            "Use execution='sparse', which frees the cache",
         )
     batch, length = gate.shape
     mask = kwargs.get("attention_mask")
@@ -57,10 +56,7 @@ def _without_approximated_keys(
         allowed = (mask if mask.dtype == torch.bool else mask >= 0).expand(batch, 1, length, length)
     own = torch.eye(length, dtype=torch.bool, device=gate.device)  # no row may be empty
     allowed = (allowed & (gate.detach() > 0.5)[:, None, None, :]) | own
-    config = routed.unit.module(layer).config
-    if config._attn_implementation == "eager":
-        dtype = layer.self_attn.o_proj.weight.dtype if mask is None else mask.dtype
-        dtype = dtype if dtype.is_floating_point else torch.float32
+    if attention.config._attn_implementation == "eager":
         low = torch.finfo(dtype).min
         allowed = torch.zeros(allowed.shape, dtype=dtype, device=gate.device).masked_fill(~allowed, low)
     return {**kwargs, "attention_mask": allowed}

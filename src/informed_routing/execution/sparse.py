@@ -19,9 +19,7 @@ from .cache import ExecutedKeysLayer
 Rope = tuple[Tensor, Tensor] | None
 
 
-def run(
-    routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]
-) -> Tensor:
+def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """One routed unit on the residual stream [B, N, d]; equals `masked.run` to rounding for the same gate."""
     if state.dense or state.observer is not None:
         return masked.run(routed, state, layer, hidden, kwargs)
@@ -83,9 +81,7 @@ def _keep_attention(
         return attend(attention, q, keys, values, _mask_rows(mask, places, length, keys.shape[-2]))
     places, filled = _ragged(gate)
     spread = places.unsqueeze(-1)
-    q = queries(
-        family, attention, x.gather(1, spread.expand(-1, -1, x.shape[-1])), _take_ragged(rope, places)
-    )
+    q = queries(family, attention, x.gather(1, spread.expand(-1, -1, x.shape[-1])), _take_ragged(rope, places))
     rows = _mask_ragged(mask, places, length, keys.shape[-2])
     return attend(attention, q, keys, values, rows)[filled].unsqueeze(0)
 

@@ -98,9 +98,7 @@ def _fused(attention: Any, x: Tensor, part: str) -> Tensor:
     return linear(x)[..., rows]  # an adapter or a quantised layer: run it whole
 
 
-def keys_values(
-    family: Family, attention: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
+def keys_values(family: Family, attention: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     """Keys and values [B, kv_heads, N, head_dim] of the normed input [B, N, d], keys rotated."""
     if family.projections == "fused":
         keys, values = _fused(attention, x, "kv").chunk(2, dim=-1)
@@ -137,9 +135,7 @@ def attend(attention: Any, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor
     if getattr(attention, "attn_logit_softcapping", None) is not None:
         extra["softcap"] = attention.attn_logit_softcapping
     if mask is not None and mask.dtype == torch.bool and implementation == "eager":
-        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(
-            ~mask, torch.finfo(q.dtype).min
-        )
+        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, torch.finfo(q.dtype).min)
     out, _ = interface(
         attention, q, keys, values, mask, dropout=0.0, scaling=attention.scaling, is_causal=False, **extra
     )

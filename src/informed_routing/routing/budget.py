@@ -105,9 +105,7 @@ class RoutingStats:
             for w in set(windows.tolist())
             if w != torch.inf
         }
-        keys = torch.stack(
-            [whole if w == torch.inf else limited[w].sum().cpu() for w in windows.tolist()]
-        )
+        keys = torch.stack([whole if w == torch.inf else limited[w].sum().cpu() for w in windows.tolist()])
         self.keys += keys
         if state.dense:
             self.executed += tokens
@@ -175,7 +173,7 @@ class RoutingStats:
 class BudgetMeter:
     """The differentiable share that training holds to its target (paper Eq. 5 and 8; `macs` is ours)."""
 
-    def __init__(self, costs: list[UnitCost], kinds: list[str], budget: Budget, context: float) -> None:
+    def __init__(self, costs: list[UnitCost], kinds: Sequence[str], budget: Budget, context: float) -> None:
         self.kinds = kinds
         dense = torch.tensor([c.dense(context) for c in costs], dtype=torch.float32)
         if budget == "units":

@@ -8,6 +8,7 @@ the update satisfies both, since a normalised one would lose the scale that the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,20 +39,21 @@ class Moments:
     """Running second moments of (input x, target y) of one unit, for the least-squares fit of every rank.
 
     Blocks are multiplied in float32 and summed in float64, so a long stream loses nothing to rounding.
-    Memory: 2 d^2 + 3 d doubles.
+    Memory: d (d + m) doubles for m outputs.
     """
 
-    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
-        kw = {"dtype": torch.float64, "device": device}
+    def __init__(self, width: int, device: torch.device | str = "cpu", *, outputs: int | None = None) -> None:
+        kw: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        outputs = outputs or width
         self.count = torch.zeros((), **kw)
         self.sum_x = torch.zeros(width, **kw)
-        self.sum_y = torch.zeros(width, **kw)
-        self.sum_yy = torch.zeros(width, **kw)
+        self.sum_y = torch.zeros(outputs, **kw)
+        self.sum_yy = torch.zeros(outputs, **kw)
         self.xx = torch.zeros(width, width, **kw)
-        self.xy = torch.zeros(width, width, **kw)
+        self.xy = torch.zeros(width, outputs, **kw)
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
-        """Accumulate rows x [n, d] and y [n, d], each with its weight [n, 1] (default 1)."""
+        """Accumulate rows x [n, d] and y [n, m], each with its weight [n, 1] (default 1)."""
         x, y = x.float(), y.float()
         wx = x if weight is None else x * weight
         wy = y if weight is None else y * weight

@@ -119,5 +119,3 @@ class RoutedUnit(nn.Module):
         if state.observer is not None:
             target = raw if self.predicts_raw else update
             state.observer(Observation(self.index, x, target, gate))
-
-

@@ -48,9 +48,7 @@ class Router(nn.Module):
             width = router_width(config, hidden_size, forecaster_rank)
             self.inner = nn.Linear(hidden_size, width)
             self.outer = nn.Linear(width, 2)
-            nn.init.kaiming_uniform_(
-                self.inner.weight, nonlinearity="relu" if config.kind == "mlp" else "linear"
-            )
+            nn.init.kaiming_uniform_(self.inner.weight, nonlinearity="relu" if config.kind == "mlp" else "linear")
             nn.init.zeros_(self.inner.bias)
         with torch.no_grad():
             # Start near indifference about tokens and in favour of executing: the model still works at step 0.

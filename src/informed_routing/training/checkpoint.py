@@ -54,7 +54,8 @@ def load_checkpoint(
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise InputError(
-            f"checkpoint {path} is damaged ({str(error).splitlines()[0]})", "Delete it and run again with --resume"
+            f"checkpoint {path} is damaged ({str(error).splitlines()[0]})",
+            "Delete it and run again with --resume",
         ) from None
     weights = {n.removeprefix("weight/"): t for n, t in stored.items() if n.startswith("weight/")}
     if weights.keys() != tensors.keys():

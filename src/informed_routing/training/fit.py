@@ -18,17 +18,17 @@ from ..config import Recipe
 from ..errors import InputError
 from ..evaluation.environment import environment
 from ..files import disk_error, write_json, write_text
+from ..model_card import model_card
 from ..persistence import LORA_FOLDER, is_routing_folder, save
 from ..progress import NullProgress, Progress
-from ..model_card import model_card
 from ..routed_model import RoutedModelForCausalLM
 from ..routing.budget import BudgetMeter
 from ..routing.decision import Threshold
 from . import forecast as stage1
 from .calibrate import calibrate, threshold_at
 from .checkpoint import StageRecord, load_checkpoint, save_checkpoint
-from .lora import LoraObjective, add_lora, merge_lora, save_lora
 from .loop import run_stage
+from .lora import LoraObjective, add_lora, merge_lora, save_lora
 from .route import RouteObjective, freeze_all_but, router_parameters
 from .schedule import seed_of
 from .warm_start import warm_start
@@ -79,8 +79,11 @@ class _Fit:
     ) -> None:
         self.recipe, self.out, self.device, self.progress = recipe, out, device, progress
         self.report: dict[str, Any] = {}
-        self._check_folder(resume, overwrite)
         self.accelerator = Accelerator(cpu=device == "cpu")
+        self.checkpoints = out / CHECKPOINTS
+        if self.accelerator.is_main_process:
+            self._check_folder(resume, overwrite)
+        self.accelerator.wait_for_everyone()
         self.base, self.tokenizer = load_model(
             recipe.model, dtype=recipe.dtype, device=device, revision=recipe.revision
         )
@@ -98,7 +101,9 @@ class _Fit:
             }
         )
         self.meter = BudgetMeter(
-            self.model.costs, [u.kind for u in self.model.units], recipe.route.budget,
+            self.model.costs,
+            [u.kind for u in self.model.units],
+            recipe.route.budget,
             (recipe.route.sequence_length + 1) / 2,
         )
         ceiling = self.meter.attainable()
@@ -112,15 +117,16 @@ class _Fit:
         # Text is read before anything is written, so that a refused fit leaves no folder behind.
         self.rows("train", recipe.route.sequence_length)
         self.rows("calibration", recipe.calibration.sequence_length)
-        if overwrite and self.out.is_dir():
-            self._clear()
-        write_text(self.checkpoints / RECIPE_FILE, self.recipe.model_dump_json(indent=2) + "\n")
+        if self.accelerator.is_main_process:
+            if overwrite and self.out.is_dir():
+                self._clear()
+            write_text(self.checkpoints / RECIPE_FILE, self.recipe.model_dump_json(indent=2) + "\n")
+        self.accelerator.wait_for_everyone()
 
     # -- folder and text ----------------------------------------------------------------------------------
 
     def _check_folder(self, resume: bool, overwrite: bool) -> None:
         """Refuse to mix runs: an existing folder must be resumed (same recipe) or overwritten."""
-        self.checkpoints = self.out / CHECKPOINTS
         stored = self.checkpoints / RECIPE_FILE
         if self.out.exists() and not self.out.is_dir():
             raise InputError(f"{self.out} is a file", "Give a folder for --out")
@@ -143,14 +149,28 @@ class _Fit:
     def _strangers(self) -> None:
         """Refuse to overwrite a folder that holds anything that no fit writes."""
         known = {
-            "routing_config.json", "routing.safetensors", "config.json", "fit.json", "README.md", LORA_FOLDER,
-            CHECKPOINTS, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-            "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json", "generation_config.json",
+            "routing_config.json",
+            "routing.safetensors",
+            "config.json",
+            "fit.json",
+            "README.md",
+            LORA_FOLDER,
+            CHECKPOINTS,
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "chat_template.jinja",
+            "vocab.json",
+            "merges.txt",
+            "tokenizer.model",
+            "added_tokens.json",
+            "generation_config.json",
         }
         strangers = [path.name for path in self.out.iterdir() if path.name not in known and path.name[0] != "."]
         if strangers:
             raise InputError(
-                f"{self.out} holds {strangers[0]}, which no fit has written", "Use another --out or empty the folder"
+                f"{self.out} holds {strangers[0]}, which no fit has written",
+                "Use another --out or empty the folder",
             )
 
     def _clear(self) -> None:
@@ -180,6 +200,7 @@ class _Fit:
         """Do `work` unless an earlier run has: its result is the tensors and what it reports."""
         path = self.checkpoints / f"{name}.safetensors"
         record = load_checkpoint(path, tensors)
+        self.accelerator.wait_for_everyone()  # nobody writes before all have looked
         if record is None:
             started = time.perf_counter()
             extra = work()
@@ -259,7 +280,11 @@ class _Fit:
                 self.progress.stage("start routers", len(rows))
                 return dict(
                     warm_start(
-                        self.model, rows, self.meter, config.sparsity, batch_size=config.batch_size,
+                        self.model,
+                        rows,
+                        self.meter,
+                        config.sparsity,
+                        batch_size=config.batch_size,
                         progress=self.progress,
                     ),
                     tokens=rows.numel(),
@@ -283,7 +308,11 @@ class _Fit:
         some = rows[: max(len(rows) // 8, 2)]
         threshold = threshold_at(self.model, some, recipe.route.sparsity, recipe.route.budget)
         stage1.fit_closed_form(
-            self.model, rows, recipe.forecaster, accelerator=self.accelerator, progress=self.progress,
+            self.model,
+            rows,
+            recipe.forecaster,
+            accelerator=self.accelerator,
+            progress=self.progress,
             decision=Threshold(threshold),
         )
         return {"tokens": rows.numel(), "threshold": threshold}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -135,7 +135,7 @@ def measure(model: RoutedModelForCausalLM, rows: Tensor, progress: Progress | No
     """Explained variance and mean cosine of the forecasts on rows [n, L] that the fit has not seen."""
     units = model.units
     width = model.routing_config.hidden_size
-    kw = {"dtype": torch.float64}
+    kw: dict[str, Any] = {"dtype": torch.float64}
     error, total, total_squares, cosines = (torch.zeros(len(units), **kw) for _ in range(4))
     sums = torch.zeros(len(units), width, **kw)
     count = 0
@@ -220,6 +220,6 @@ def offenders(model: RoutedModelForCausalLM, input_ids: Tensor) -> list[str]:
                 found.append(f"layer {seen.index // 2} {unit.kind}")
 
         training = model.training
-        observe(model, input_ids, observer, cast(DecisionRule, model.routing_state.decision))
+        observe(model, input_ids, observer, model.routing_state.decision)
         model.train(training)
     return found[:4]

@@ -57,6 +57,7 @@ def run_stage(
         fused=accelerator.device.type == "cuda",
     )
     record = load_checkpoint(checkpoint, trainable, optimizer) or StageRecord()
+    accelerator.wait_for_everyone()  # nobody writes before all have looked
     if record.finished:
         return record
     world = accelerator.num_processes

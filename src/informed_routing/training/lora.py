@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -42,7 +42,7 @@ def add_lora(model: Any, config: LoraStage) -> dict[str, nn.Parameter]:
 def peft_config(config: LoraStage, targets: tuple[str, ...], base: str) -> LoraConfig:
     return LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,
+        lora_alpha=cast(int, config.alpha),
         lora_dropout=config.dropout,
         target_modules=list(targets),
         bias="none",

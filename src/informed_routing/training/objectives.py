@@ -92,9 +92,7 @@ def next_token_loss(
         if teacher is not None:
             with torch.no_grad():
                 wanted = head(teacher[chunk]).log_softmax(-1)
-            loss = loss + distill * F.kl_div(
-                logits.log_softmax(-1), wanted, reduction="sum", log_target=True
-            )
+            loss = loss + distill * F.kl_div(logits.log_softmax(-1), wanted, reduction="sum", log_target=True)
         return loss
 
     total = cast(Tensor, _ChunkedSum.apply(rows, score))

@@ -43,9 +43,7 @@ class RouteObjective(nn.Module):
         }
 
 
-def dense_hidden(
-    model: RoutedModelForCausalLM, input_ids: Tensor, attention_mask: Tensor | None = None
-) -> Tensor:
+def dense_hidden(model: RoutedModelForCausalLM, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Last hidden states of the dense model on the same batch: the teacher of a distillation."""
     with torch.no_grad(), model.deciding(AlwaysExecute()):
         return model.hidden_states(input_ids, attention_mask)

@@ -105,13 +105,11 @@ class _LogErrors:
     """Moments of (input, log squared forecast error) of one unit."""
 
     def __init__(self, width: int, device: torch.device) -> None:
-        self.moments = Moments(width, device)
+        self.moments = Moments(width, device, outputs=1)
         self.x = torch.zeros(0, width)
 
     def add(self, x: Tensor, log_error: Tensor) -> None:
-        column = torch.zeros_like(x)
-        column[:, 0] = log_error
-        self.moments.add(x, column)
+        self.moments.add(x, log_error.unsqueeze(-1))
         self.x = x.cpu()  # the last batch is enough to place the margins
 
     def fit(self) -> tuple[Tensor, Tensor, float]:

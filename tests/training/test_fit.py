@@ -1,0 +1,261 @@
+"""The pipeline on a tiny model: all stages, exact resume, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from informed_routing.config import Recipe
+from informed_routing.errors import InputError, WorkError
+from informed_routing.progress import NullProgress
+from informed_routing.routed_model import RoutedModelForCausalLM
+from informed_routing.training.fit import fit
+
+
+class _StopAt(NullProgress):
+    """Raises KeyboardInterrupt at one step of one stage, as Ctrl-C would."""
+
+    def __init__(self, stage: str, step: int) -> None:
+        self.wanted, self.step, self.name = stage, step, ""
+
+    def stage(self, name: str, total: int) -> None:
+        self.name = name
+
+    def advance(self, step: int, **metrics: float | str) -> None:
+        if self.name == self.wanted and step >= self.step:
+            raise KeyboardInterrupt
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found = load_file(str(folder / "routing.safetensors"))
+    return found | load_file(str(folder / "lora" / "adapter_model.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return {"folder": tmp_path_factory.mktemp("whole") / "out"}
+
+
+def _uninterrupted(whole: dict[str, Any], recipe: Recipe) -> Path:
+    folder: Path = whole["folder"]
+    if not folder.exists():
+        whole["report"] = fit(recipe, folder)
+    return folder
+
+
+def test_fit_leaves_a_complete_folder(recipe: Recipe, whole: dict[str, Any]) -> None:
+    folder = _uninterrupted(whole, recipe)
+    names = {path.name for path in folder.iterdir()}
+    assert {
+        "routing_config.json",
+        "routing.safetensors",
+        "fit.json",
+        "README.md",
+        "lora",
+        "config.json",
+    } <= names
+    assert "adapter_config.json" not in names
+    assert "checkpoints" not in names
+    report = json.loads((folder / "fit.json").read_text())
+    assert report["stages"]["route"]["train"]["steps"] == 8
+    assert report["stages"]["lora"]["tokens"] == 5 * 2 * 32
+    quality = report["stages"]["forecast"]["quality"]
+    assert len(quality["per_unit"]) == 6
+    model = RoutedModelForCausalLM.from_pretrained(folder)
+    low, high = model.calibrated_range()
+    assert low == 0.0
+    assert high >= 0.4
+    model.set_sparsity(0.33)
+
+
+def test_auto_model_loads_the_folder(recipe: Recipe, whole: dict[str, Any]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+    folder = _uninterrupted(whole, recipe)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert isinstance(model, RoutedModelForCausalLM)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = pipeline("text-generation", model=model, tokenizer=tokenizer)("w1 w2 w3", max_new_tokens=4)
+    assert text[0]["generated_text"].startswith("w1 w2 w3")
+
+
+def test_adapter_is_a_peft_adapter_of_the_dense_model(recipe: Recipe, whole: dict[str, Any], tiny_folder: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = _uninterrupted(whole, recipe)
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    adapted = PeftModel.from_pretrained(base, str(folder / "lora")).merge_and_unload()
+    routed = RoutedModelForCausalLM.from_pretrained(folder)
+    routed.set_sparsity(0.0)
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert torch.allclose(adapted(ids).logits, routed(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stage", "step"),
+    [("forecast", 8), ("start routers", 4), ("route", 4), ("refit", 8), ("lora", 3), ("calibrate", 1)],
+)
+def test_interrupted_anywhere_resume_gives_the_same_weights(
+    recipe: Recipe, whole: dict[str, Any], tmp_path: Path, stage: str, step: int
+) -> None:
+    wanted = _uninterrupted(whole, recipe)
+    folder = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe, folder, progress=_StopAt(stage, step))
+    assert not (folder / "routing_config.json").exists()
+    fit(recipe, folder, resume=True)
+    expected, found = _tensors(wanted), _tensors(folder)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    tables = [json.loads((f / "routing_config.json").read_text())["thresholds"] for f in (wanted, folder)]
+    assert tables[0] == tables[1]
+
+
+def test_kill_9_in_each_stage_then_resume(recipe: Recipe, whole: dict[str, Any], tmp_path: Path) -> None:
+    """A killed process, not a raised exception: at the first checkpoint of every stage in turn."""
+    wanted = _uninterrupted(whole, recipe)
+    folder = tmp_path / "out"
+    described = tmp_path / "recipe.json"
+    described.write_text(recipe.model_dump_json())
+    script = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from pathlib import Path\n"
+        "from informed_routing.config import Recipe\n"
+        "from informed_routing.training.fit import fit\n"
+        "recipe = Recipe.model_validate_json(Path(sys.argv[1]).read_text())\n"
+        "fit(recipe, sys.argv[2], resume=Path(sys.argv[2]).exists())\n"
+    )
+    killed = []
+    for name in ("forecast", "route", "lora"):
+        process = subprocess.Popen([sys.executable, "-c", script, str(described), str(folder)])
+        while process.poll() is None and not (folder / "checkpoints" / f"{name}.safetensors").exists():
+            time.sleep(0.002)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        killed.append(process.returncode)
+    assert killed[:2] == [-signal.SIGKILL, -signal.SIGKILL]
+    if not (folder / "routing_config.json").exists():
+        fit(recipe, folder, resume=True)
+    expected, found = _tensors(wanted), _tensors(folder)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_existing_folders_are_refused(recipe: Recipe, whole: dict[str, Any], tmp_path: Path) -> None:
+    folder = _uninterrupted(whole, recipe)
+    with pytest.raises(InputError, match="exists already"):
+        fit(recipe, folder)
+    with pytest.raises(InputError, match="finished fit"):
+        fit(recipe, folder, resume=True)
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(InputError, match="precious"):
+        fit(recipe, tmp_path, overwrite=True)
+
+
+def test_another_recipe_is_not_resumed(recipe: Recipe, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe, folder, progress=_StopAt("route", 2))
+    with pytest.raises(InputError, match="another recipe"):
+        fit(recipe.with_overrides({"route.steps": 9}), folder, resume=True)
+
+
+def test_loss_that_is_not_finite_stops_with_step_and_units(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from informed_routing.training import route
+
+    original = route.RouteObjective.forward
+
+    def poisoned(self: Any, input_ids: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+        if step == 5:
+            with torch.no_grad():
+                self.model.units[3].router.outer.weight.fill_(float("nan"))
+        return original(self, input_ids, step)
+
+    monkeypatch.setattr(route.RouteObjective, "forward", poisoned)
+    folder = tmp_path / "out"
+    with pytest.raises(WorkError, match=r"not finite at step 5 \(units at fault: layer 1 ffn\)"):
+        fit(recipe, folder)
+    checkpoint = load_file(str(folder / "checkpoints" / "route.safetensors"))
+    assert all(torch.isfinite(tensor).all() for tensor in checkpoint.values())
+
+
+def test_unreachable_budget_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be reached"):
+        fit(recipe.with_overrides({"route.sparsity": 0.95, "route.budget": "macs"}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"forecaster.fit": "gradient", "forecaster.refit": False},
+        {
+            "forecaster.fit": "gradient",
+            "forecaster.activation": "silu",
+            "forecaster.loss": "smooth-l1",
+            "forecaster.target": "raw",
+            "forecaster.refit": False,
+        },
+        {"forecaster.fit": "gradient", "forecaster.start": "closed-form", "forecaster.target": "normalised"},
+        {"forecaster.fallback": "zero", "router.kind": "linear", "router.input": "residual"},
+        {"router.kind": "mlp", "route.objective": {"kind": "distill"}, "route.budget": "macs"},
+        {"route.objective": {"kind": "mixed"}, "route.balanced": True, "activation_checkpointing": True},
+        {"kv": "drop", "router.warm_start": False, "route.train_forecasters": True},
+        {"route.steps": 0},
+    ],
+    ids=[
+        "gradient",
+        "published-code",
+        "normalised",
+        "skipgpt",
+        "distill",
+        "balanced",
+        "kv-drop",
+        "start-only",
+    ],
+)
+def test_every_setting_runs_to_the_end(recipe: Recipe, tmp_path: Path, overrides: dict[str, Any]) -> None:
+    changed = recipe.with_overrides({"stages": ["forecast", "route"], "route.steps": 3, **overrides})
+    report = fit(changed, tmp_path / "out")
+    assert report["stages"]["calibrate"]["thresholds"]
+    model = RoutedModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert torch.isfinite(model(ids).logits).all()
+
+
+def test_api_of_the_contract(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    import informed_routing as ir
+
+    ir.fit(
+        str(tiny_folder),
+        out=tmp_path / "out",
+        sparsity=0.3,
+        data=[str(text_file)],
+        overrides={
+            "route.steps": 2,
+            "route.sequence_length": 32,
+            "forecaster.tokens": 512,
+            "forecaster.rank": 8,
+            "router.warm_start_tokens": 256,
+            "forecast.sequence_length": 32,
+            "calibration.tokens": 256,
+            "calibration.sequence_length": 32,
+            "calibration.targets": [0.3],
+        },
+    )
+    assert ir.RoutedModelForCausalLM.from_pretrained(tmp_path / "out").routing_config.sparsity > 0.25

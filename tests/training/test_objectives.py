@@ -1,0 +1,115 @@
+"""Losses, schedules, gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.routed import make_routed
+from tests.tiny import make_tiny, random_ids
+from torch.nn import functional as F
+
+from informed_routing.config import ObjectiveConfig, RouteStage, StageConfig
+from informed_routing.routing.budget import BudgetMeter
+from informed_routing.training import objectives
+from informed_routing.training.objectives import lm_head, next_token_loss
+from informed_routing.training.route import RouteObjective, freeze_all_but, router_parameters
+from informed_routing.training.schedule import Batches, learning_rate, linear
+from informed_routing.training.warm_start import warm_start
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objectives, "CHUNK", 7)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_chunked_loss_and_gradient_equal_the_plain_ones(family: str) -> None:
+    model = make_tiny(family)
+    ids = random_ids(2, 12)
+    hidden = model.model(ids).last_hidden_state.detach().requires_grad_()
+    head = lm_head(model)
+    with torch.no_grad():
+        assert torch.allclose(head(hidden), model(ids).logits, atol=1e-4)
+    loss = next_token_loss(hidden, ids, head, ObjectiveConfig())
+    (found,) = torch.autograd.grad(loss, hidden)
+    plain = F.cross_entropy(head(hidden)[:, :-1].reshape(-1, 128), ids[:, 1:].reshape(-1))
+    (wanted,) = torch.autograd.grad(plain, hidden)
+    assert float(loss) == pytest.approx(float(plain), rel=1e-5)
+    assert torch.allclose(found, wanted, atol=1e-6)
+
+
+def test_distillation_is_zero_at_the_teacher_and_mixes() -> None:
+    model = make_tiny("llama")
+    ids = random_ids(2, 12)
+    hidden = model.model(ids).last_hidden_state.detach()
+    head = lm_head(model)
+    other = hidden + 0.1 * torch.randn_like(hidden)
+    distill = ObjectiveConfig(kind="distill")
+    assert float(next_token_loss(hidden, ids, head, distill, hidden)) == pytest.approx(0, abs=1e-5)
+    kl = float(next_token_loss(other, ids, head, distill, hidden))
+    lm = float(next_token_loss(other, ids, head, ObjectiveConfig()))
+    mixed = ObjectiveConfig(kind="mixed", distill_weight=0.25)
+    assert kl > 0
+    assert float(next_token_loss(other, ids, head, mixed, hidden)) == pytest.approx(0.25 * kl + 0.75 * lm, rel=1e-4)
+
+
+def test_padding_does_not_count_in_the_loss() -> None:
+    model = make_tiny("llama")
+    ids = random_ids(1, 10)
+    hidden = model.model(ids).last_hidden_state.detach()
+    head = lm_head(model)
+    padded_ids = torch.cat([ids, torch.zeros(1, 4, dtype=torch.long)], 1)
+    padded = torch.cat([hidden, torch.randn(1, 4, 64)], 1)
+    valid = padded_ids > 0
+    wanted = float(next_token_loss(hidden, ids, head, ObjectiveConfig()))
+    found = float(next_token_loss(padded, padded_ids, head, ObjectiveConfig(), valid=valid))
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_checkpointing_changes_no_gradient() -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = make_routed("llama")
+        parameters = router_parameters(model)
+        freeze_all_but(model, parameters)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        meter = BudgetMeter(model.costs, [u.kind for u in model.units], "units", 8)
+        torch.manual_seed(0)
+        RouteObjective(model, RouteStage(steps=10), meter)(random_ids(2, 16), 3)["loss"].backward()
+        found.append([p.grad if p.grad is not None else torch.zeros(1) for p in parameters.values()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
+    assert any(float(g.abs().max()) > 0 for g in found[0])
+
+
+def test_warm_start_sets_the_sampled_share() -> None:
+    model = make_routed("llama")
+    meter = BudgetMeter(model.costs, [u.kind for u in model.units], "units", 16)
+    report = warm_start(model, random_ids(24, 32), meter, 0.3)
+    assert 0 < report["log_error_explained_attention"] <= 1
+    model.routing_state.record_margins = True
+    from informed_routing.routing.decision import Threshold
+
+    model.set_decision(Threshold(float("-inf")))
+    with torch.no_grad():
+        model(random_ids(8, 32, seed=9))
+    margins = torch.stack([model.routing_state.margins[i].reshape(-1) for i in range(6)])
+    assert float(1 - torch.sigmoid(margins).mean()) == pytest.approx(0.3, abs=0.05)
+
+
+def test_batches_deal_out_every_row_once_an_epoch() -> None:
+    rows = torch.arange(12)[:, None].expand(12, 4)
+    dealt = [Batches(rows, 2, 5, rank, 2)[i][:, 0].tolist() for i in range(3) for rank in range(2)]
+    assert sorted(row for part in dealt for row in part) == list(range(12))
+    assert Batches(rows, 2, 5)[7].tolist() == Batches(rows, 2, 5)[7].tolist()
+    assert Batches(rows, 6, 5)[0].tolist() != Batches(rows, 6, 5)[2].tolist()
+
+
+def test_schedules() -> None:
+    config = StageConfig(steps=100, learning_rate=1.0, warmup_steps=4, schedule="cosine")
+    assert learning_rate(config, 0) == pytest.approx(0.2)
+    assert learning_rate(config, 50) == pytest.approx(0.5)
+    assert learning_rate(config, 99) < 0.01
+    assert linear(5.0, 1.0, 0, 10) == 5.0
+    assert linear(5.0, 1.0, 9, 10) == 1.0
