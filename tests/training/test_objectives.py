@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from informed_routing.config import ObjectiveConfig, RouteStage, StageConfig
 from informed_routing.routing.budget import BudgetMeter
 from informed_routing.training import objectives
+from informed_routing.training.fit import enable_checkpointing
 from informed_routing.training.objectives import lm_head, next_token_loss
 from informed_routing.training.route import RouteObjective, freeze_all_but, router_parameters
 from informed_routing.training.schedule import Batches, learning_rate, linear
@@ -73,7 +74,7 @@ def test_checkpointing_changes_no_gradient() -> None:
         parameters = router_parameters(model)
         freeze_all_but(model, parameters)
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model)
         model.train()
         meter = BudgetMeter(model.costs, [u.kind for u in model.units], "units", 8)
         torch.manual_seed(0)

@@ -214,7 +214,7 @@ class _Fit:
         recipe = self.recipe
         try:
             if recipe.activation_checkpointing:
-                self.model.gradient_checkpointing_enable({"use_reentrant": False})
+                enable_checkpointing(self.model)
             if "forecast" in recipe.stages and recipe.forecaster.fallback == "forecaster":
                 self.report["forecast"] = self.forecast()
             if "route" in recipe.stages:
@@ -393,6 +393,12 @@ class _Fit:
                 shutil.rmtree(self.checkpoints)
         self.accelerator.wait_for_everyone()
         return result
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass; the method has two names across transformers versions."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _summary(record: StageRecord) -> dict[str, Any]:

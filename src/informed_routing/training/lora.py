@@ -89,8 +89,8 @@ class LoraObjective(nn.Module):
 
     def forward(self, input_ids: Tensor, step: int) -> dict[str, Tensor]:
         teacher = self._teacher(input_ids) if self.config.objective.kind != "lm" else None
-        with self.model.deciding(self.decision):
-            hidden = self.model.hidden_states(input_ids)
+        self.model.routing_state.decision = self.decision  # also for recomputation in the backward
+        hidden = self.model.hidden_states(input_ids)
         loss = next_token_loss(hidden, input_ids, self.head, self.config.objective, teacher)
         gates = self.model.routing_state.gates
         found = {"loss": loss, "task": loss.detach()}

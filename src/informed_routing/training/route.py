@@ -27,8 +27,9 @@ class RouteObjective(nn.Module):
         config, model = self.config, self.model
         teacher = dense_hidden(model, input_ids, attention_mask) if config.objective.kind != "lm" else None
         tau = linear(config.tau_start, config.tau_end, step, config.steps)
-        with model.deciding(GumbelSample(tau)):
-            hidden = model.hidden_states(input_ids, attention_mask)
+        # Left in place after the forward: activation checkpointing decides again in the backward.
+        model.routing_state.decision = GumbelSample(tau)
+        hidden = model.hidden_states(input_ids, attention_mask)
         valid = None if attention_mask is None else attention_mask.bool()
         task = next_token_loss(hidden, input_ids, self.head, config.objective, teacher, valid)
         approximated = approximated_shares(model.routing_state.gates, valid)

@@ -58,7 +58,12 @@ def warm_start(
     head = lm_head(model)
     count = 0
 
+    observed: set[int] = set()
+
     def observer(seen: Observation) -> None:
+        if seen.index in observed:  # recomputation under activation checkpointing
+            return
+        observed.add(seen.index)
         with torch.no_grad():
             x, y = seen.x.reshape(-1, width).float(), seen.output.reshape(-1, width).float()
             forecaster = units[seen.index].forecaster
@@ -72,6 +77,7 @@ def warm_start(
         with model.deciding(_Probe()):
             for start in range(0, len(rows), batch_size):
                 batch = rows[start : start + batch_size].to(model.device)
+                observed.clear()
                 hidden = model.hidden_states(batch)
                 loss = next_token_loss(hidden, batch, head, ObjectiveConfig(), reduction="sum")
                 gates = [state.gates[i] for i in range(len(units))]
