@@ -35,6 +35,10 @@ class ForecasterConfig(_Frozen):
     start: Literal["random", "closed-form"] = Field("random", description="start of the gradient fit")
     tokens: int = Field(40_960, ge=1, description="text read by the closed-form fit, in tokens")
     ridge: float = Field(3e-3, ge=0, description="ridge strength relative to the mean input variance")
+    weighting: Literal["relative", "none"] = Field(
+        "relative",
+        description="closed form: weigh each token's error by 1 / mean square of the residual stream, or not",
+    )
     loss: Literal["l1+cosine", "smooth-l1", "mse"] = "l1+cosine"
     target: Literal["update", "raw", "normalised"] = Field(
         "update",

@@ -36,7 +36,7 @@ def demo(
     ] = False,
     steps: Annotated[int | None, typer.Option("--steps", help="Router training steps [default: the recipe's].")] = None,
     rows: Annotated[int, typer.Option("--rows", help="Held-out sequences of 512 tokens per text.")] = 8,
-    repeats: Annotated[int, typer.Option("--repeats", help="Measured runs of each engine.")] = 5,
+    repeats: Annotated[int, typer.Option("--repeats", help="Measured runs of each engine.")] = 3,
 ) -> None:
     """Fit, evaluate and time a routed SmolLM2-135M on embedded text, in minutes on a CPU.
 

@@ -21,7 +21,7 @@ def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tenso
     if state.dense:
         raw = unit.run(layer, x, kwargs)
         update = unit.update(layer, raw)
-        routed.observe(state, routed.features(hidden, x), raw, update, None)
+        routed.observe(state, hidden, routed.features(hidden, x), raw, update, None)
         return hidden + update
     features = routed.features(hidden, x)
     gate = routed.decide(state, hidden, features)
@@ -29,7 +29,7 @@ def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tenso
         kwargs = _without_approximated_keys(routed.unit.module(layer), gate, kwargs, hidden.dtype)
     raw = unit.run(layer, x, kwargs)
     update = unit.update(layer, raw)
-    routed.observe(state, features, raw, update, gate)
+    routed.observe(state, hidden, features, raw, update, gate)
     forecast = routed.forecast(layer, features)
     if gate.dtype == torch.bool:
         return hidden + torch.where(gate.unsqueeze(-1), update, forecast)

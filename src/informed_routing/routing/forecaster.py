@@ -99,7 +99,7 @@ def solve(moments: Moments, ridge: float) -> ClosedForm:
     With Sigma = cov(x) + ridge * mean variance * I = L L^T and B = Sigma^-1 cov(x, y), the best rank-r map is B
     projected on the r leading right singular vectors of L^T B (Izenman 1975). The bias makes the means agree.
     """
-    n = moments.count.clamp(min=1)
+    n = moments.count.clamp(min=1e-30)  # a sum of weights, which may be small
     mean_x, mean_y = moments.sum_x / n, moments.sum_y / n
     cov = moments.xx / n - torch.outer(mean_x, mean_x)
     cross = moments.xy / n - torch.outer(mean_x, mean_y)

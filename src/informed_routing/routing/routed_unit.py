@@ -32,6 +32,18 @@ class Observation:
     """[B, N, d]: the unit's contribution in the form that the forecaster predicts."""
     gate: Tensor | None
     """[B, N]: the decision, None while everything executes."""
+    residual: Tensor
+    """[B, N, d]: the residual stream that the output is added to."""
+
+    @property
+    def relative_weight(self) -> Tensor:
+        """1 / mean square of the residual stream, [B * N, 1]: how much a miss of one unit of length matters.
+
+        Later norms divide by the stream's size, so the same miss means little where the stream is large. Without
+        this the few tokens with massive activations decide the whole least-squares fit.
+        """
+        squares = self.residual.detach().float().square().mean(-1)
+        return (1 / squares.clamp(min=1e-12)).reshape(-1, 1)
 
 
 Observer = Callable[[Observation], None]
@@ -114,8 +126,10 @@ class RoutedUnit(nn.Module):
             state.margins[self.index] = (logits[..., 1] - logits[..., 0]).detach()
         return gate
 
-    def observe(self, state: RoutingState, x: Tensor, raw: Tensor, update: Tensor, gate: Tensor | None) -> None:
+    def observe(
+        self, state: RoutingState, hidden: Tensor, x: Tensor, raw: Tensor, update: Tensor, gate: Tensor | None
+    ) -> None:
         """Show one unit's input and output to the observer, if there is one."""
         if state.observer is not None:
             target = raw if self.predicts_raw else update
-            state.observer(Observation(self.index, x, target, gate))
+            state.observer(Observation(self.index, x, target, gate, hidden))

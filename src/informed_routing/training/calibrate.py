@@ -55,6 +55,10 @@ def calibrate(
     measured = _measure(model, first, low, config.batch_size)
     floor = float(measured.margins.min()) - 1e-3
     table = [ThresholdRow(threshold=floor, units=0.0, attention=0.0, ffn=0.0, macs=measured.row.macs)]
+    for target in (targets[0] / 8, targets[0] / 2):
+        # Margins have long tails: without these rows, low sparsities would be interpolated across the tail.
+        measured = _measure(model, first, _quantile(measured.margins, meter, target), config.batch_size)
+        table.append(measured.row)
     for done, target in enumerate(targets, start=1):
         aim = target
         for attempt in range(MAX_PASSES):

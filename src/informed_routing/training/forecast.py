@@ -60,14 +60,15 @@ def gather_moments(
     tokens that forecasts will really be used for, at inputs that earlier forecasts have already shifted.
     """
     width = model.routing_config.hidden_size
+    relative = model.routing_config.forecaster.weighting == "relative"
     moments = [Moments(width, model.device) for _ in model.units]
 
     def observer(seen: Observation) -> None:
         x, y = seen.x.reshape(-1, width), seen.output.reshape(-1, width)
-        if seen.gate is None:
-            moments[seen.index].add(x, y)
-            return
-        weight = torch.where(seen.gate.reshape(-1, 1) > 0.5, REFIT_EXECUTED_WEIGHT, 1.0)
+        weight = seen.relative_weight if relative else None
+        if seen.gate is not None:
+            chosen = torch.where(seen.gate.reshape(-1, 1) > 0.5, REFIT_EXECUTED_WEIGHT, 1.0)
+            weight = chosen if weight is None else weight * chosen
         moments[seen.index].add(x, y, weight)
 
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)

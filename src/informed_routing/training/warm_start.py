@@ -1,11 +1,11 @@
 """Closed-form start of the routers: regress each margin on the token's measured recoverability.
 
 Two things make a token worth executing: how far the forecast misses (predictable from the router's own input), and
-how much the loss minds a miss of this unit. The first is the squared forecast error of each token; its logarithm is
-fitted by ridge regression. The second is the unit's mean squared gradient of the loss along the miss,
-dL/dgate = <dL/dh, update - forecast>, from a few backward passes of the dense model. Their sum, in logarithms,
-orders tokens across all units on one scale; it becomes the margin. The paper starts routers at random; here stage 2
-starts near a good router, and a short stage 2 is enough.
+how much the loss minds a miss of this unit. The first is each token's squared forecast error, relative to the size of
+the residual stream that later norms divide by; its logarithm is fitted by ridge regression. The second is the unit's
+mean squared gradient of the loss along the miss, dL/dgate = <dL/dh, update - forecast>, from a few backward passes of
+the dense model. Their sum, in logarithms, orders tokens across all units on one scale; it becomes the margin. The paper
+starts routers at random; here stage 2 starts near a good router, and a short stage 2 is enough.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def warm_start(
             x, y = seen.x.reshape(-1, width).float(), seen.output.reshape(-1, width).float()
             forecaster = units[seen.index].forecaster
             miss = y if forecaster is None else y - forecaster(x).float()
-            errors[seen.index].add(x, miss.square().sum(-1).clamp(min=1e-20).log())
+            size = miss.square().sum(-1) * seen.relative_weight[:, 0]
+            errors[seen.index].add(x, size.clamp(min=1e-20).log())
 
     model.train()
     state.observer = observer
