@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64, help="tokens a sequence of the gradient fit")
     arguments = parser.parse_args()
     base, tokenizer = load_model("demo:smollm2-135m")
-    model = RoutedModelForCausalLM.attach(base, ForecasterConfig(), RouterConfig(kind="low-rank"))
+    model = RoutedModelForCausalLM.attach(base, ForecasterConfig(weighting="none"), RouterConfig(kind="low-rank"))
     texts = load_texts("demo:wiki,demo:c4")
     rows = pack(texts, tokenizer, 256)
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]

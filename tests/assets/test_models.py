@@ -99,13 +99,13 @@ def test_routing_folder_gives_its_base(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     config = out / "routing_config.json"
-    config.write_text(json.dumps({"base_model": str(folder)}))
+    config.write_text(json.dumps({"base_model": {"name": str(folder)}}))
     assert load_tokenizer(out).eos_token_id == 2
     assert type(load_model(out)[0]).__name__ == "LlamaForCausalLM"
     config.write_text("{")
     with pytest.raises(InputError, match="damaged"):
         load_model(out)
-    config.write_text(json.dumps({"base_model": str(out)}))
+    config.write_text(json.dumps({"base_model": {"name": str(out)}}))
     with pytest.raises(InputError, match="another routing folder"):
         load_model(out)
 

@@ -82,26 +82,32 @@ def gather_moments(
 
 @dataclass
 class ForecastReport:
-    """Explained variance and mean cosine of every unit, in unit order, and the time both parts took."""
+    """Quality of every unit's forecasts, in unit order, on text that the fit has not seen."""
 
     explained: list[float]
+    """Share of the output variance explained."""
+    relative: list[float]
+    """The same with each token weighed by 1 / mean square of the residual stream: what the closed form optimises."""
     cosine: list[float]
-    pass_seconds: float = 0.0
-    solve_seconds: float = 0.0
 
     def as_dict(self, kinds: list[str]) -> dict[str, Any]:
-        def mean(values: list[float], kind: str) -> float:
-            picked = [v for v, k in zip(values, kinds, strict=True) if k == kind]
-            return sum(picked) / max(len(picked), 1)
+        def means(values: list[float]) -> dict[str, float]:
+            groups = {kind: [v for v, k in zip(values, kinds, strict=True) if k == kind] for kind in kinds}
+            return {kind: round(sum(group) / len(group), 4) for kind, group in groups.items()}
 
         return {
-            "pass_seconds": round(self.pass_seconds, 2),
-            "solve_seconds": round(self.solve_seconds, 2),
-            "explained_variance": {kind: round(mean(self.explained, kind), 4) for kind in ("attention", "ffn")},
-            "cosine": {kind: round(mean(self.cosine, kind), 4) for kind in ("attention", "ffn")},
+            "explained_variance": means(self.explained),
+            "relative_explained_variance": means(self.relative),
+            "cosine": means(self.cosine),
             "per_unit": [
-                {"layer": i // 2, "kind": kind, "explained_variance": round(e, 4), "cosine": round(c, 4)}
-                for i, (kind, e, c) in enumerate(zip(kinds, self.explained, self.cosine, strict=True))
+                {
+                    "layer": i // 2,
+                    "kind": kind,
+                    "explained_variance": round(self.explained[i], 4),
+                    "relative_explained_variance": round(self.relative[i], 4),
+                    "cosine": round(self.cosine[i], 4),
+                }
+                for i, kind in enumerate(kinds)
             ],
         }
 
@@ -132,31 +138,45 @@ def solutions(
     return [solve(found, ridge) for found in gather_moments(model, rows, progress=progress)]
 
 
+class _Misses:
+    """Weighted squared misses and output variance of every unit."""
+
+    def __init__(self, units: int, width: int) -> None:
+        kw: dict[str, Any] = {"dtype": torch.float64}
+        self.error, self.squares, self.weight = (torch.zeros(units, **kw) for _ in range(3))
+        self.sums = torch.zeros(units, width, **kw)
+
+    def add(self, index: int, y: Tensor, predicted: Tensor, weight: Tensor) -> None:
+        self.error[index] += (weight * (y - predicted).square()).sum().double().cpu()
+        self.squares[index] += (weight * y.square()).sum().double().cpu()
+        self.sums[index] += (weight * y).sum(0).double().cpu()
+        self.weight[index] += weight.sum().double().cpu()
+
+    def explained(self) -> list[float]:
+        variance = self.squares - self.sums.square().sum(1) / self.weight.clamp(min=1e-30)
+        return (1 - self.error / variance.clamp(min=1e-30)).tolist()
+
+
 def measure(model: RoutedModelForCausalLM, rows: Tensor, progress: Progress | None = None) -> ForecastReport:
     """Explained variance and mean cosine of the forecasts on rows [n, L] that the fit has not seen."""
     units = model.units
     width = model.routing_config.hidden_size
-    kw: dict[str, Any] = {"dtype": torch.float64}
-    error, total, total_squares, cosines = (torch.zeros(len(units), **kw) for _ in range(4))
-    sums = torch.zeros(len(units), width, **kw)
-    count = 0
+    plain, relative = _Misses(len(units), width), _Misses(len(units), width)
+    cosines = torch.zeros(len(units), dtype=torch.float64)
 
     def observer(seen: Observation) -> None:
-        nonlocal count
         forecaster = units[seen.index].forecaster
         assert forecaster is not None
         y = seen.output.reshape(-1, width).float()
         predicted = forecaster(seen.x.reshape(-1, width)).float()
-        error[seen.index] += (y - predicted).square().sum().double().cpu()
-        total_squares[seen.index] += y.square().sum().double().cpu()
-        sums[seen.index] += y.sum(0).double().cpu()
+        weight = seen.relative_weight
+        relative.add(seen.index, y, predicted, weight)
+        plain.add(seen.index, y, predicted, torch.ones_like(weight))
         cosines[seen.index] += F.cosine_similarity(predicted, y, dim=-1).sum().double().cpu()
-        count += y.shape[0] if seen.index == 0 else 0
 
     observe(model, rows, observer, AlwaysExecute(), progress=progress)
-    total = total_squares - sums.square().sum(1) / max(count, 1)
-    explained = 1 - error / total.clamp(min=1e-30)
-    return ForecastReport(explained.tolist(), (cosines / max(count, 1)).tolist())
+    cosine = (cosines / plain.weight.clamp(min=1)).tolist()
+    return ForecastReport(plain.explained(), relative.explained(), cosine)
 
 
 class ForecastObjective(nn.Module):

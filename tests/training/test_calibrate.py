@@ -1,0 +1,52 @@
+"""Threshold tables."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.routed import make_routed
+from tests.tiny import random_ids
+
+from informed_routing.config import CalibrationConfig
+from informed_routing.errors import InputError
+from informed_routing.routed_model import RoutedModelForCausalLM
+from informed_routing.training.calibrate import calibrate
+
+ROWS = random_ids(64, 32, seed=4)
+
+
+def _realised(model: RoutedModelForCausalLM, rows: torch.Tensor) -> dict[str, float]:
+    model.reset_routing_stats()
+    with torch.no_grad():
+        model.hidden_states(rows)
+    return model.routing_stats()
+
+
+@pytest.mark.parametrize("budget", ["units", "macs"])
+def test_every_sparsity_up_to_the_highest_target_is_realised(budget: str) -> None:
+    model = make_routed("llama")
+    config = CalibrationConfig(targets=(0.1, 0.2, 0.3), tokens=1, sequence_length=32)
+    table = calibrate(model, ROWS, config, budget)  # type: ignore[arg-type]
+    model.with_thresholds(table, budget, 0.2, 32)  # type: ignore[arg-type]
+    assert [row.threshold for row in table] == sorted(row.threshold for row in table)
+    for target in (0.02, 0.05, 0.1, 0.15, 0.2, 0.27, 0.3):
+        model.set_sparsity(target)
+        assert _realised(model, ROWS)[budget] == pytest.approx(target, abs=0.015)
+
+
+def test_rows_hold_what_was_measured() -> None:
+    model = make_routed("llama")
+    table = calibrate(model, ROWS, CalibrationConfig(targets=(0.25,), sequence_length=32), "units")
+    model.with_thresholds(table, "units", 0.25, 32)
+    model.set_sparsity(table[-1].units)
+    found = _realised(model, ROWS)
+    for key in ("units", "attention", "ffn", "macs"):
+        assert found[key] == pytest.approx(getattr(table[-1], key), abs=1e-6)
+
+
+def test_targets_above_the_ceiling_are_left_out_or_refused() -> None:
+    model = make_routed("llama")
+    table = calibrate(model, ROWS, CalibrationConfig(targets=(0.2, 0.97), sequence_length=32), "macs")
+    assert table[-1].macs < 0.3
+    with pytest.raises(InputError, match="no calibration target is below"):
+        calibrate(model, ROWS, CalibrationConfig(targets=(0.97,), sequence_length=32), "macs")
