@@ -96,3 +96,15 @@ def test_hidden_states_are_recorded_as_in_the_base() -> None:
         found = routed(ids, output_hidden_states=True).hidden_states
     assert len(found) == len(wanted)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_peft_wraps_a_routed_model() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    routed = make_routed("llama")
+    routed.set_decision(Threshold(0.0))
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        wanted = routed(ids).logits
+        adapted = get_peft_model(routed, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+        assert torch.allclose(adapted(input_ids=ids).logits, wanted, atol=1e-5)

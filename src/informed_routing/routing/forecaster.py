@@ -108,7 +108,9 @@ def solve(moments: Moments, ridge: float) -> ClosedForm:
     sigma = cov + jitter * torch.eye(cov.shape[0], dtype=cov.dtype, device=cov.device)
     lower = torch.linalg.cholesky(sigma)
     weights = torch.cholesky_solve(cross, lower)
-    _, _, directions = torch.linalg.svd(lower.T @ weights, full_matrices=False)
+    # B^T Sigma B = cov(x, y)^T B: its eigenvectors are the right singular vectors of L^T B, several times faster.
+    spread = cross.T @ weights
+    directions = torch.linalg.eigh((spread + spread.T) / 2).eigenvectors.flip(1).T
     inner = weights @ directions.T  # column i: what direction i reads
     # Variance left at rank r: |y|^2 - 2 <cross, B_r> + <B_r, cov B_r>, accumulated direction by direction.
     gain = 2 * ((cross @ directions.T) * inner).sum(0) - (inner * (cov @ inner)).sum(0)

@@ -15,7 +15,7 @@ from ..config import ForecasterConfig
 from ..progress import Progress
 from ..routed_model import RoutedModelForCausalLM
 from ..routing.decision import AlwaysExecute, DecisionRule
-from ..routing.forecaster import ClosedForm, Moments, solve
+from ..routing.forecaster import Moments, solve
 from ..routing.routed_unit import Observation, Observer
 from .objectives import forecast_loss
 
@@ -129,13 +129,6 @@ def fit_closed_form(
         if unit.forecaster is not None:
             solve(found, config.ridge).write_to(unit.forecaster)
     return passed - started, time.perf_counter() - passed
-
-
-def solutions(
-    model: RoutedModelForCausalLM, rows: Tensor, ridge: float, progress: Progress | None = None
-) -> list[ClosedForm]:
-    """The closed forms of all units, for studies of the rank."""
-    return [solve(found, ridge) for found in gather_moments(model, rows, progress=progress)]
 
 
 class _Misses:
