@@ -2,8 +2,9 @@
 
     python benchmarks/forecasters.py            # writes docs/data/forecasters.json and prints the table
 
-One streaming pass gives the closed form of every rank. The gradient fit (the paper's L1 + cosine loss, and plain
-squared error) trains all ranks side by side on the same features, from a random start, batch 8.
+One streaming pass gives the closed form of every rank for all units. The gradient fit (the paper's L1 + cosine loss at
+its rate and steps, and plain squared error) is slow, so it is done for the units of six layers, all ranks side by side
+on stored features of the same text; the comparison is over those units.
 """
 
 from __future__ import annotations
@@ -14,125 +15,147 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from informed_routing.assets import load_model, load_texts, pack
+from informed_routing.cli.progress import make_progress
 from informed_routing.config import ForecasterConfig, RouterConfig
 from informed_routing.evaluation.environment import environment
 from informed_routing.files import write_json
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.routing.decision import AlwaysExecute
-from informed_routing.routing.forecaster import Forecaster, solve
+from informed_routing.routing.forecaster import ClosedForm, Forecaster, solve
 from informed_routing.routing.routed_unit import Observation
 from informed_routing.training.forecast import gather_moments, observe
 from informed_routing.training.objectives import forecast_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = (8, 16, 32, 64, 128)
+LAYERS = (0, 6, 12, 18, 24, 29)
+LOSSES = ("l1+cosine", "mse")
+BATCH = 512
+"""Tokens a step of the gradient fit: 8 sequences of 64."""
+
+Features = dict[int, tuple[Tensor, Tensor]]
 
 
-class Judge:
-    """Explained variance and cosine of several forecasters a unit."""
+def features(model: RoutedModelForCausalLM, rows: Tensor, units: list[int]) -> Features:
+    """Inputs and outputs [tokens, d] of some units."""
+    seen: dict[int, list[tuple[Tensor, Tensor]]] = {index: [] for index in units}
 
-    def __init__(self, forecasters: dict[Any, list[Forecaster]], units: int, width: int) -> None:
-        self.forecasters = forecasters
-        self.error = {key: torch.zeros(units, dtype=torch.float64) for key in forecasters}
-        self.cosine = {key: torch.zeros(units, dtype=torch.float64) for key in forecasters}
-        self.squares, self.count = torch.zeros(units, dtype=torch.float64), torch.zeros(units)
-        self.sums = torch.zeros(units, width, dtype=torch.float64)
+    def keep(one: Observation) -> None:
+        if one.index in seen:
+            width = one.x.shape[-1]
+            seen[one.index].append((one.x.reshape(-1, width).float(), one.output.reshape(-1, width).float()))
 
-    def __call__(self, seen: Observation) -> None:
-        width = seen.x.shape[-1]
-        x, y = seen.x.reshape(-1, width), seen.output.reshape(-1, width).float()
-        self.squares[seen.index] += y.square().sum()
-        self.sums[seen.index] += y.sum(0)
-        self.count[seen.index] += len(y)
-        for key, units in self.forecasters.items():
-            predicted = units[seen.index](x)
-            self.error[key][seen.index] += (y - predicted).square().sum()
-            self.cosine[key][seen.index] += F.cosine_similarity(predicted, y, dim=-1).sum()
-
-    def result(self, key: Any) -> dict[str, float]:
-        total = self.squares - self.sums.square().sum(1) / self.count
-        explained, cosine = 1 - self.error[key] / total, self.cosine[key] / self.count
-        return {
-            "attention": float(explained[0::2].mean()),
-            "ffn": float(explained[1::2].mean()),
-            "attention_cosine": float(cosine[0::2].mean()),
-            "ffn_cosine": float(cosine[1::2].mean()),
-        }
+    observe(model, rows, keep, AlwaysExecute())
+    return {
+        index: (torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])) for index, parts in seen.items()
+    }
 
 
-def by_gradient(
-    model: RoutedModelForCausalLM, rows: torch.Tensor, loss: str, steps: int
-) -> tuple[dict[Any, list[Forecaster]], float]:
-    width = model.routing_config.hidden_size
+def by_gradient(x: Tensor, y: Tensor, loss: str, steps: int) -> dict[int, Forecaster]:
+    """One unit's forecasters of every rank from a random start (paper A.2: AdamW, 1e-3 constant)."""
     torch.manual_seed(0)
-    found = {(loss, rank): [Forecaster(width, rank) for _ in model.units] for rank in RANKS}
-    parameters = [p for units in found.values() for unit in units for p in unit.parameters()]
+    found = {rank: Forecaster(x.shape[1], rank) for rank in RANKS}
+    parameters = [p for forecaster in found.values() for p in forecaster.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95))
-    started = time.perf_counter()
-
-    def train(seen: Observation) -> None:
-        with torch.enable_grad():
-            total = sum(forecast_loss(loss, units[seen.index](seen.x), seen.output) for units in found.values())
-            assert isinstance(total, torch.Tensor)
-            total.backward()
-
-    for step in range(steps):
-        observe(model, rows[[(8 * step + i) % len(rows) for i in range(8)]], train, AlwaysExecute(), batch_size=8)
+    for _ in range(steps):
+        # Sequences of 64, as they come in the text.
+        starts = torch.randint(0, len(x) // 64, (BATCH // 64, 1)) * 64
+        chosen = (starts + torch.arange(64)).flatten()
+        inputs, targets = x[chosen], y[chosen]
+        total = torch.stack([forecast_loss(loss, forecaster(inputs), targets) for forecaster in found.values()]).sum()
+        total.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
-    return found, time.perf_counter() - started
+    return found
+
+
+def closed_form(solution: ClosedForm, rank: int) -> Forecaster:
+    forecaster = Forecaster(solution.inner.shape[0], rank)
+    solution.write_to(forecaster)
+    return forecaster
+
+
+@torch.no_grad()
+def judge(forecaster: Forecaster, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Explained variance and mean cosine on features."""
+    predicted = forecaster(x)
+    explained = 1 - (y - predicted).square().sum() / (y - y.mean(0)).square().sum()
+    return float(explained), float(F.cosine_similarity(predicted, y, dim=-1).mean())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=49_152)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--length", type=int, default=64, help="tokens a sequence of the gradient fit")
+    parser.add_argument("--tokens", type=int, default=40_960)
+    parser.add_argument("--steps", type=int, default=2000)
     arguments = parser.parse_args()
+    progress = make_progress(quiet=False)
     base, tokenizer = load_model("demo:smollm2-135m")
-    model = RoutedModelForCausalLM.attach(base, ForecasterConfig(weighting="none"), RouterConfig(kind="low-rank"))
-    texts = load_texts("demo:wiki,demo:c4")
-    rows = pack(texts, tokenizer, 256)
-    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
-    unseen = pack(load_texts("demo:wiki,demo:c4", "heldout"), tokenizer, 256)[:32]
-    width, units = model.routing_config.hidden_size, len(model.units)
+    model = RoutedModelForCausalLM.attach(base, ForecasterConfig(weighting="none"), RouterConfig(kind="linear"))
+    rows = pack(load_texts("demo:wiki,demo:c4"), tokenizer, 512)
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))][: arguments.tokens // 512]
+    unseen = pack(load_texts("demo:wiki,demo:c4", "heldout"), tokenizer, 512)[:16]
+    compared = [2 * layer + kind for layer in LAYERS for kind in (0, 1)]
 
+    progress.stage("closed form", len(rows))
     started = time.perf_counter()
-    moments = gather_moments(model, rows[: arguments.tokens // 256])
+    moments = gather_moments(model, rows, progress=progress)
     passed = time.perf_counter()
     solutions = [solve(found, 3e-3) for found in moments]
-    solved = time.perf_counter()
-    forecasters: dict[Any, list[Forecaster]] = {}
-    for rank in RANKS:
-        fitted = [Forecaster(width, rank) for _ in solutions]
-        for forecaster, solution in zip(fitted, solutions, strict=True):
-            solution.write_to(forecaster)
-        forecasters["closed form", rank] = fitted
-    seconds: dict[str, float] = {"pass": passed - started, "solve": solved - passed}
-    short = rows.reshape(-1, arguments.length)
-    for loss in ("l1+cosine", "mse"):
-        trained, seconds[loss] = by_gradient(model, short, loss, arguments.steps)
-        forecasters |= trained
-    judge = Judge(forecasters, units, width)
-    with torch.no_grad():
-        observe(model, unseen, judge, AlwaysExecute())
-    result = [{"fit": fit, "rank": rank, **judge.result((fit, rank))} for fit, rank in forecasters]
+    seconds: dict[str, float] = {"pass": passed - started, "solve": time.perf_counter() - passed}
+    del moments
+
+    judged = features(model, unseen, list(range(len(model.units))))
+    scores: dict[tuple[str, int, int], tuple[float, float]] = {}
+    for index, solution in enumerate(solutions):
+        for rank in RANKS:
+            scores["closed form", rank, index] = judge(closed_form(solution, rank), *judged[index])
+    stored = features(model, rows, compared)
+    for loss in LOSSES:
+        progress.stage(f"gradient, {loss}", len(compared))
+        started = time.perf_counter()
+        for done, index in enumerate(compared, start=1):
+            for rank, forecaster in by_gradient(*stored[index], loss, arguments.steps).items():
+                scores[loss, rank, index] = judge(forecaster, *judged[index])
+            progress.advance(done)
+        seconds[loss] = time.perf_counter() - started
+    progress.done()
+
+    table: list[dict[str, Any]] = []
+    for fit, units, where in [
+        ("closed form", list(range(len(solutions))), "all layers"),
+        *((fit, compared, "six layers") for fit in ("closed form", *LOSSES)),
+    ]:
+        for rank in RANKS:
+            row: dict[str, Any] = {"fit": fit, "units": where, "rank": rank}
+            for kind, name in enumerate(("attention", "ffn")):
+                found = [scores[fit, rank, index] for index in units if index % 2 == kind]
+                row[name] = sum(score[0] for score in found) / len(found)
+                row[f"{name}_cosine"] = sum(score[1] for score in found) / len(found)
+            table.append(row)
     write_json(
         ROOT / "docs/data/forecasters.json",
         {
             "seconds": seconds,
-            "closed_form_tokens": arguments.tokens,
-            "gradient_tokens": arguments.steps * 8 * arguments.length,
+            "closed_form_tokens": rows.numel(),
+            "gradient_steps": arguments.steps,
+            "gradient_tokens": arguments.steps * BATCH,
+            "gradient_layers": list(LAYERS),
             "judged_tokens": unseen.numel(),
-            "rows": result,
+            "rows": table,
             "environment": environment(),
+            "threads": torch.get_num_threads(),
         },
     )
-    print(f"closed form: pass {seconds['pass']:.1f} s, all ranks of {units} units solved in {seconds['solve']:.1f} s")
-    for row in result:
+    print(
+        f"closed form: pass over {rows.numel()} tokens {seconds['pass']:.1f} s, every rank of {len(solutions)} units "
+        f"solved in {seconds['solve']:.1f} s; gradient, {len(compared)} units: "
+        + ", ".join(f"{loss} {seconds[loss]:.0f} s" for loss in LOSSES)
+    )
+    for row in table:
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
 
 

@@ -46,13 +46,14 @@ class ForecasterConfig(_Frozen):
         "pre-norm families; normalised: update divided by its per-unit root mean square during the fit",
     )
     refit: bool = Field(
-        False,
-        description="after stage 2, solve the closed form once more on the tokens that the routers approximate",
+        True,
+        description="closed form only: solve it again on the tokens that the routers approximate, in the sweeps that "
+        "start the routers, and after stage 2 unless that trained the forecasters itself",
     )
 
     @model_validator(mode="after")
     def _linear_for_closed_form(self) -> ForecasterConfig:
-        closed = self.fit == "closed-form" or self.start == "closed-form" or self.refit
+        closed = self.fit == "closed-form" or self.start == "closed-form"
         if closed and self.activation != "none" and self.fallback == "forecaster":
             raise ValueError("a closed-form fit needs forecaster.activation = none; use fit = gradient with silu")
         return self
@@ -61,15 +62,19 @@ class ForecasterConfig(_Frozen):
 class RouterConfig(_Frozen):
     """The per-token classifier of a unit (paper Eq. 7 and two cheaper forms)."""
 
-    kind: Literal["mlp", "linear", "low-rank"] = "mlp"
+    kind: Literal["mlp", "linear", "low-rank"] = Field(
+        "linear", description="mlp is the paper's; a linear router is the cheapest, and the closed form's own shape"
+    )
     width: int | None = Field(None, ge=1, description="hidden width; default d/4 - 2r for mlp, 16 for low-rank")
     input: Literal["normed", "residual"] = "normed"
     execute_bias: float = Field(1.0, description="margin before training: above 0 most tokens start executed")
     warm_start: bool = Field(
         True,
-        description="before stage 2, regress the margins on measured recoverability in one pass (closed form)",
+        description="before stage 2, regress the margins on what approximation costs each token (closed form)",
     )
-    warm_start_tokens: int = Field(16_384, ge=1)
+    warm_start_tokens: int = Field(16_384, ge=1, description="text of the first sweep, over the dense model")
+    sweeps: int = Field(3, ge=0, description="further sweeps, over the model as routed so far")
+    sweep_tokens: int = Field(8_192, ge=1, description="text of each further sweep")
 
 
 class StageConfig(_Frozen):
@@ -103,29 +108,41 @@ class ObjectiveConfig(_Frozen):
 
 
 class RouteStage(StageConfig):
-    """Stage 2: Gumbel-softmax straight-through with a sparsity target (paper 3.3, Eq. 8)."""
+    """Stage 2: Gumbel-softmax straight-through with a sparsity target (paper 3.3, Eq. 8).
 
-    steps: int = Field(2000, ge=0, description="0 keeps the closed-form start as it is")
+    The defaults go with the closed-form start, which leaves little to learn; the recipes paper-* have the paper's.
+    """
+
+    steps: int = Field(300, ge=0, description="0 keeps the closed-form start as it is (paper: 2000)")
+    batch_size: int = Field(2, ge=1)
+    sequence_length: int = Field(512, ge=2)
+    learning_rate: float = Field(3e-4, gt=0, description="of the routers (paper: 2e-3)")
 
     sparsity: float = Field(0.25, gt=0, lt=1)
     budget: Budget = "units"
     balanced: bool = Field(False, description="hold attention and ffn to the target separately (paper Table 3)")
     coefficient: float = Field(8.0, ge=0, description="lambda of the sparsity term")
-    tau_start: float = Field(5.0, gt=0)
+    tau_start: float = Field(3.0, gt=0, description="temperature of the gradient (paper: 5)")
     tau_end: float = Field(1.0, gt=0)
+    noise_start: float = Field(1.0, ge=0, description="scale of the Gumbel noise (paper: 1 throughout)")
+    noise_end: float = Field(0.3, ge=0, description="below 1 training ends near inference, which takes no samples")
     objective: ObjectiveConfig = ObjectiveConfig()
-    train_forecasters: bool = Field(False, description="let stage 2 move the forecasters too (paper: frozen)")
+    train_forecasters: bool = Field(True, description="let stage 2 move the forecasters too (paper: frozen)")
+    forecaster_learning_rate: float = Field(1e-3, gt=0, description="their peak rate, if they are trained")
 
 
 class LoraStage(StageConfig):
     """Stage 3: LoRA on the base model, routers and forecasters frozen (paper 3.3, Eq. 9)."""
 
     learning_rate: float = Field(1e-3, gt=0)
+    steps: int = Field(500, ge=1, description="(paper: 2000)")
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: tuple[str, ...] | None = Field(None, description="default: q, k, v and gate of the family")
-    sparsity: float | None = Field(None, gt=0, lt=1, description="where to tune; default the routed sparsity")
+    sparsity: float | None = Field(
+        None, ge=0, lt=1, description="where to tune; default the routed sparsity; 0 tunes the dense model"
+    )
     objective: ObjectiveConfig = ObjectiveConfig()
 
 
@@ -153,6 +170,11 @@ class Recipe(_Frozen):
     revision: str | None = None
     data: tuple[str, ...] = ("demo:wiki", "demo:c4")
     stages: tuple[StageName, ...] = ("forecast", "route")
+    start: str | None = Field(
+        None,
+        description="routing folder whose forecasters and routers (weights and settings) to begin with, so that "
+        "`stages` may leave out earlier ones",
+    )
     seed: int = 17
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     activation_checkpointing: bool = False
@@ -171,6 +193,17 @@ class Recipe(_Frozen):
         if len(order) != len(value) or not value:
             raise ValueError("stages must be some of forecast, route, lora, each once")
         return tuple(order)
+
+    @model_validator(mode="after")
+    def _stages_have_what_they_need(self) -> Recipe:
+        if self.start is not None:
+            if "forecast" in self.stages:
+                raise ValueError("stages cannot hold forecast with a start: that has forecasters already")
+        elif "route" not in self.stages and "lora" in self.stages:
+            raise ValueError("stages needs route before lora, or a start (a routing folder) that has been routed")
+        elif "route" in self.stages and "forecast" not in self.stages and self.forecaster.fallback == "forecaster":
+            raise ValueError("stages needs forecast before route, or a start, or forecaster.fallback = zero")
+        return self
 
     @classmethod
     def from_mapping(cls, data: dict[str, Any]) -> Recipe:

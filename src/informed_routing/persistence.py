@@ -92,6 +92,17 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path} is damaged ({reason})", "Fit or download the routing folder again") from None
 
 
+def check_base(folder: Path, found: str) -> None:
+    """Raises InputError when a routing folder was not fitted on the base model with fingerprint `found`."""
+    wanted = read_config(folder).base_model
+    if found != wanted.fingerprint:
+        raise InputError(
+            f"wrong base model: {folder} was fitted on {wanted.name} "
+            f"(fingerprint {wanted.fingerprint[:12]}), this one has {found[:12]}",
+            "Give the model it was fitted on",
+        )
+
+
 def load_routing_tensors(model: Any, path: Path) -> None:
     """Copy stored routers and forecasters into a routed model, whose dtype and device they take."""
     stored = read_tensors(path)
@@ -131,13 +142,7 @@ def load(
             revision=None if base else config.base_model.revision,
             trust_remote_code=trust_remote_code,
         )
-    found = fingerprint(model)
-    if found != config.base_model.fingerprint:
-        raise InputError(
-            f"wrong base model: {folder} was fitted on {config.base_model.name} "
-            f"(fingerprint {config.base_model.fingerprint[:12]}), this one has {found[:12]}",
-            "Give the model it was fitted on",
-        )
+    check_base(folder, fingerprint(model))
     if (folder / LORA_FOLDER).is_dir():
         model = with_lora(model, folder / LORA_FOLDER, merge=merge_lora)
     routed = RoutedModelForCausalLM.attach(model, routing_config=config)

@@ -13,8 +13,14 @@ from informed_routing.errors import InputError
 class Letters:
     """A tokenizer of letters: a is 10, b is 11, ..."""
 
-    def __init__(self, eos: int | None = 2, bos: int | None = None, adds_bos: bool = False) -> None:
+    def __init__(
+        self, eos: int | None = 2, bos: int | None = None, adds_bos: bool = False, document_end: int | None = None
+    ) -> None:
         self.eos_token_id, self.bos_token_id, self.adds_bos = eos, bos, adds_bos
+        self.document_end = document_end
+
+    def get_vocab(self) -> dict[str, int]:
+        return {} if self.document_end is None else {"<|endoftext|>": self.document_end}
 
     def __call__(self, texts: str | list[str], add_special_tokens: bool = True, **_: object) -> dict[str, list]:
         if isinstance(texts, str):
@@ -28,6 +34,10 @@ def test_documents_are_joined_with_eos_and_the_rest_dropped() -> None:
     assert rows.dtype == torch.int64
     assert rows.tolist() == [[10, 11, 12, 2], [13, 2, 2, 14]]
     assert pack(["abc", "d"], Letters(eos=None), 2).tolist() == [[10, 11], [12, 13]]
+
+
+def test_a_document_end_is_preferred_to_a_turn_end() -> None:
+    assert pack(["abc", "d"], Letters(eos=2, document_end=7), 6).tolist() == [[10, 11, 12, 7, 13, 7]]
 
 
 def test_rows_begin_as_the_tokenizer_begins_texts() -> None:
@@ -53,5 +63,5 @@ def test_demo_text_decodes_back(demo: Demo) -> None:
     texts = demo.texts("wiki", "calibration")[:20]
     rows = pack(texts, demo.tokenizer, 64)
     assert rows.shape[1] == 64
-    joined = demo.tokenizer.eos_token.join(texts)
+    joined = "<|endoftext|>".join(texts)
     assert joined.startswith(demo.tokenizer.decode(rows.flatten()))

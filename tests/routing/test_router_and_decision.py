@@ -54,6 +54,14 @@ def test_gumbel_samples_execute_with_the_sigmoid_of_the_margin_whatever_tau() ->
         assert float(gate.mean()) == pytest.approx(float(torch.sigmoid(torch.tensor(1.2))), abs=0.005)
 
 
+def test_less_noise_samples_nearer_to_the_threshold_rule() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(50_000, 2)
+    wanted = Threshold(0.0)(logits)
+    agreement = [float(((GumbelSample(1.0, noise)(logits) > 0.5) == wanted).float().mean()) for noise in (1.0, 0.3, 0)]
+    assert agreement[0] < agreement[1] < agreement[2] == 1.0
+
+
 def test_gumbel_sample_has_a_gradient() -> None:
     logits = torch.zeros(64, 2, requires_grad=True)
     GumbelSample(1.0)(logits)[:8].sum().backward()

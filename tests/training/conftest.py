@@ -63,9 +63,21 @@ def recipe(tiny_folder: Path, text_file: Path) -> Recipe:
             "stages": ["forecast", "route", "lora"],
             "dtype": "float32",
             "forecaster": {"rank": 8, "tokens": 1024, "refit": True},
-            "router": {"kind": "low-rank", "width": 8, "warm_start_tokens": 512},
+            "router": {
+                "kind": "low-rank",
+                "width": 8,
+                "warm_start_tokens": 512,
+                "sweeps": 2,
+                "sweep_tokens": 256,
+            },
             "forecast": {"sequence_length": 32, "steps": 4, "batch_size": 2},
-            "route": {"steps": 8, "batch_size": 2, "sequence_length": 32, "checkpoint_every": 3},
+            "route": {
+                "steps": 8,
+                "batch_size": 2,
+                "sequence_length": 32,
+                "checkpoint_every": 3,
+                "train_forecasters": False,
+            },
             "lora": {"steps": 5, "batch_size": 2, "sequence_length": 32, "checkpoint_every": 2, "rank": 4},
             "calibration": {"tokens": 512, "sequence_length": 32, "targets": [0.1, 0.25, 0.4]},
         }

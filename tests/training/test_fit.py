@@ -78,6 +78,52 @@ def test_fit_leaves_a_complete_folder(recipe: Recipe, whole: dict[str, Any]) -> 
     model.set_sparsity(0.33)
 
 
+def test_lora_can_come_later(recipe: Recipe, tmp_path: Path) -> None:
+    """A fit that starts from a routing folder takes its settings and weights, and equals a fit in one go."""
+    first = recipe.with_overrides({"stages": ["forecast", "route"], "route.train_forecasters": True})
+    fit(first, tmp_path / "routed")
+    fit(first.with_overrides({"stages": ["forecast", "route", "lora"]}), tmp_path / "whole")
+    later = recipe.with_overrides({"stages": ["lora"], "start": str(tmp_path / "routed"), "router.kind": "mlp"})
+    fit(later, tmp_path / "later")
+    wanted, found = _tensors(tmp_path / "whole"), _tensors(tmp_path / "later")
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[k], found[k]) for k in wanted)
+    with pytest.raises(InputError, match="been through the lora stage"):
+        fit(later.with_overrides({"start": str(tmp_path / "later")}), tmp_path / "again")
+
+
+def test_a_start_on_another_model_is_refused(recipe: Recipe, whole: dict[str, Any], tmp_path: Path) -> None:
+    fit(recipe.with_overrides({"stages": ["forecast", "route"]}), tmp_path / "routed")
+    config = json.loads((tmp_path / "routed" / "routing_config.json").read_text())
+    config["base_model"]["fingerprint"] = "0" * 64
+    (tmp_path / "routed" / "routing_config.json").write_text(json.dumps(config))
+    later = recipe.with_overrides({"stages": ["lora"], "start": str(tmp_path / "routed")})
+    with pytest.raises(InputError, match="wrong base model"):
+        fit(later, tmp_path / "later")
+    assert not (tmp_path / "later").exists()
+
+
+@pytest.mark.parametrize(
+    ("stages", "start", "message"),
+    [
+        (["lora"], None, "route before lora"),
+        (["route"], None, "forecast before route"),
+        (["forecast", "route"], "somewhere", "has forecasters already"),
+    ],
+)
+def test_stages_that_cannot_follow_are_refused(
+    recipe: Recipe, stages: list[str], start: str | None, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        recipe.with_overrides({"stages": stages, "start": start})
+
+
+def test_lora_of_the_dense_model(recipe: Recipe, tmp_path: Path) -> None:
+    """Sparsity 0 tunes the dense model: what a fair comparison needs."""
+    report = fit(recipe.with_overrides({"lora.sparsity": 0.0}), tmp_path / "out")
+    assert report["stages"]["lora"]["sparsity"] == 0.0
+
+
 def test_auto_model_loads_the_folder(recipe: Recipe, whole: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -123,33 +169,79 @@ def test_interrupted_anywhere_resume_gives_the_same_weights(
     assert tables[0] == tables[1]
 
 
-def test_kill_9_in_each_stage_then_resume(recipe: Recipe, whole: dict[str, Any], tmp_path: Path) -> None:
-    """A killed process, not a raised exception: at the first checkpoint of every stage in turn."""
-    wanted = _uninterrupted(whole, recipe)
-    folder = tmp_path / "out"
-    described = tmp_path / "recipe.json"
+def test_interrupted_training_of_routers_and_forecasters_resumes_exactly(recipe: Recipe, tmp_path: Path) -> None:
+    """Two learning rates: the optimiser's groups must find their moments again."""
+    both = recipe.with_overrides({"stages": ["forecast", "route"], "route.train_forecasters": True})
+    fit(both, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit(both, tmp_path / "out", progress=_StopAt("route", 5))
+    fit(both, tmp_path / "out", resume=True)
+    expected, found = (load_file(str(tmp_path / name / "routing.safetensors")) for name in ("whole", "out"))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+SCRIPT = """
+import sys, torch
+torch.set_num_threads(int(sys.argv[3]))
+from pathlib import Path
+from informed_routing.config import Recipe
+from informed_routing.training.fit import fit
+recipe = Recipe.model_validate_json(Path(sys.argv[1]).read_text())
+fit(recipe, sys.argv[2], resume=Path(sys.argv[2]).exists())
+"""
+
+
+def _kill_and_resume(recipe: Recipe, folder: Path, threads: int) -> list[int]:
+    """Fit in processes that are killed at the first checkpoint of each stage; the last one finishes the fit."""
+    described = folder.with_suffix(".json")
     described.write_text(recipe.model_dump_json())
-    script = (
-        "import sys, torch; torch.set_num_threads(1)\n"
-        "from pathlib import Path\n"
-        "from informed_routing.config import Recipe\n"
-        "from informed_routing.training.fit import fit\n"
-        "recipe = Recipe.model_validate_json(Path(sys.argv[1]).read_text())\n"
-        "fit(recipe, sys.argv[2], resume=Path(sys.argv[2]).exists())\n"
-    )
-    killed = []
-    for name in ("forecast", "route", "lora"):
-        process = subprocess.Popen([sys.executable, "-c", script, str(described), str(folder)])
+    command = [sys.executable, "-c", SCRIPT, str(described), str(folder), str(threads)]
+    codes = []
+    for name in ("forecast", "warm-start", "route", "lora"):
+        process = subprocess.Popen(command)
         while process.poll() is None and not (folder / "checkpoints" / f"{name}.safetensors").exists():
             time.sleep(0.002)
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        killed.append(process.returncode)
-    assert killed[:2] == [-signal.SIGKILL, -signal.SIGKILL]
+        codes.append(process.returncode)
     if not (folder / "routing_config.json").exists():
-        fit(recipe, folder, resume=True)
-    expected, found = _tensors(wanted), _tensors(folder)
+        subprocess.run(command, check=True)
+    return codes
+
+
+def test_kill_9_in_each_stage_then_resume(recipe: Recipe, whole: dict[str, Any], tmp_path: Path) -> None:
+    """A killed process, not a raised exception."""
+    wanted = _uninterrupted(whole, recipe)
+    assert _kill_and_resume(recipe, tmp_path / "out", 1)[:2] == [-signal.SIGKILL, -signal.SIGKILL]
+    expected, found = _tensors(wanted), _tensors(tmp_path / "out")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_kill_9_in_each_stage_on_the_embedded_model(recipe: Recipe, demo_model_ref: str, tmp_path: Path) -> None:
+    real = recipe.with_overrides(
+        {
+            "model": demo_model_ref,
+            "data": ["demo:wiki"],
+            "forecaster.rank": 16,
+            "forecaster.tokens": 2048,
+            "router.kind": "linear",
+            "router.width": None,
+            "router.warm_start_tokens": 1024,
+            "router.sweeps": 1,
+            "router.sweep_tokens": 512,
+            **{f"{stage}.sequence_length": 128 for stage in ("forecast", "route", "lora", "calibration")},
+            "route.train_forecasters": True,
+            "calibration.tokens": 1024,
+        }
+    )
+    described = tmp_path / "recipe.json"
+    described.write_text(real.model_dump_json())
+    command = [sys.executable, "-c", SCRIPT, str(described), str(tmp_path / "whole"), "2"]
+    subprocess.run(command, check=True)
+    assert _kill_and_resume(real, tmp_path / "out", 2) == [-signal.SIGKILL] * 4
+    expected, found = _tensors(tmp_path / "whole"), _tensors(tmp_path / "out")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 

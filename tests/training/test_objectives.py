@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from informed_routing.config import ObjectiveConfig, RouteStage, StageConfig
 from informed_routing.routing.budget import BudgetMeter
+from informed_routing.routing.decision import Threshold
 from informed_routing.training import objectives
 from informed_routing.training.fit import enable_checkpointing
 from informed_routing.training.objectives import lm_head, next_token_loss
-from informed_routing.training.route import RouteObjective, freeze_all_but, router_parameters
+from informed_routing.training.route import RouteObjective, freeze_all_but, learning_rates, router_parameters
 from informed_routing.training.schedule import Batches, learning_rate, linear
 from informed_routing.training.warm_start import warm_start
 
@@ -84,19 +85,56 @@ def test_checkpointing_changes_no_gradient() -> None:
     assert any(float(g.abs().max()) > 0 for g in found[0])
 
 
-def test_warm_start_sets_the_sampled_share() -> None:
-    model = make_routed("llama")
+@pytest.mark.parametrize("kind", ["linear", "low-rank", "mlp"])
+def test_warm_start_sets_the_sampled_share(kind: str) -> None:
+    model = make_routed("llama", router=kind)
     meter = BudgetMeter(model.costs, [u.kind for u in model.units], "units", 16)
-    report = warm_start(model, random_ids(24, 32), meter, 0.3)
-    assert 0 < report["log_error_explained_attention"] <= 1
+    report = warm_start(model, [random_ids(24, 32), random_ids(8, 32, seed=3)], meter, 0.3)
+    explained, losses = report["explained"], report["losses"]
+    assert isinstance(explained, dict)
+    assert isinstance(losses, list)
+    assert 0 < explained["miss_attention"] <= 1
+    assert len(losses) == 2
     model.routing_state.record_margins = True
-    from informed_routing.routing.decision import Threshold
-
     model.set_decision(Threshold(float("-inf")))
     with torch.no_grad():
         model(random_ids(8, 32, seed=9))
     margins = torch.stack([model.routing_state.margins[i].reshape(-1) for i in range(6)])
     assert float(1 - torch.sigmoid(margins).mean()) == pytest.approx(0.3, abs=0.05)
+
+
+def test_warm_start_orders_units_by_what_approximating_them_costs() -> None:
+    """A unit whose update is scaled down costs less to approximate: it gets the lower margins."""
+    model = make_routed("llama", fallback="zero")
+    layer = model.decoder.layers[1]
+    with torch.no_grad():
+        layer.mlp.down_proj.weight.mul_(1e-3)
+    meter = BudgetMeter(model.costs, [u.kind for u in model.units], "units", 16)
+    warm_start(model, [random_ids(24, 32)], meter, 0.3)
+    model.routing_state.record_margins = True
+    model.set_decision(Threshold(float("-inf")))
+    with torch.no_grad():
+        model(random_ids(8, 32, seed=9))
+    means = [float(model.routing_state.margins[i].mean()) for i in range(6)]
+    assert means.index(min(means)) == 3
+
+
+def test_sweeps_solve_the_forecasters_for_the_tokens_that_are_approximated() -> None:
+    model = make_routed("llama")
+    meter = BudgetMeter(model.costs, [u.kind for u in model.units], "units", 16)
+    before = [u.forecaster.inner.weight.clone() for u in model.units if u.forecaster is not None]
+    warm_start(model, [random_ids(8, 32)], meter, 0.3, refit_ridge=1e-3)
+    after_dense = [u.forecaster.inner.weight.clone() for u in model.units if u.forecaster is not None]
+    assert all(torch.equal(a, b) for a, b in zip(before, after_dense, strict=True))
+    warm_start(model, [random_ids(8, 32), random_ids(8, 32, seed=3)], meter, 0.3, refit_ridge=1e-3)
+    after = [u.forecaster.inner.weight for u in model.units if u.forecaster is not None]
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_forecasters_have_a_rate_of_their_own() -> None:
+    names = ["a.router.outer.bias", "a.forecaster.inner.weight"]
+    config = RouteStage(learning_rate=3e-4, forecaster_learning_rate=1e-3)
+    assert learning_rates(config, names) == {names[0]: 3e-4, names[1]: 1e-3}
 
 
 def test_batches_deal_out_every_row_once_an_epoch() -> None:

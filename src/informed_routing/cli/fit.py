@@ -43,6 +43,14 @@ def fit(
     stages: Annotated[
         str | None, typer.Option("--stages", help="Some of forecast,route,lora.", rich_help_panel=_SIZES)
     ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--start",
+            metavar="DIR",
+            help="Begin with the forecasters and routers of this routing folder; --stages says what to do.",
+        ),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option("--steps", help="Steps of every gradient stage.", rich_help_panel=_SIZES)
     ] = None,
@@ -76,6 +84,8 @@ def fit(
     """Fit forecasters and routers to a model, and LoRA if asked for.
 
     Example: informed-routing fit demo:smollm2-135m --out out --sparsity 0.25 --budget macs
+
+    Example: informed-routing fit --start out --stages lora --steps 500 --out out-lora
     """
     chosen = build_recipe(
         recipe,
@@ -84,6 +94,7 @@ def fit(
             "route.sparsity": None if sparsity is None else check_sparsities([sparsity])[0],
             "route.budget": budget,
             "stages": None if stages is None else [part.strip() for part in stages.split(",") if part.strip()],
+            "start": start,
             "forecaster.rank": rank,
             "router.kind": router,
             "data": data or None,

@@ -21,20 +21,23 @@ def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tenso
     if state.dense:
         raw = unit.run(layer, x, kwargs)
         update = unit.update(layer, raw)
-        routed.observe(state, hidden, routed.features(hidden, x), raw, update, None)
-        return hidden + update
+        after = hidden + update
+        routed.observe(state, hidden, routed.features(hidden, x), raw, update, None, after)
+        return after
     features = routed.features(hidden, x)
     gate = routed.decide(state, hidden, features)
     if routed.kind == "attention" and state.kv == "drop":
         kwargs = _without_approximated_keys(routed.unit.module(layer), gate, kwargs, hidden.dtype)
     raw = unit.run(layer, x, kwargs)
     update = unit.update(layer, raw)
-    routed.observe(state, hidden, features, raw, update, gate)
     forecast = routed.forecast(layer, features)
     if gate.dtype == torch.bool:
-        return hidden + torch.where(gate.unsqueeze(-1), update, forecast)
-    weight = gate.unsqueeze(-1).to(update.dtype)
-    return hidden + (weight * update + (1 - weight) * forecast)
+        after = hidden + torch.where(gate.unsqueeze(-1), update, forecast)
+    else:
+        weight = gate.unsqueeze(-1).to(update.dtype)
+        after = hidden + (weight * update + (1 - weight) * forecast)
+    routed.observe(state, hidden, features, raw, update, gate, after)
+    return after
 
 
 def _without_approximated_keys(

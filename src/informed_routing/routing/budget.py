@@ -174,7 +174,7 @@ class BudgetMeter:
     """The differentiable share that training holds to its target (paper Eq. 5 and 8; `macs` is ours)."""
 
     def __init__(self, costs: list[UnitCost], kinds: Sequence[str], budget: Budget, context: float) -> None:
-        self.kinds = kinds
+        self.kinds, self.budget = kinds, budget
         dense = torch.tensor([c.dense(context) for c in costs], dtype=torch.float32)
         if budget == "units":
             self.weights = torch.full((len(costs),), 1.0 / len(costs))

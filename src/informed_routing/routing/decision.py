@@ -7,7 +7,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .router import APPROXIMATE, EXECUTE
 
@@ -40,13 +39,20 @@ class Threshold:
 class GumbelSample:
     """Straight-through Gumbel-softmax (paper 3.1): a hard sample forward, the soft one's gradient backward.
 
-    The temperature changes only the gradient; the sample executes with probability sigmoid(margin) whatever it is.
+    Of two classes only the difference of the noises counts, which is logistic. The temperature changes only the
+    gradient; the sample executes with probability sigmoid(margin / noise) whatever it is. `noise` below 1 brings
+    training nearer to inference, which takes no samples; the paper has 1.
     """
 
     tau: float = 1.0
+    noise: float = 1.0
 
     def __call__(self, logits: Tensor) -> Tensor:
-        return F.gumbel_softmax(logits.float(), tau=self.tau, hard=True, dim=-1)[..., EXECUTE]
+        margin = (logits[..., EXECUTE] - logits[..., APPROXIMATE]).float()
+        uniform = torch.rand_like(margin).clamp(1e-7, 1 - 1e-7)
+        noisy = margin + self.noise * torch.logit(uniform)
+        soft = torch.sigmoid(noisy / self.tau)
+        return (noisy > 0).float() + (soft - soft.detach())
 
 
 @dataclass(frozen=True)

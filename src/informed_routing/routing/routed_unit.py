@@ -34,6 +34,8 @@ class Observation:
     """[B, N]: the decision, None while everything executes."""
     residual: Tensor
     """[B, N, d]: the residual stream that the output is added to."""
+    after: Tensor
+    """[B, N, d]: the residual stream with this unit's update or forecast added. Part of the graph, if there is one."""
 
     @property
     def relative_weight(self) -> Tensor:
@@ -127,9 +129,16 @@ class RoutedUnit(nn.Module):
         return gate
 
     def observe(
-        self, state: RoutingState, hidden: Tensor, x: Tensor, raw: Tensor, update: Tensor, gate: Tensor | None
+        self,
+        state: RoutingState,
+        hidden: Tensor,
+        x: Tensor,
+        raw: Tensor,
+        update: Tensor,
+        gate: Tensor | None,
+        after: Tensor,
     ) -> None:
         """Show one unit's input and output to the observer, if there is one."""
         if state.observer is not None:
             target = raw if self.predicts_raw else update
-            state.observer(Observation(self.index, x, target, gate, hidden))
+            state.observer(Observation(self.index, x, target, gate, hidden, after))

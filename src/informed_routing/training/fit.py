@@ -19,17 +19,26 @@ from ..errors import InputError
 from ..evaluation.environment import environment
 from ..files import disk_error, write_json, write_text
 from ..model_card import model_card
-from ..persistence import LORA_FOLDER, is_routing_folder, save
+from ..persistence import (
+    LORA_FOLDER,
+    TENSOR_FILE,
+    check_base,
+    is_routing_folder,
+    load_routing_tensors,
+    locate,
+    read_config,
+    save,
+)
 from ..progress import NullProgress, Progress
 from ..routed_model import RoutedModelForCausalLM
 from ..routing.budget import BudgetMeter
-from ..routing.decision import Threshold
+from ..routing.decision import AlwaysExecute, DecisionRule, Threshold
 from . import forecast as stage1
 from .calibrate import calibrate, threshold_at
 from .checkpoint import StageRecord, load_checkpoint, save_checkpoint
 from .loop import run_stage
 from .lora import LoraObjective, add_lora, merge_lora, save_lora
-from .route import RouteObjective, freeze_all_but, router_parameters
+from .route import RouteObjective, freeze_all_but, learning_rates, router_parameters
 from .schedule import seed_of
 from .warm_start import warm_start
 
@@ -71,12 +80,25 @@ def _recipe(model: str, settings: dict[str, Any]) -> Recipe:
     return Recipe(model=model).with_overrides(overrides)
 
 
+def _with_settings_of(folder: Path, recipe: Recipe) -> Recipe:
+    """The recipe with the forecaster and router settings of the routing folder that it starts from."""
+    if (folder / LORA_FOLDER).is_dir():
+        raise InputError(f"{folder} has been through the lora stage", "Start from a folder without an adapter")
+    config = read_config(folder)
+    # The closed form would solve the forecasters anew: what they learned since would be lost.
+    forecaster = config.forecaster.model_copy(update={"refit": False})
+    return recipe.model_copy(update={"forecaster": forecaster, "router": config.router})
+
+
 class _Fit:
     """One run: what its phases share."""
 
     def __init__(
         self, recipe: Recipe, out: Path, device: str, progress: Progress, resume: bool, overwrite: bool
     ) -> None:
+        beginning = locate(recipe.start) if recipe.start else None
+        if beginning:
+            recipe = _with_settings_of(beginning, recipe)
         self.recipe, self.out, self.device, self.progress = recipe, out, device, progress
         self.report: dict[str, Any] = {}
         self.accelerator = Accelerator(cpu=device == "cpu")
@@ -93,6 +115,9 @@ class _Fit:
         self.model = RoutedModelForCausalLM.attach(
             self.base, recipe.forecaster, recipe.router, name=recipe.model, revision=recipe.revision
         )
+        if beginning:
+            check_base(beginning, self.model.routing_config.base_model.fingerprint)
+            load_routing_tensors(self.model, beginning / TENSOR_FILE)
         self.model.routing_state.kv = recipe.kv
         self.model.routing_config = self.model.routing_config.model_copy(
             update={
@@ -273,31 +298,39 @@ class _Fit:
         freeze_all_but(self.model, tensors)
         report: dict[str, Any] = {"sparsity": config.sparsity, "budget": config.budget}
         length = config.sequence_length
-        if recipe.router.warm_start:
-            rows = self.some_rows("train", length, recipe.router.warm_start_tokens, "warm start")
-
-            def work() -> dict[str, Any]:
-                self.progress.stage("start routers", len(rows))
-                return dict(
-                    warm_start(
-                        self.model,
-                        rows,
-                        self.meter,
-                        config.sparsity,
-                        batch_size=config.batch_size,
-                        progress=self.progress,
-                    ),
-                    tokens=rows.numel(),
-                )
-
-            report["warm_start"] = self.phase("warm-start", tensors, work)
+        if recipe.router.warm_start and not recipe.start:
+            report["warm_start"] = self.phase("warm-start", dict(self.model.routing_parameters()), self.start_routers)
         if config.steps:
             rows_all = self.rows("train", length)
             objective = RouteObjective(self.model, config, self.meter)
-            report["train"] = _summary(self.stage("route", objective, tensors, rows_all, config))
-        if recipe.forecaster.refit and recipe.forecaster.fallback == "forecaster":
+            rates = learning_rates(config, tensors)
+            report["train"] = _summary(self.stage("route", objective, tensors, rows_all, config, rates))
+        if self.refits and not config.train_forecasters:
             report["refit"] = self.phase("refit", stage1.forecaster_parameters(self.model), self.refit)
         return report
+
+    @property
+    def refits(self) -> bool:
+        config = self.recipe.forecaster
+        return config.refit and config.fit == "closed-form" and config.fallback == "forecaster"
+
+    def start_routers(self) -> dict[str, Any]:
+        """The closed-form start: a sweep over the dense model, then some over the routed one."""
+        recipe, router = self.recipe, self.recipe.router
+        length = recipe.route.sequence_length
+        first, further = (max(tokens // length, 1) for tokens in (router.warm_start_tokens, router.sweep_tokens))
+        rows = self.some_rows("train", length, (first + further * router.sweeps) * length, "warm start")
+        self.progress.stage("start routers", len(rows))
+        found = warm_start(
+            self.model,
+            [part for part in (rows[:first], *rows[first:].split(further)) if len(part)],
+            self.meter,
+            recipe.route.sparsity,
+            batch_size=recipe.route.batch_size,
+            refit_ridge=recipe.forecaster.ridge if self.refits else None,
+            progress=self.progress,
+        )
+        return {**found, "tokens": rows.numel()}
 
     def refit(self) -> dict[str, Any]:
         """Solve the forecasters again on the tokens, and at the inputs, that routing gives them."""
@@ -321,22 +354,30 @@ class _Fit:
         """Stage 3 at the threshold of its sparsity."""
         config = self.recipe.lora
         rows = self.rows("train", config.sequence_length)
-        sparsity = config.sparsity or self.recipe.route.sparsity
+        sparsity = self.recipe.route.sparsity if config.sparsity is None else config.sparsity
 
         def find() -> dict[str, Any]:
             text = self.some_rows("calibration", self.recipe.calibration.sequence_length, 16_384, "lora")
             return {"threshold": threshold_at(self.model, text, sparsity, self.recipe.route.budget)}
 
-        found = self.phase("lora-threshold", {}, find)
+        rule: DecisionRule = AlwaysExecute()
+        if sparsity:
+            rule = Threshold(self.phase("lora-threshold", {}, find)["threshold"])
         torch.manual_seed(seed_of(self.recipe.seed, "lora"))
         tensors = add_lora(self.model, config)
         freeze_all_but(self.model, tensors)
-        objective = LoraObjective(self.model, config, Threshold(found["threshold"]))
+        objective = LoraObjective(self.model, config, rule)
         record = self.stage("lora", objective, tensors, rows, config)
         return {"rank": config.rank, "sparsity": sparsity, **_summary(record)}
 
     def stage(
-        self, name: str, objective: nn.Module, tensors: dict[str, nn.Parameter], rows: Tensor, config: Any
+        self,
+        name: str,
+        objective: nn.Module,
+        tensors: dict[str, nn.Parameter],
+        rows: Tensor,
+        config: Any,
+        rates: Any = None,
     ) -> StageRecord:
         return run_stage(
             name,
@@ -349,6 +390,7 @@ class _Fit:
             checkpoint=self.checkpoints / f"{name}.safetensors",
             progress=self.progress,
             offenders=lambda batch: stage1.offenders(self.model, batch),
+            rates=rates,
         )
 
     def calibration(self) -> dict[str, Any]:

@@ -46,6 +46,11 @@ def observe(
         state.observer = None
 
 
+def routed_weight(gate: Tensor) -> Tensor:
+    """Weights [B * N, 1] of tokens in a refit, from their gates [B, N]: forecasts are for the approximated ones."""
+    return torch.where(gate.detach().reshape(-1, 1) > 0.5, REFIT_EXECUTED_WEIGHT, 1.0)
+
+
 def gather_moments(
     model: RoutedModelForCausalLM,
     rows: Tensor,
@@ -67,7 +72,7 @@ def gather_moments(
         x, y = seen.x.reshape(-1, width), seen.output.reshape(-1, width)
         weight = seen.relative_weight if relative else None
         if seen.gate is not None:
-            chosen = torch.where(seen.gate.reshape(-1, 1) > 0.5, REFIT_EXECUTED_WEIGHT, 1.0)
+            chosen = routed_weight(seen.gate)
             weight = chosen if weight is None else weight * chosen
         moments[seen.index].add(x, y, weight)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,15 +42,18 @@ def run_stage(
     checkpoint: Path,
     progress: Progress,
     offenders: Callable[[Tensor], list[str]],
+    rates: Mapping[str, float] | None = None,
 ) -> StageRecord:
     """Train `trainable` so that `objective(input_ids, step)["loss"]` falls; returns what happened.
+
+    `rates` gives tensors another peak learning rate than `config.learning_rate`.
 
     Continues from `checkpoint` if it exists. On the same machine in float32 on CPU the weights at the end do not
     depend on how often the run was interrupted. Raises WorkError on a loss that is not finite, with the step and
     the units at fault; the last checkpoint stays.
     """
     optimizer = torch.optim.AdamW(
-        list(trainable.values()),
+        _groups(trainable, rates or {}, config.learning_rate),
         lr=config.learning_rate,
         betas=BETAS,
         weight_decay=config.weight_decay,
@@ -70,7 +73,7 @@ def run_stage(
     while record.step < config.steps:
         step = record.step
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
+            group["lr"] = group["peak"] * learning_rate(config, step)
         metrics: dict[str, float] = {}
         for micro in range(config.gradient_accumulation):
             index = step * config.gradient_accumulation + micro
@@ -104,6 +107,14 @@ def run_stage(
     objective.eval()
     accelerator.wait_for_everyone()
     return record
+
+
+def _groups(trainable: dict[str, nn.Parameter], rates: Mapping[str, float], default: float) -> list[dict[str, Any]]:
+    """One parameter group for each peak rate; `peak` is relative to the default."""
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in trainable.items():
+        by_rate.setdefault(rates.get(name, default), []).append(parameter)
+    return [{"params": parameters, "peak": rate / default} for rate, parameters in by_rate.items()]
 
 
 def _sync(accelerator: Accelerator, wrapped: Any, last: bool) -> Any:

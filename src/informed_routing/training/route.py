@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,8 +28,9 @@ class RouteObjective(nn.Module):
         config, model = self.config, self.model
         teacher = dense_hidden(model, input_ids, attention_mask) if config.objective.kind != "lm" else None
         tau = linear(config.tau_start, config.tau_end, step, config.steps)
+        noise = linear(config.noise_start, config.noise_end, step, config.steps)
         # Left in place after the forward: activation checkpointing decides again in the backward.
-        model.routing_state.decision = GumbelSample(tau)
+        model.routing_state.decision = GumbelSample(tau, noise)
         hidden = model.hidden_states(input_ids, attention_mask)
         valid = None if attention_mask is None else attention_mask.bool()
         task = next_token_loss(hidden, input_ids, self.head, config.objective, teacher, valid)
@@ -78,6 +80,11 @@ def across_processes(shares: Tensor) -> Tensor:
 def router_parameters(model: RoutedModelForCausalLM, forecasters_too: bool = False) -> dict[str, nn.Parameter]:
     """The tensors that stage 2 trains."""
     return {n: p for n, p in model.routing_parameters() if forecasters_too or ".router." in n}
+
+
+def learning_rates(config: RouteStage, names: Iterable[str]) -> dict[str, float]:
+    """The peak rate of each tensor that stage 2 trains."""
+    return {n: config.forecaster_learning_rate if ".forecaster." in n else config.learning_rate for n in names}
 
 
 def freeze_all_but(model: Any, trainable: dict[str, nn.Parameter]) -> None:

@@ -1,130 +1,217 @@
-"""Closed-form start of the routers: regress each margin on the token's measured recoverability.
+"""Closed-form start of the routers: regress each margin on what approximating the token would cost.
 
-Two things make a token worth executing: how far the forecast misses (predictable from the router's own input), and
-how much the loss minds a miss of this unit. The first is each token's squared forecast error, relative to the size of
-the residual stream that later norms divide by; its logarithm is fitted by ridge regression. The second is the unit's
-mean squared gradient of the loss along the miss, dL/dgate = <dL/dh, update - forecast>, from a few backward passes of
-the dense model. Their sum, in logarithms, orders tokens across all units on one scale; it becomes the margin. The paper
-starts routers at random; here stage 2 starts near a good router, and a short stage 2 is enough.
+To second order, approximating a unit for a token costs half the squared derivative of the loss along the miss,
+<dL/dh, update - forecast>^2. Its logarithm splits into the size of the miss and the loss's sensitivity to it, which the
+router's own input predicts to different degrees, so each gets a ridge regression of its own strength; a constant per
+unit makes the mean cost right. Their sum orders tokens of all units on one scale and becomes the margin.
+
+Misses do not act alone: a token that looks unimportant in the dense model loses all its units at once. So the first
+sweep, over the dense model, is followed by sweeps over the model as it is routed so far: sensitivities are those that
+approximation leaves, and the forecasters are solved again at the inputs and on the tokens that they are used for.
+Statistics of all sweeps add up, which keeps decisions from swinging back and forth.
+
+The paper starts routers at random; here stage 2 starts near a good router, and a short stage 2 is enough.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..config import ObjectiveConfig
-from ..progress import Progress
+from ..progress import NullProgress, Progress
 from ..routed_model import RoutedModelForCausalLM
 from ..routing.budget import BudgetMeter
+from ..routing.decision import AlwaysExecute, DecisionRule, Threshold
 from ..routing.forecaster import Moments, solve
 from ..routing.routed_unit import Observation
+from .calibrate import threshold_at
+from .forecast import routed_weight
 from .objectives import lm_head, next_token_loss
 
-MARGIN_SCALE = 1.5
-"""Margin per unit of log importance: decided enough that sampling is not noise, soft enough to learn from."""
+MARGIN_SCALE = 2.0
+"""Margin per unit of log cost: decided enough that sampling is not noise, soft enough to learn from."""
 
-RIDGE = 3e-2
+MISS_RIDGE, SENSITIVITY_RIDGE = 1e-2, 0.3
+"""Relative to the mean input variance. Sensitivity is a single noisy derivative a token: it needs the stronger one."""
 
+DENSE_WEIGHT = 0.25
+"""Weight of the dense sweep in the forecasters that later sweeps solve again."""
 
-class _Probe:
-    """Executes everything and keeps each gate as a leaf, so that backward leaves dL/dgate on it."""
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        return torch.ones(logits.shape[:-1], device=logits.device).requires_grad_()
+THRESHOLD_TOKENS = 2048
 
 
 def warm_start(
     model: RoutedModelForCausalLM,
-    rows: Tensor,
+    sweeps: Sequence[Tensor],
     meter: BudgetMeter,
     target: float,
     *,
     batch_size: int = 4,
+    refit_ridge: float | None = None,
     progress: Progress | None = None,
-) -> dict[str, float]:
-    """Write closed-form margins into all routers from rows [n, L]; sampling then realises `target` at the start.
+) -> dict[str, object]:
+    """Write closed-form margins into all routers; sampling then realises `target` at the start.
 
-    Returns the explained share of the log errors (mean over attention and ffn units). An MLP router carries the
-    regression in a pair of ReLU units of opposite sign.
+    `sweeps` are rows [n, L], the first for the dense model, each later one for the model as routed so far. With
+    `refit_ridge` the later ones also solve the forecasters again. An MLP router carries the regression in a pair of
+    ReLU units of opposite sign. Returns the explained shares of both regressions and the loss of each sweep.
     """
-    units = model.units
-    state = model.routing_state
-    width = model.routing_config.hidden_size
-    errors = [_LogErrors(width, model.device) for _ in units]
-    squares = torch.zeros(len(units))
-    head = lm_head(model)
-    count = 0
+    progress = progress or NullProgress()
+    statistics = _Statistics(model, refit_ridge is not None)
+    report: dict[str, object] = {}
+    losses: list[float] = []
+    done = 0
+    for number, rows in enumerate(sweeps):
+        rule: DecisionRule = AlwaysExecute()
+        if number:
+            some = rows[: max(THRESHOLD_TOKENS // rows.shape[1], 1)]
+            rule = Threshold(threshold_at(model, some, target, meter.budget))
+        total = 0.0
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size].to(model.device)
+            total += statistics.add(batch, rule)
+            done += batch.shape[0]
+            progress.advance(done)
+        losses.append(total / rows.numel())
+        if number and refit_ridge is not None:
+            statistics.solve_forecasters(refit_ridge)
+        report = statistics.solve_routers(meter, target)
+    return {**report, "losses": losses}
 
-    observed: set[int] = set()
 
-    def observer(seen: Observation) -> None:
-        if seen.index in observed:  # recomputation under activation checkpointing
-            return
-        observed.add(seen.index)
-        with torch.no_grad():
-            x, y = seen.x.reshape(-1, width).float(), seen.output.reshape(-1, width).float()
-            forecaster = units[seen.index].forecaster
-            miss = y if forecaster is None else y - forecaster(x).float()
-            size = miss.square().sum(-1) * seen.relative_weight[:, 0]
-            errors[seen.index].add(x, size.clamp(min=1e-20).log())
+class _Leaf:
+    """Another rule's decision as a float leaf, so that backward leaves dL/dgate on it."""
 
-    model.train()
-    state.observer = observer
-    probed: list[Tensor] = []
-    try:
-        with model.deciding(_Probe()):
-            for start in range(0, len(rows), batch_size):
-                batch = rows[start : start + batch_size].to(model.device)
-                observed.clear()
+    def __init__(self, rule: DecisionRule) -> None:
+        self.rule = rule
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return self.rule(logits.detach()).float().requires_grad_()
+
+
+@dataclass
+class _Seen:
+    x: Tensor
+    log_miss: Tensor
+    gate: Tensor
+    after: Tensor
+
+
+class _Statistics:
+    """Second moments of (router input, [log miss, log sensitivity]) of all units, and those of their forecasters."""
+
+    def __init__(self, model: RoutedModelForCausalLM, forecasters: bool) -> None:
+        self.model, self.head = model, lm_head(model)
+        self.width = model.routing_config.hidden_size
+        self.relative = model.routing_config.forecaster.weighting == "relative"
+        units = model.units
+        self.routers = [Moments(self.width, model.device, outputs=2) for _ in units]
+        self.forecasters = [Moments(self.width, model.device) for _ in units] if forecasters else None
+        self.costs = torch.zeros(len(units), dtype=torch.float64)
+        self.tokens = 0
+        self.last: list[Tensor] = []
+        self.dense = True
+        self._seen: dict[int, _Seen] = {}
+
+    def add(self, batch: Tensor, rule: DecisionRule) -> float:
+        """One forward and backward of ids [B, L] under a rule; returns the summed loss."""
+        model, state = self.model, self.model.routing_state
+        self._seen = {}
+        self.dense = isinstance(rule, AlwaysExecute)
+        training = model.training
+        model.train()
+        state.observer = self._observe
+        try:
+            with model.deciding(_Leaf(rule)):
                 hidden = model.hidden_states(batch)
-                loss = next_token_loss(hidden, batch, head, ObjectiveConfig(), reduction="sum")
-                gates = [state.gates[i] for i in range(len(units))]
-                gradients = torch.autograd.grad(loss, gates)
-                squares += torch.stack([g.float().square().sum() for g in gradients]).cpu()
-                count += batch.numel()
-                if progress is not None:
-                    progress.advance(min(start + batch_size, len(rows)))
-                probed = [e.x for e in errors]
-    finally:
-        state.observer = None
-        model.eval()
-    importance = (squares / count).clamp(min=1e-20).log()
-    fits = [e.fit() for e in errors]
-    margins = torch.stack(
-        [x @ w + importance[i] - mean @ w for i, (x, (w, mean, _)) in enumerate(zip(probed, fits, strict=True))]
-    )
-    shift = _shift(margins * MARGIN_SCALE, meter, target)
-    for i, (unit, (w, mean, _)) in enumerate(zip(units, fits, strict=True)):
-        constant = (importance[i] - mean @ w) * MARGIN_SCALE - shift
-        _write(unit.router, w * MARGIN_SCALE, float(constant))
-    explained = [f[2] for f in fits]
-    return {
-        "log_error_explained_attention": sum(explained[0::2]) / len(explained[0::2]),
-        "log_error_explained_ffn": sum(explained[1::2]) / len(explained[1::2]),
-        "margin_std": float((margins * MARGIN_SCALE).std()),
-    }
+                loss = next_token_loss(hidden, batch, self.head, ObjectiveConfig(), reduction="sum")
+                seen = [self._seen[i] for i in range(len(self.routers))]
+                # After recomputation under activation checkpointing these are still the tensors of the graph.
+                wanted = [s.after for s in seen] + [s.gate for s in seen]
+                gradients = torch.autograd.grad(loss, wanted)
+        finally:
+            state.observer = None
+            model.train(training)
+        for i, one in enumerate(seen):
+            sensitivity = gradients[i].reshape(-1, self.width).float().square().sum(-1).clamp(min=1e-20).log()
+            self.routers[i].add(one.x, torch.stack([one.log_miss, sensitivity], dim=1))
+            self.costs[i] += gradients[len(seen) + i].double().square().sum().cpu()
+        self.tokens += batch.numel()
+        self.last = [s.x for s in seen]  # one batch is enough to place the margins
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def _observe(self, seen: Observation) -> None:
+        if seen.index in self._seen:  # recomputation under activation checkpointing
+            return
+        assert seen.gate is not None
+        x, y = (t.detach().reshape(-1, self.width).float() for t in (seen.x, seen.output))
+        forecaster = self.model.units[seen.index].forecaster
+        miss = y if forecaster is None else y - forecaster(x).float()
+        log_miss = miss.square().sum(-1).clamp(min=1e-20).log()
+        self._seen[seen.index] = _Seen(x, log_miss, seen.gate, seen.after)
+        if self.forecasters is not None:
+            weight = seen.relative_weight if self.relative else torch.ones(len(x), 1, device=x.device)
+            weight = weight * (DENSE_WEIGHT if self.dense else routed_weight(seen.gate))
+            self.forecasters[seen.index].add(x, y, weight)
+
+    def solve_forecasters(self, ridge: float) -> None:
+        assert self.forecasters is not None
+        for unit, moments in zip(self.model.units, self.forecasters, strict=True):
+            if unit.forecaster is not None:
+                solve(moments, ridge).write_to(unit.forecaster)
+
+    def solve_routers(self, meter: BudgetMeter, target: float) -> dict[str, object]:
+        weights: list[Tensor] = []
+        constants: list[float] = []
+        explained: list[tuple[float, float]] = []
+        for moments, cost in zip(self.routers, self.costs, strict=True):
+            found = _Regression(moments)
+            miss, sensitivity = found.ridge(0, MISS_RIDGE), found.ridge(1, SENSITIVITY_RIDGE)
+            both = miss + sensitivity
+            # The mean of exp(w x + c) shall be the mean cost; exact for normal inputs.
+            constant = (cost / self.tokens).clamp(min=1e-30).log() - float(found.mean @ both)
+            constants.append(float(constant - 0.5 * float(both @ found.cov @ both)))
+            weights.append(both.float())
+            explained.append((found.explained(0, miss), found.explained(1, sensitivity)))
+        margins = torch.stack([(x @ w).cpu() + c for x, w, c in zip(self.last, weights, constants, strict=True)])
+        margins = margins * MARGIN_SCALE
+        shift = _shift(margins, meter, target)
+        for unit, w, c in zip(self.model.units, weights, constants, strict=True):
+            _write(unit.router, w * MARGIN_SCALE, c * MARGIN_SCALE - shift)
+        return {
+            "explained": {
+                f"{what}_{kind}": round(sum(e[j] for e in explained[k::2]) / len(explained[k::2]), 4)
+                for j, what in enumerate(("miss", "sensitivity"))
+                for k, kind in enumerate(("attention", "ffn"))
+            },
+            "margin_std": float(margins.std()),
+        }
 
 
-class _LogErrors:
-    """Moments of (input, log squared forecast error) of one unit."""
+class _Regression:
+    """Centred moments of one unit: input mean [d] and covariance [d, d], cross-covariance [d, 2], float64."""
 
-    def __init__(self, width: int, device: torch.device) -> None:
-        self.moments = Moments(width, device, outputs=1)
-        self.x = torch.zeros(0, width)
+    def __init__(self, moments: Moments) -> None:
+        n = moments.count.clamp(min=1)
+        self.mean, mean_y = moments.sum_x / n, moments.sum_y / n
+        self.cov = moments.xx / n - torch.outer(self.mean, self.mean)
+        self.cross = moments.xy / n - torch.outer(self.mean, mean_y)
+        self.variance = (moments.sum_yy / n - mean_y.square()).clamp(min=1e-30)
 
-    def add(self, x: Tensor, log_error: Tensor) -> None:
-        self.moments.add(x, log_error.unsqueeze(-1))
-        self.x = x.cpu()  # the last batch is enough to place the margins
+    def ridge(self, output: int, strength: float) -> Tensor:
+        scale = self.cov.diagonal().mean().clamp(min=1e-30) * strength
+        identity = torch.eye(len(self.cov), dtype=self.cov.dtype, device=self.cov.device)
+        return cast(Tensor, torch.linalg.solve(self.cov + scale * identity, self.cross[:, output]))
 
-    def fit(self) -> tuple[Tensor, Tensor, float]:
-        """Ridge weights [d], mean input [d], explained share."""
-        found = solve(self.moments, RIDGE)
-        weights = (found.outer[0, :1] * found.inner[0]).cpu()
-        mean = (self.moments.sum_x / self.moments.count).float().cpu()
-        return weights, mean, float(found.explained[0])
+    def explained(self, output: int, weights: Tensor) -> float:
+        gain = 2 * weights @ self.cross[:, output] - weights @ self.cov @ weights
+        return float(gain / self.variance[output])
 
 
 def _shift(margins: Tensor, meter: BudgetMeter, target: float) -> float:
@@ -141,7 +228,7 @@ def _shift(margins: Tensor, meter: BudgetMeter, target: float) -> float:
 
 
 def _write(router: nn.Module, weights: Tensor, constant: float) -> None:
-    """Add the linear margin w x + c to a router, split evenly over the two logits."""
+    """Make a router's margin w x + c, split evenly over the two logits; its other hidden units start unread."""
     outer = cast(nn.Linear, router.outer)
     inner = cast("nn.Linear | None", router.inner)
     with torch.no_grad():
@@ -149,6 +236,7 @@ def _write(router: nn.Module, weights: Tensor, constant: float) -> None:
         if inner is None:
             outer.weight.copy_(torch.stack([-0.5 * weights, 0.5 * weights]))
             return
+        outer.weight.zero_()
         # Share the scale between the layers, so that both learn at the same pace.
         norm = float(weights.norm().clamp(min=1e-12))
         half = norm**0.5
