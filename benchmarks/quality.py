@@ -5,7 +5,8 @@
     python benchmarks/quality.py --table                     # docs/data/quality/*.json -> docs/results.md
 
 Every run is one fit of `recipes/small.yaml` with the overrides below, so all methods see the same text, steps and
-tokens. Held-out Wikipedia and C4 text, sequences of 512 tokens, deterministic decisions. A finished run is skipped.
+tokens. Held-out Wikipedia and C4 text, sequences of 512 tokens, deterministic decisions at thresholds that were
+calibrated on another split of the same text. A finished run is skipped.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import torch
 
 from informed_routing.assets import load_texts, load_tokenizer, pack
 from informed_routing.cli.progress import make_progress
-from informed_routing.config import Recipe
+from informed_routing.config import CalibrationConfig, Recipe
 from informed_routing.evaluation.environment import environment
 from informed_routing.evaluation.perplexity import token_perplexity
 from informed_routing.files import write_json
 from informed_routing.routed_model import RoutedModelForCausalLM
+from informed_routing.training.calibrate import calibrate
 from informed_routing.training.fit import fit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,6 +66,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "lora-dense": {**LORA, "lora.sparsity": 0.0},
 }
 
+TEXTS = ("demo:wiki", "demo:c4")
+CALIBRATION_TOKENS = 24_576
 EVALUATED = {"lora-25": [0.0, 0.25, 0.40], "lora-40": [0.0, 0.25, 0.40], "lora-dense": [0.0]}
 
 
@@ -81,24 +85,29 @@ def run(name: str, rows: int) -> None:
         report = fit(recipe, out, resume=out.exists(), progress=progress)
     model = RoutedModelForCausalLM.from_pretrained(out)
     budget = recipe.route.budget
-    targets = EVALUATED.get(name, [0.0, *(MACS if budget == "macs" else UNITS)])
-    runs = []
-    for sparsity in targets:
-        model.set_sparsity(sparsity, budget)
-        tasks = {}
-        for text in ("demo:wiki", "demo:c4"):
-            held_out = pack(load_texts(text, "heldout"), load_tokenizer(recipe.model), 512)[:rows]
+    targets: list[float] = EVALUATED.get(name, [0.0, *(MACS if budget == "macs" else UNITS)])
+    runs: list[dict[str, Any]] = [{"target": target, "tasks": {}} for target in targets]
+    tokenizer = load_tokenizer(recipe.model)
+    for text in TEXTS:
+        # One threshold for a mixture gives each text a sparsity of its own: thresholds come from the text's own split.
+        own = pack(load_texts(text, "calibration"), tokenizer, 512)[: CALIBRATION_TOKENS // 512]
+        settings = CalibrationConfig(targets=tuple(t for t in targets if t))
+        if settings.targets:
+            table = calibrate(model, own, settings, budget, progress)
+            model.with_thresholds(table, budget, recipe.route.sparsity, 512)
+        held_out = pack(load_texts(text, "heldout"), tokenizer, 512)[:rows]
+        for entry in runs:
+            model.set_sparsity(entry["target"], budget)
             model.reset_routing_stats()
             found = token_perplexity(model, held_out, 2)
             stats = model.routing_stats()
             stats.pop("per_unit")
-            tasks[text] = {
+            entry["tasks"][text] = {
                 "token_perplexity": found.token_perplexity,
                 "tokens": found.tokens,
                 "sparsity": stats,
             }
-        runs.append({"target": sparsity, "tasks": tasks})
-        progress.message(f"{name} {sparsity}: {[round(t['token_perplexity'], 2) for t in tasks.values()]}")
+            progress.message(f"{name} {text} {entry['target']}: {found.token_perplexity:.2f}")
     progress.done()
     record = {"name": name, "budget": budget, "overrides": RUNS[name], "fit": report, "runs": runs}
     write_json(target, {**record, "environment": environment(), "threads": torch.get_num_threads()})

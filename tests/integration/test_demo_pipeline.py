@@ -19,9 +19,9 @@ RECIPE = {
     "data": ["demo:wiki", "demo:c4"],
     "dtype": "float32",
     "forecaster": {"rank": 32, "tokens": 4096},
-    "router": {"kind": "low-rank", "warm_start_tokens": 2048},
+    "router": {"warm_start_tokens": 1536, "sweeps": 2, "sweep_tokens": 1536},
     "forecast": {"sequence_length": 256},
-    "route": {"steps": 2, "batch_size": 2, "sequence_length": 128, "warmup_steps": 0},
+    "route": {"steps": 2, "batch_size": 2, "sequence_length": 256, "warmup_steps": 0},
     "calibration": {"targets": [0.15, 0.3], "tokens": 3072, "sequence_length": 256},
 }
 
