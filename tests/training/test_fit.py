@@ -121,7 +121,35 @@ def test_stages_that_cannot_follow_are_refused(
 def test_lora_of_the_dense_model(recipe: Recipe, tmp_path: Path) -> None:
     """Sparsity 0 tunes the dense model: what a fair comparison needs."""
     report = fit(recipe.with_overrides({"lora.sparsity": 0.0}), tmp_path / "out")
-    assert report["stages"]["lora"]["sparsity"] == 0.0
+    history = report["stages"]["lora"]["history"]
+    assert history
+    assert not any("approximated" in step for step in history)
+
+
+def test_a_start_keeps_what_the_earlier_stages_decided(recipe: Recipe, tmp_path: Path) -> None:
+    """Budget, dial and treatment of keys are the folder's, not the defaults of a recipe that does not route."""
+    first = {"stages": ["forecast", "route"], "route.budget": "macs", "route.sparsity": 0.2, "kv": "drop"}
+    fit(recipe.with_overrides(first), tmp_path / "routed")
+    later = recipe.with_overrides({"stages": ["lora"], "start": str(tmp_path / "routed")})
+    report = fit(later, tmp_path / "later")
+    stored = json.loads((tmp_path / "later" / "routing_config.json").read_text())
+    assert (stored["budget"], stored["sparsity"], stored["kv"]) == ("macs", 0.2, "drop")
+    assert report["stages"]["lora"]["sparsity"] == 0.2
+
+
+def test_stage_2_trains_each_part_at_its_own_rate(recipe: Recipe, tmp_path: Path) -> None:
+    """With a rate of next to nothing the forecasters stay where the closed-form start left them."""
+    settings = {"stages": ["forecast", "route"], "route.train_forecasters": True}
+    still = {**settings, "route.forecaster_learning_rate": 1e-12}
+    found = {}
+    for name, overrides in {"start": {**settings, "route.steps": 0}, "still": still, "moved": settings}.items():
+        fit(recipe.with_overrides(overrides), tmp_path / name)
+        found[name] = load_file(str(tmp_path / name / "routing.safetensors"))
+    forecasters = [key for key in found["start"] if ".forecaster." in key]
+    routers = [key for key in found["start"] if ".router.outer.weight" in key]
+    assert all(torch.allclose(found["start"][k], found["still"][k], atol=1e-7) for k in forecasters)
+    assert not any(torch.allclose(found["start"][k], found["moved"][k], atol=1e-7) for k in forecasters)
+    assert not any(torch.equal(found["start"][k], found["still"][k]) for k in routers)
 
 
 def test_auto_model_loads_the_folder(recipe: Recipe, whole: dict[str, Any]) -> None:

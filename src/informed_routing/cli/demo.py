@@ -22,7 +22,7 @@ SPARSITIES = (0.15, 0.25, 0.4)
 PROMPT = "The river rises in the mountains and"
 PROMPT_TEXTS = ["demo:wiki"]
 SEQUENCE = 512  # tokens of a scored sequence
-_PREFILL, _DECODE, _DECODE_PROMPT = 512, 32, 128  # tokens
+_PREFILL, _DECODE, _DECODE_PROMPT = 512, 24, 128  # tokens
 
 
 @with_common

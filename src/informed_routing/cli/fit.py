@@ -87,11 +87,13 @@ def fit(
 
     Example: informed-routing fit --start out --stages lora --steps 500 --out out-lora
     """
+    target = None if sparsity is None else check_sparsities([sparsity])[0]
     chosen = build_recipe(
         recipe,
         {
-            "model": model,
-            "route.sparsity": None if sparsity is None else check_sparsities([sparsity])[0],
+            "model": _model_of(start) if start and not model and not recipe else model,
+            "route.sparsity": target,
+            "lora.sparsity": target if start else None,
             "route.budget": budget,
             "stages": None if stages is None else [part.strip() for part in stages.split(",") if part.strip()],
             "start": start,
@@ -124,6 +126,13 @@ def fit(
             model=chosen.model,
             dtype=_dtype(report, chosen),
         )
+
+
+def _model_of(start: str) -> str:
+    """The base model that a routing folder was fitted on."""
+    from informed_routing.persistence import locate, read_config
+
+    return read_config(locate(start)).base_model.name
 
 
 def build_recipe(name: str | None, overrides: Mapping[str, Any]) -> Recipe:

@@ -80,7 +80,7 @@ def calibrate(
 
 
 def threshold_at(model: RoutedModelForCausalLM, rows: Tensor, target: float, budget: Budget) -> float:
-    """One threshold, from two passes over rows [n, L]."""
+    """One threshold, from three passes over rows [n, L]: each placed by the margins of the one before."""
     meter = BudgetMeter(model.costs, [u.kind for u in model.units], budget, (rows.shape[1] + 1) / 2)
     measured = _measure(model, rows, float("-inf"), 2)
     for _ in range(2):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,8 @@ from .warm_start import warm_start
 
 CHECKPOINTS = "checkpoints"
 RECIPE_FILE = "recipe.json"
-MEASURE_ROWS = 16
-"""Rows of unseen text on which forecasters are judged."""
+MEASURE_TOKENS = 4096
+"""Unseen text on which forecasters are judged."""
 
 
 def fit(
@@ -81,13 +81,18 @@ def _recipe(model: str, settings: dict[str, Any]) -> Recipe:
 
 
 def _with_settings_of(folder: Path, recipe: Recipe) -> Recipe:
-    """The recipe with the forecaster and router settings of the routing folder that it starts from."""
+    """The recipe with the settings of the routing folder that it starts from: all that an earlier stage decided."""
     if (folder / LORA_FOLDER).is_dir():
         raise InputError(f"{folder} has been through the lora stage", "Start from a folder without an adapter")
     config = read_config(folder)
     # The closed form would solve the forecasters anew: what they learned since would be lost.
     forecaster = config.forecaster.model_copy(update={"refit": False})
-    return recipe.model_copy(update={"forecaster": forecaster, "router": config.router})
+    update: dict[str, Any] = {"forecaster": forecaster, "router": config.router, "kv": config.kv}
+    if "route" not in recipe.stages:
+        # The dial keeps its currency and its setting; `lora.sparsity` says where else to tune.
+        goal = {"budget": config.budget, "sparsity": config.sparsity or recipe.route.sparsity}
+        update["route"] = recipe.route.model_copy(update=goal)
+    return recipe.model_copy(update=update)
 
 
 class _Fit:
@@ -273,7 +278,7 @@ class _Fit:
             report["gradient"] = self.fit_by_gradient(tensors)
 
         def judge() -> dict[str, Any]:
-            unseen = self.rows("calibration", length)[:MEASURE_ROWS]
+            unseen = self.rows("calibration", length)[: max(MEASURE_TOKENS // length, 1)]
             self.progress.stage("judge forecasters", len(unseen))
             return stage1.measure(self.model, unseen, self.progress).as_dict([u.kind for u in self.model.units])
 
@@ -377,7 +382,7 @@ class _Fit:
         tensors: dict[str, nn.Parameter],
         rows: Tensor,
         config: Any,
-        rates: Any = None,
+        rates: Mapping[str, float] | None = None,
     ) -> StageRecord:
         return run_stage(
             name,

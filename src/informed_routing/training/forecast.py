@@ -46,9 +46,17 @@ def observe(
         state.observer = None
 
 
-def routed_weight(gate: Tensor) -> Tensor:
-    """Weights [B * N, 1] of tokens in a refit, from their gates [B, N]: forecasts are for the approximated ones."""
-    return torch.where(gate.detach().reshape(-1, 1) > 0.5, REFIT_EXECUTED_WEIGHT, 1.0)
+def token_weights(seen: Observation, relative: bool, executed: float = REFIT_EXECUTED_WEIGHT) -> Tensor | None:
+    """Weights [B * N, 1] of tokens in a least-squares fit, None when all are equal.
+
+    `relative` is the configured weighting; where there are decisions, executed tokens count `executed` and
+    approximated ones, which forecasts are for, count 1.
+    """
+    weight = seen.relative_weight if relative else None
+    if seen.gate is None:
+        return weight
+    chosen = torch.where(seen.gate.detach().reshape(-1, 1) > 0.5, executed, 1.0)
+    return chosen if weight is None else weight * chosen
 
 
 def gather_moments(
@@ -70,11 +78,7 @@ def gather_moments(
 
     def observer(seen: Observation) -> None:
         x, y = seen.x.reshape(-1, width), seen.output.reshape(-1, width)
-        weight = seen.relative_weight if relative else None
-        if seen.gate is not None:
-            chosen = routed_weight(seen.gate)
-            weight = chosen if weight is None else weight * chosen
-        moments[seen.index].add(x, y, weight)
+        moments[seen.index].add(x, y, token_weights(seen, relative))
 
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     observe(model, rows[rank::world], observer, decision or AlwaysExecute(), progress=progress)

@@ -30,7 +30,7 @@ from ..routing.decision import AlwaysExecute, DecisionRule, Threshold
 from ..routing.forecaster import Moments, solve
 from ..routing.routed_unit import Observation
 from .calibrate import threshold_at
-from .forecast import routed_weight
+from .forecast import REFIT_EXECUTED_WEIGHT, token_weights
 from .objectives import lm_head, next_token_loss
 
 MARGIN_SCALE = 2.0
@@ -156,9 +156,8 @@ class _Statistics:
         log_miss = miss.square().sum(-1).clamp(min=1e-20).log()
         self._seen[seen.index] = _Seen(x, log_miss, seen.gate, seen.after)
         if self.forecasters is not None:
-            weight = seen.relative_weight if self.relative else torch.ones(len(x), 1, device=x.device)
-            weight = weight * (DENSE_WEIGHT if self.dense else routed_weight(seen.gate))
-            self.forecasters[seen.index].add(x, y, weight)
+            executed = DENSE_WEIGHT if self.dense else REFIT_EXECUTED_WEIGHT
+            self.forecasters[seen.index].add(x, y, token_weights(seen, self.relative, executed))
 
     def solve_forecasters(self, ridge: float) -> None:
         assert self.forecasters is not None
