@@ -16,7 +16,7 @@ FORMAT_VERSION = 1
 
 UnitKind = Literal["attention", "ffn"]
 Budget = Literal["units", "macs"]
-StageName = Literal["forecast", "route", "lora"]
+StageName = Literal["forecast", "route", "lora", "calibrate"]
 
 
 class _Frozen(BaseModel):
@@ -169,7 +169,10 @@ class Recipe(_Frozen):
     model: str = "demo:smollm2-135m"
     revision: str | None = None
     data: tuple[str, ...] = ("demo:wiki", "demo:c4")
-    stages: tuple[StageName, ...] = ("forecast", "route")
+    stages: tuple[StageName, ...] = Field(
+        ("forecast", "route"),
+        description="forecast, route and lora, or calibrate alone: a new threshold table for a routed model",
+    )
     start: str | None = Field(
         None,
         description="routing folder whose forecasters and routers (weights and settings) to begin with, so that "
@@ -189,16 +192,19 @@ class Recipe(_Frozen):
     @field_validator("stages")
     @classmethod
     def _stages_in_order(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        order = [name for name in ("forecast", "route", "lora") if name in value]
+        order = [name for name in ("forecast", "route", "lora", "calibrate") if name in value]
         if len(order) != len(value) or not value:
-            raise ValueError("stages must be some of forecast, route, lora, each once")
-        return tuple(order)
+            raise ValueError("stages must be some of forecast, route, lora, each once, or calibrate alone")
+        # Every fit calibrates at its end: the name matters only where it stands alone.
+        return tuple(order) if order == ["calibrate"] else tuple(name for name in order if name != "calibrate")
 
     @model_validator(mode="after")
     def _stages_have_what_they_need(self) -> Recipe:
         if self.start is not None:
             if "forecast" in self.stages:
                 raise ValueError("stages cannot hold forecast with a start: that has forecasters already")
+        elif "calibrate" in self.stages:
+            raise ValueError("calibrate alone needs a start (a routing folder) that has been routed")
         elif "route" not in self.stages and "lora" in self.stages:
             raise ValueError("stages needs route before lora, or a start (a routing folder) that has been routed")
         elif "route" in self.stages and "forecast" not in self.stages and self.forecaster.fallback == "forecaster":

@@ -92,6 +92,26 @@ def test_lora_can_come_later(recipe: Recipe, tmp_path: Path) -> None:
         fit(later.with_overrides({"start": str(tmp_path / "later")}), tmp_path / "again")
 
 
+def test_calibrate_alone_gives_a_new_table_only(recipe: Recipe, tmp_path: Path) -> None:
+    """Weights and adapter are those of the start; the folder loads and its logits are the start's."""
+    first = tmp_path / "first"
+    fit(recipe, first)
+    again = {"stages": ["calibrate"], "start": str(first), "calibration.targets": [0.2, 0.3]}
+    report = fit(recipe.with_overrides(again), tmp_path / "again")
+    assert set(report["stages"]) == {"calibrate"}
+    wanted, found = _tensors(first), _tensors(tmp_path / "again")
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[k], found[k]) for k in wanted)
+    before, after = (RoutedModelForCausalLM.from_pretrained(folder) for folder in (first, tmp_path / "again"))
+    ids = torch.arange(1, 9)[None]
+    for model in (before, after):
+        model.set_sparsity(0)
+    assert torch.equal(before(ids).logits, after(ids).logits)
+    assert len(after.routing_config.thresholds) < len(before.routing_config.thresholds)
+    with pytest.raises(InputError, match="what the fit starts from"):
+        fit(recipe.with_overrides(again), first, overwrite=True)
+
+
 def test_a_start_on_another_model_is_refused(recipe: Recipe, whole: dict[str, Any], tmp_path: Path) -> None:
     fit(recipe.with_overrides({"stages": ["forecast", "route"]}), tmp_path / "routed")
     config = json.loads((tmp_path / "routed" / "routing_config.json").read_text())
@@ -108,6 +128,8 @@ def test_a_start_on_another_model_is_refused(recipe: Recipe, whole: dict[str, An
     [
         (["lora"], None, "route before lora"),
         (["route"], None, "forecast before route"),
+        (["calibrate"], None, "needs a start"),
+        ([], "somewhere", "some of forecast"),
         (["forecast", "route"], "somewhere", "has forecasters already"),
     ],
 )

@@ -41,7 +41,7 @@ def fit(
         str | None, typer.Option("--budget", help="What the share is measured in: units (the paper) or macs.")
     ] = None,
     stages: Annotated[
-        str | None, typer.Option("--stages", help="Some of forecast,route,lora.", rich_help_panel=_SIZES)
+        str | None, typer.Option("--stages", help="Some of forecast,route,lora, or calibrate.", rich_help_panel=_SIZES)
     ] = None,
     start: Annotated[
         str | None,
@@ -86,6 +86,8 @@ def fit(
     Example: informed-routing fit demo:smollm2-135m --out out --sparsity 0.25 --budget macs
 
     Example: informed-routing fit --start out --stages lora --steps 500 --out out-lora
+
+    Example: informed-routing fit --start out --stages calibrate --data mine.jsonl --out out-mine
     """
     target = None if sparsity is None else check_sparsities([sparsity])[0]
     chosen = build_recipe(

@@ -81,11 +81,25 @@ def calibrate(
 
 def threshold_at(model: RoutedModelForCausalLM, rows: Tensor, target: float, budget: Budget) -> float:
     """One threshold, from three passes over rows [n, L]: each placed by the margins of the one before."""
+    place = float("-inf")
+    for _ in range(3):
+        place, _ = realise(model, rows, target, budget, place)
+    return place
+
+
+def realise(
+    model: RoutedModelForCausalLM, rows: Tensor, target: float, budget: Budget, threshold: float
+) -> tuple[float, ThresholdRow]:
+    """What `threshold` saves on rows [n, L], and the threshold that its margins propose for `target`.
+
+    One pass; the proposal corrects for what the meter predicts wrongly at the measured place.
+    """
     meter = BudgetMeter(model.costs, [u.kind for u in model.units], budget, (rows.shape[1] + 1) / 2)
-    measured = _measure(model, rows, float("-inf"), 2)
-    for _ in range(2):
-        measured = _measure(model, rows, _quantile(measured.margins, meter, target), 2)
-    return _quantile(measured.margins, meter, target)
+    measured = _measure(model, rows, threshold, 2)
+    off = 0.0
+    if threshold > float("-inf"):
+        off = getattr(measured.row, budget) - _predicted(measured.margins, threshold, meter)
+    return _quantile(measured.margins, meter, target - off), measured.row
 
 
 def _measure(model: RoutedModelForCausalLM, rows: Tensor, threshold: float, batch_size: int) -> _Measured:

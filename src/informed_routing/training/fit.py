@@ -28,6 +28,7 @@ from ..persistence import (
     locate,
     read_config,
     save,
+    with_lora,
 )
 from ..progress import NullProgress, Progress
 from ..routed_model import RoutedModelForCausalLM
@@ -82,7 +83,7 @@ def _recipe(model: str, settings: dict[str, Any]) -> Recipe:
 
 def _with_settings_of(folder: Path, recipe: Recipe) -> Recipe:
     """The recipe with the settings of the routing folder that it starts from: all that an earlier stage decided."""
-    if (folder / LORA_FOLDER).is_dir():
+    if (folder / LORA_FOLDER).is_dir() and recipe.stages != ("calibrate",):
         raise InputError(f"{folder} has been through the lora stage", "Start from a folder without an adapter")
     config = read_config(folder)
     # The closed form would solve the forecasters anew: what they learned since would be lost.
@@ -103,6 +104,8 @@ class _Fit:
     ) -> None:
         beginning = locate(recipe.start) if recipe.start else None
         if beginning:
+            if out.resolve() == beginning.resolve():
+                raise InputError(f"{out} is what the fit starts from", "Give another folder for --out")
             recipe = _with_settings_of(beginning, recipe)
         self.recipe, self.out, self.device, self.progress = recipe, out, device, progress
         self.report: dict[str, Any] = {}
@@ -116,6 +119,7 @@ class _Fit:
         )
         if self.base.dtype != torch.float32 and device != "cpu":
             self.accelerator = Accelerator(mixed_precision="bf16" if self.base.dtype == torch.bfloat16 else "fp16")
+        self.adapter = beginning / LORA_FOLDER if beginning and (beginning / LORA_FOLDER).is_dir() else None
         torch.manual_seed(seed_of(recipe.seed, "initial weights"))
         self.model = RoutedModelForCausalLM.attach(
             self.base, recipe.forecaster, recipe.router, name=recipe.model, revision=recipe.revision
@@ -123,6 +127,8 @@ class _Fit:
         if beginning:
             check_base(beginning, self.model.routing_config.base_model.fingerprint)
             load_routing_tensors(self.model, beginning / TENSOR_FILE)
+        if self.adapter:
+            with_lora(self.model, self.adapter, merge=True)
         self.model.routing_state.kv = recipe.kv
         self.model.routing_config = self.model.routing_config.model_copy(
             update={
@@ -211,10 +217,14 @@ class _Fit:
                 path.unlink()
 
     def rows(self, split: str, length: int) -> Tensor:
-        """Packed text [n, length] of a split, tokenised once per length."""
+        """Packed text [n, length] of a split, tokenised once per length.
+
+        A text that `data` names twice has twice the weight in training; elsewhere it would only be read twice.
+        """
         key = (split, length)
         if key not in self._texts:
-            self._texts[key] = pack(load_texts(",".join(self.recipe.data), split), self.tokenizer, length)  # type: ignore[arg-type]
+            data = self.recipe.data if split == "train" else dict.fromkeys(self.recipe.data)
+            self._texts[key] = pack(load_texts(",".join(data), split), self.tokenizer, length)  # type: ignore[arg-type]
         return self._texts[key]
 
     def some_rows(self, split: str, length: int, tokens: int, name: str) -> Tensor:
@@ -432,6 +442,8 @@ class _Fit:
             if "lora" in self.recipe.stages:
                 save_lora(self.model, self.recipe.lora, self.out / LORA_FOLDER, self.recipe.model)
                 merge_lora(self.model)
+            elif self.adapter:
+                shutil.copytree(self.adapter, self.out / LORA_FOLDER, dirs_exist_ok=True)
             self.tokenizer.save_pretrained(self.out)
             write_json(self.out / "fit.json", result)
             write_text(self.out / "README.md", model_card(self.model.routing_config, result))
