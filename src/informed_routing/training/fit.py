@@ -151,7 +151,8 @@ class _Fit:
             )
         self._texts: dict[tuple[str, int], Tensor] = {}
         # Text is read before anything is written, so that a refused fit leaves no folder behind.
-        self.rows("train", recipe.route.sequence_length)
+        if recipe.stages != ("calibrate",):
+            self.rows("train", recipe.route.sequence_length)
         self.rows("calibration", recipe.calibration.sequence_length)
         if self.accelerator.is_main_process:
             if overwrite and self.out.is_dir():
