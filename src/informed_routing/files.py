@@ -47,6 +47,16 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def write_several(folder: Path, write: Callable[[Path], Any]) -> None:
+    """Call `write` with an empty folder inside `folder`, then rename its files, all of them whole, into `folder`."""
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as building:
+        write(Path(building))
+        for file in sorted(Path(building).iterdir()):
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+            file.replace(folder / file.name)
+
+
 def write_json(path: Path, data: Any) -> None:
     """Atomic, indented JSON."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")

@@ -17,7 +17,7 @@ from ..assets import load_model, load_texts, pack
 from ..config import Recipe
 from ..errors import InputError
 from ..evaluation.environment import environment
-from ..files import disk_error, write_json, write_text
+from ..files import disk_error, write_json, write_several, write_text
 from ..model_card import model_card
 from ..persistence import (
     LORA_FOLDER,
@@ -445,7 +445,7 @@ class _Fit:
                 merge_lora(self.model)
             elif self.adapter:
                 shutil.copytree(self.adapter, self.out / LORA_FOLDER, dirs_exist_ok=True)
-            self.tokenizer.save_pretrained(self.out)
+            write_several(self.out, self.tokenizer.save_pretrained)
             write_json(self.out / "fit.json", result)
             write_text(self.out / "README.md", model_card(self.model.routing_config, result))
             save(self.model, self.out)
