@@ -3,8 +3,8 @@
     python benchmarks/forecasters.py            # writes docs/data/forecasters.json and prints the table
 
 One streaming pass gives the closed form of every rank for all units. The gradient fit (the paper's L1 + cosine loss at
-its rate and steps, and plain squared error) is slow, so it is done for the units of three layers, all ranks side by side
-on stored features of the same text; the comparison is over those units.
+its rate and steps, and plain squared error) is slow, so it is done for the units of three layers, all ranks side by
+side on stored features of the same text; the comparison is over those units.
 """
 
 from __future__ import annotations
