@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tests.routed import left_padded, make_routed
 from tests.tiny import FAMILIES, make_tiny, random_ids
 
 from informed_routing.errors import InputError
+from informed_routing.execution import sparse
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.routing.budget import BudgetMeter
 from informed_routing.routing.decision import Given, GumbelSample, Threshold
@@ -86,7 +88,7 @@ def test_02_zero_outer_weights_equal_greedy_routing() -> None:
     assert 0.05 < informed.routing_stats()["units"] < 0.95
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     family=st.sampled_from(FAMILIES),
     batch=st.integers(1, 3),
@@ -94,12 +96,13 @@ def test_02_zero_outer_weights_equal_greedy_routing() -> None:
     share=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
     kv=st.sampled_from(["keep", "drop"]),
     padded=st.booleans(),
+    block=st.sampled_from([1, 3, 128]),
     seed=st.integers(0, 10**6),
 )
 def test_03_sparse_equals_masked(
-    family: str, batch: int, length: int, share: float, kv: str, padded: bool, seed: int
+    family: str, batch: int, length: int, share: float, kv: str, padded: bool, block: int, seed: int
 ) -> None:
-    """Random selections, empty and full ones, single tokens, ragged batches, both cache modes."""
+    """Random selections, empty and full ones, single tokens, ragged batches, both cache modes, any query block."""
     routed = _ROUTED[family]
     generator = torch.Generator().manual_seed(seed)
     ids = random_ids(batch, length, seed=seed)
@@ -110,7 +113,7 @@ def test_03_sparse_equals_masked(
     for execution in ("sparse", "masked"):
         routed.set_decision(_PerUnit(gates))
         routed.set_execution(execution, kv)  # type: ignore[arg-type]
-        with torch.no_grad():
+        with torch.no_grad(), mock.patch.object(sparse, "QUERY_BLOCK", block):
             found[execution] = routed(ids, attention_mask=mask, use_cache=False).logits
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     assert _close(found["sparse"][real], found["masked"][real])

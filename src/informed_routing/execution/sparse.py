@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.units import attend, keys_values, queries
+from ..models.units import attend, attend_causal, keys_values, queries
 from ..routing.routed_unit import RoutedUnit, RoutingState
 from . import masked
 from .cache import ExecutedKeysLayer
+
+QUERY_BLOCK = 128
 
 Rope = tuple[Tensor, Tensor] | None
 
@@ -78,12 +80,17 @@ def _keep_attention(
     if batch == 1:
         places = executed
         q = queries(family, attention, x[:, places], _take(rope, places))
-        return attend(attention, q, keys, values, _mask_rows(mask, places, length, keys.shape[-2]))
+        if mask is None:  # the base model relies on causality
+            return attend_causal(attention, q, keys, values, places[None] + (keys.shape[-2] - length), _block(q))
+        return attend(attention, q, keys, values, mask[:, :, places])
     places, filled = _ragged(gate)
     spread = places.unsqueeze(-1)
     q = queries(family, attention, x.gather(1, spread.expand(-1, -1, x.shape[-1])), _take_ragged(rope, places))
-    rows = _mask_ragged(mask, places, length, keys.shape[-2])
-    return attend(attention, q, keys, values, rows)[filled].unsqueeze(0)
+    if mask is None:
+        output = attend_causal(attention, q, keys, values, places + (keys.shape[-2] - length), _block(q))
+    else:
+        output = attend(attention, q, keys, values, _mask_ragged(mask, places))
+    return output[filled].unsqueeze(0)
 
 
 def _drop_attention(
@@ -108,8 +115,7 @@ def _drop_attention(
     if mask is None:
         allowed = stored_at[:, None, None, :] <= (places + start)[:, None, :, None]
     else:
-        full = _mask_ragged(mask, places, length, mask.shape[-1])
-        assert full is not None
+        full = _mask_ragged(mask, places)
         picked = stored_at.clamp(min=0)[:, None, None, :].expand(-1, -1, places.shape[1], -1)
         allowed = full.expand(batch, -1, -1, -1).gather(3, picked)
         allowed = allowed if allowed.dtype == torch.bool else allowed >= 0
@@ -151,18 +157,12 @@ def _take_ragged(rope: Rope, places: Tensor) -> Rope:
     return cos.gather(1, index), sin.gather(1, index)
 
 
-def _mask_rows(mask: Tensor | None, places: Tensor, length: int, keys: int) -> Tensor:
-    """Mask rows of some queries. Without a mask the base model relies on causality: written out here."""
-    if mask is not None:
-        return mask[:, :, places]
-    last = places + (keys - length)
-    return (torch.arange(keys, device=places.device) <= last[:, None])[None, None]
+def _block(q: Tensor) -> int:
+    """Queries per attention call: few enough to skip keys that none of them sees; all where a block costs a sync."""
+    return QUERY_BLOCK if q.device.type == "cpu" else max(q.shape[2], 1)
 
 
-def _mask_ragged(mask: Tensor | None, places: Tensor, length: int, keys: int) -> Tensor:
+def _mask_ragged(mask: Tensor, places: Tensor) -> Tensor:
     """Mask rows [B, 1, Q, K] of queries whose places [B, Q] differ between sequences."""
-    if mask is None:
-        last = places + (keys - length)
-        return (torch.arange(keys, device=places.device) <= last[..., None])[:, None]
     mask = mask.expand(places.shape[0], -1, -1, -1)
     return mask.gather(2, places[:, None, :, None].expand(-1, -1, -1, mask.shape[-1]))

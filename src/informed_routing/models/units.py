@@ -128,6 +128,28 @@ def attend(attention: Any, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor
 
     `mask` [B or 1, 1, Q, K] is boolean (True = may attend) or additive; None lets every query see every key.
     """
+    out = _attention_function(attention, q, keys, values, mask)
+    return attention.o_proj(out.reshape(*out.shape[:2], -1))
+
+
+def attend_causal(attention: Any, q: Tensor, keys: Tensor, values: Tensor, last: Tensor, block: int) -> Tensor:
+    """As `attend`, for queries of which each sees the keys up to its `last` [B, Q]: [B, Q, d].
+
+    Done in blocks of queries, each with no more keys than its queries see: one mask over all would compute every score
+    and throw half of them away. Saves most where `last` ascends.
+    """
+    parts = []
+    for start in range(0, last.shape[1], block):
+        rows = slice(start, start + block)
+        seen = int(last[:, rows].max()) + 1
+        mask = torch.arange(seen, device=last.device) <= last[:, None, rows, None]
+        parts.append(_attention_function(attention, q[:, :, rows], keys[:, :, :seen], values[:, :, :seen], mask))
+    out = torch.cat(parts, dim=1)
+    return attention.o_proj(out.reshape(*out.shape[:2], -1))
+
+
+def _attention_function(attention: Any, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """[B, Q, heads, head_dim]."""
     implementation = attention.config._attn_implementation
     module = sys.modules[type(attention).__module__]
     interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, module.eager_attention_forward)
@@ -139,4 +161,4 @@ def attend(attention: Any, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor
     out, _ = interface(
         attention, q, keys, values, mask, dropout=0.0, scaling=attention.scaling, is_causal=False, **extra
     )
-    return attention.o_proj(out.reshape(*out.shape[:2], -1))
+    return out
