@@ -63,9 +63,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "macs": MACS_TARGETS,
     "distill": {**START, "route.objective.kind": "distill"},
     # All three begin with the routers of `units`, which has to be there.
-    "lora-25": {**LORA, "lora.sparsity": 0.25},
-    "lora-40": {**LORA, "lora.sparsity": 0.40},
-    "lora-dense": {**LORA, "lora.sparsity": 0.0},
+    "lora-25": {**LORA, "lora.sparsity": 0.25, "calibration.targets": [0.25]},
+    "lora-40": {**LORA, "lora.sparsity": 0.40, "calibration.targets": [0.4]},
+    "lora-dense": {**LORA, "lora.sparsity": 0.0, "calibration.targets": [0.25]},
 }
 
 TEXTS = ("demo:wiki", "demo:c4")

@@ -16,7 +16,7 @@ from ..routing.routed_unit import RoutedUnit, RoutingState
 from . import masked
 from .cache import ExecutedKeysLayer
 
-QUERY_BLOCK = 128
+QUERY_BLOCK = 256
 
 Rope = tuple[Tensor, Tensor] | None
 
