@@ -18,8 +18,11 @@ from ..routed_model import RoutedModelForCausalLM
 from ..routing.budget import BudgetMeter
 from ..routing.decision import Threshold
 
-TOLERANCE = 0.004
-"""How far from its target a row may be measured before it is placed once more."""
+TOLERANCE = 0.015
+"""How far from its target a row may be measured before it is placed once more: between rows the dial interpolates."""
+
+PART = 4
+"""Passes that only place a threshold read one row in this many."""
 
 BEYOND = 0.03
 """How far the table goes past the last target."""
@@ -39,44 +42,88 @@ def calibrate(
     budget: Budget,
     progress: Progress | None = None,
 ) -> tuple[ThresholdRow, ...]:
-    """The threshold table of a routed model from rows [n, L]: one row per target and one where nothing is approximated.
+    """The threshold table of a routed model from rows [n, L]: one row per target, and some below and beyond them.
 
     Targets that the routers cannot reach (a MACs budget has a ceiling) are left out.
     """
     progress = progress or NullProgress()
-    meter = BudgetMeter(model.costs, [u.kind for u in model.units], budget, (rows.shape[1] + 1) / 2)
-    ceiling = meter.attainable()
+    text = _Text(model, rows, budget, config.batch_size)
+    ceiling = text.meter.attainable()
     targets = [target for target in config.targets if target < ceiling - 0.02]
     if not targets:
         raise InputError(f"no calibration target is below the attainable {ceiling:.2f}", "Lower the targets")
     progress.stage("calibrate", len(targets))
-    first = rows[: max(len(rows) // 4, 1)]
-    low = float("-inf")
-    measured = _measure(model, first, low, config.batch_size)
-    floor = float(measured.margins.min()) - 1e-3
-    table = [ThresholdRow(threshold=floor, units=0.0, attention=0.0, ffn=0.0, macs=measured.row.macs)]
-    for target in (targets[0] / 8, targets[0] / 2):
-        # Margins have long tails: without these rows, low sparsities would be interpolated across the tail.
-        measured = _measure(model, first, _quantile(measured.margins, meter, target), config.batch_size)
-        table.append(measured.row)
-    part = first.numel()
+    dense = text.measure(text.part, float("-inf"))
+    near = text.measure(text.part, _quantile(dense.margins, text.meter, targets[0]))
+    found: list[_Measured] = []
     for done, target in enumerate(targets, start=1):
-        # A new threshold changes what later layers see. How much that shifts the share is found on a part of the text;
-        # which share a threshold gives otherwise, on all of it.
-        place = _quantile(measured.margins, meter, target)
-        guess = _measure(model, first, place, config.batch_size)
-        drift = getattr(guess.row, budget) - _predicted(measured.margins[:, :part], place, meter)
-        measured = _measure(model, rows, _quantile(measured.margins, meter, target - drift), config.batch_size)
-        if abs(getattr(measured.row, budget) - target) > TOLERANCE:
-            # For `macs` this also corrects for executed tokens that see more keys than the average one.
-            off = getattr(measured.row, budget) - _predicted(measured.margins, measured.row.threshold, meter)
-            measured = _measure(model, rows, _quantile(measured.margins, meter, target - off), config.batch_size)
-        table.append(measured.row)
-        progress.advance(done, target=target, realised=getattr(measured.row, budget))
-    beyond = min(targets[-1] + BEYOND, (targets[-1] + ceiling) / 2)
+        near = text.reach(target, near)
+        found.append(near)
+        progress.advance(done, target=target, realised=getattr(near.row, budget))
+    low = min(float(dense.margins.min()), *(float(one.margins.min()) for one in found)) - 1e-3
+    table = [ThresholdRow(threshold=low, units=0.0, attention=0.0, ffn=0.0, macs=dense.row.macs)]
+    table += [one.row for one in found]
+    # Margins have long tails: without these rows, low sparsities would be interpolated across the tail.
+    table += [text.estimate(target, found[0]) for target in (targets[0] / 8, targets[0] / 2)]
     # The last target may be realised a little short; with a row behind it, the dial reaches it all the same.
-    table.append(_measure(model, first, _quantile(measured.margins, meter, beyond), config.batch_size).row)
+    table.append(text.estimate(min(targets[-1] + BEYOND, (targets[-1] + ceiling) / 2), found[-1]))
     return tuple(sorted(table, key=lambda row: row.threshold))
+
+
+class _Text:
+    """Rows [n, L] to calibrate on, and a part of them for passes that need not be exact."""
+
+    def __init__(self, model: RoutedModelForCausalLM, rows: Tensor, budget: Budget, batch_size: int) -> None:
+        self.model, self.rows, self.part, self.budget, self.batch_size = model, rows, rows[::PART], budget, batch_size
+        self.meter, self.macs = _meter(model, rows, budget), _meter(model, rows, "macs")
+        self.attention = torch.tensor([unit.kind == "attention" for unit in model.units])
+
+    def measure(self, rows: Tensor, threshold: float) -> _Measured:
+        return _measure(self.model, rows, threshold, self.batch_size)
+
+    def reach(self, target: float, near: _Measured) -> _Measured:
+        """All of the text, measured at a threshold that realises the target, from margins at another threshold."""
+        # How much the new threshold shifts the share is found on the part; which share it gives otherwise, on all.
+        place = _quantile(near.margins, self.meter, target)
+        drift = self._drift(self.measure(self.part, place), near)
+        measured = self.measure(self.rows, _quantile(near.margins, self.meter, target - drift))
+        if abs(getattr(measured.row, self.budget) - target) > TOLERANCE:
+            # For `macs` this also corrects for executed tokens that see more keys than the average one.
+            off = self._drift(measured, measured)
+            measured = self.measure(self.rows, _quantile(measured.margins, self.meter, target - off))
+        return measured
+
+    def estimate(self, target: float, near: _Measured) -> ThresholdRow:
+        """The row of a target close to what was measured: the part's, corrected by how `near` tells it from all."""
+        measured = self.measure(self.part, _quantile(near.margins, self.meter, target)).row
+        whole = self._shares(near.margins, measured.threshold)
+        part = self._shares(self._of_part(near.margins), measured.threshold)
+        shares = {key: getattr(measured, key) + whole[key] - part[key] for key in whole}
+        return ThresholdRow(threshold=measured.threshold, **shares)
+
+    def _drift(self, measured: _Measured, near: _Measured) -> float:
+        """How much a measured share differs from what the margins of `near` predict for the same tokens."""
+        same = near.margins
+        if same.shape != measured.margins.shape:
+            same = self._of_part(same)
+        return getattr(measured.row, self.budget) - _predicted(same, measured.row.threshold, self.meter)
+
+    def _of_part(self, margins: Tensor) -> Tensor:
+        return margins.unflatten(1, tuple(self.rows.shape))[:, ::PART].flatten(1)
+
+    def _shares(self, margins: Tensor, threshold: float) -> dict[str, float]:
+        """What margins predict at another threshold."""
+        approximated = (margins <= threshold).float().mean(1)
+        return {
+            "units": float(approximated.mean()),
+            "attention": float(approximated[self.attention].mean()),
+            "ffn": float(approximated[~self.attention].mean()),
+            "macs": float(self.macs.saved(approximated)),
+        }
+
+
+def _meter(model: RoutedModelForCausalLM, rows: Tensor, budget: Budget) -> BudgetMeter:
+    return BudgetMeter(model.costs, [u.kind for u in model.units], budget, (rows.shape[1] + 1) / 2)
 
 
 def threshold_at(model: RoutedModelForCausalLM, rows: Tensor, target: float, budget: Budget) -> float:
@@ -94,7 +141,7 @@ def realise(
 
     One pass; the proposal corrects for what the meter predicts wrongly at the measured place.
     """
-    meter = BudgetMeter(model.costs, [u.kind for u in model.units], budget, (rows.shape[1] + 1) / 2)
+    meter = _meter(model, rows, budget)
     measured = _measure(model, rows, threshold, 2)
     off = 0.0
     if threshold > float("-inf"):
