@@ -25,7 +25,9 @@ def lm_head(model: Any) -> Head:
     cap = getattr(model.config, "final_logit_softcapping", None)
 
     def apply(hidden: Tensor) -> Tensor:
-        logits = cast(Tensor, model.lm_head(hidden)).float() / scale
+        logits = cast(Tensor, model.lm_head(hidden)).float()
+        if scale != 1:  # a pass over [n, V] saved
+            logits = logits / scale
         return cap * torch.tanh(logits / cap) if cap else logits
 
     return apply
