@@ -13,6 +13,7 @@ from informed_routing.files import write_atomically, write_several, write_text
 
 def test_several_files_arrive_together_and_replace_old_ones(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("old")
+    (tmp_path / ".new-killed").mkdir()
 
     def save(folder: Path) -> None:
         (folder / "a").write_text("new")

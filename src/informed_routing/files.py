@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,8 @@ def _write(path: Path, text: str) -> None:
 
 def write_several(folder: Path, write: Callable[[Path], Any]) -> None:
     """Call `write` with an empty folder inside `folder`, then rename its files, all of them whole, into `folder`."""
+    for left_over in folder.glob(".new-*"):  # by a process that was killed here
+        shutil.rmtree(left_over, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as building:
         write(Path(building))
         for file in sorted(Path(building).iterdir()):

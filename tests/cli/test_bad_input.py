@@ -36,6 +36,21 @@ def test_sparsity_outside_0_to_1(run: Run, tiny_folder: Path, command: str, valu
     assert "0.25" in error
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "stages"),
+    [
+        ("--rank", "8", "lora"),
+        ("--router", "mlp", "route"),
+        ("--budget", "macs", "lora"),
+        ("--sparsity", "0.3", "calibrate"),
+    ],
+)
+def test_flags_that_a_start_has_decided(run: Run, tmp_path: Path, flag: str, value: str, stages: str) -> None:
+    error = run("fit", "--start", "routed", "--stages", stages, flag, value, "--out", tmp_path / "out").one_line_error()
+    assert f"{flag} {value} has no effect" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_sparsity_outside_0_to_1_in_fit(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert "1.5" in run("fit", tiny_folder, "--out", out, "--sparsity", "1.5").one_line_error()

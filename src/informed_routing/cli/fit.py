@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,7 +66,8 @@ def fit(
         typer.Option(
             "--data",
             metavar="DATA",
-            help="Text: demo:wiki|c4|code, files, globs, or a Hub set name:config:split:column. Repeatable.",
+            help="Text: demo:wiki|c4|code, files, globs, or a Hub set name:config:split:column. Repeatable; "
+            "named twice, a text counts twice in training.",
         ),
     ] = None,
     batch_size: Annotated[
@@ -90,6 +91,9 @@ def fit(
     Example: informed-routing fit --start out --stages calibrate --data mine.jsonl --out out-mine
     """
     target = None if sparsity is None else check_sparsities([sparsity])[0]
+    wanted = None if stages is None else [part.strip() for part in stages.split(",") if part.strip()]
+    if start:
+        _refuse_idle_flags(wanted or [], {"--rank": rank, "--router": router}, budget, sparsity)
     chosen = build_recipe(
         recipe,
         {
@@ -97,7 +101,7 @@ def fit(
             "route.sparsity": target,
             "lora.sparsity": target if start else None,
             "route.budget": budget,
-            "stages": None if stages is None else [part.strip() for part in stages.split(",") if part.strip()],
+            "stages": wanted,
             "start": start,
             "forecaster.rank": rank,
             "router.kind": router,
@@ -127,6 +131,24 @@ def fit(
             lambda console: show_report(console, report, out),
             model=chosen.model,
             dtype=_dtype(report, chosen),
+        )
+
+
+def _refuse_idle_flags(
+    stages: Sequence[str], of_the_start: Mapping[str, Any], budget: str | None, sparsity: float | None
+) -> None:
+    """With a start some settings are its own: a flag that would change nothing is refused rather than ignored."""
+    from informed_routing.errors import InputError
+
+    for flag, value in of_the_start.items():
+        if value is not None:
+            raise InputError(f"{flag} {value} has no effect with --start", "Its folder has that decided: leave it out")
+    if budget is not None and "route" not in stages:
+        raise InputError(f"--budget {budget} has no effect without the route stage", "The folder keeps its budget")
+    if sparsity is not None and list(stages) == ["calibrate"]:
+        raise InputError(
+            f"--sparsity {sparsity} has no effect on calibrate alone",
+            "Its table serves all: give --sparsity to generate or evaluate",
         )
 
 

@@ -17,6 +17,7 @@ from . import masked
 from .cache import ExecutedKeysLayer
 
 QUERY_BLOCK = 256
+"""Queries in one attention call on a CPU: few enough to skip keys that none of them sees."""
 
 Rope = tuple[Tensor, Tensor] | None
 
@@ -77,20 +78,25 @@ def _keep_attention(
             mask = mask[executed] if mask is not None and mask.shape[0] > 1 else mask
             rope = _take_batch(rope, executed)
         return attend(attention, queries(family, attention, x, rope), keys, values, mask).transpose(0, 1)
+    first = keys.shape[-2] - length
     if batch == 1:
-        places = executed
-        q = queries(family, attention, x[:, places], _take(rope, places))
-        if mask is None:  # the base model relies on causality
-            return attend_causal(attention, q, keys, values, places[None] + (keys.shape[-2] - length), _block(q))
-        return attend(attention, q, keys, values, mask[:, :, places])
+        q = queries(family, attention, x[:, executed], _take(rope, executed))
+        rows = None if mask is None else mask[:, :, executed]
+        return _attend(attention, q, keys, values, rows, executed[None] + first)
     places, filled = _ragged(gate)
     spread = places.unsqueeze(-1)
     q = queries(family, attention, x.gather(1, spread.expand(-1, -1, x.shape[-1])), _take_ragged(rope, places))
-    if mask is None:
-        output = attend_causal(attention, q, keys, values, places + (keys.shape[-2] - length), _block(q))
-    else:
-        output = attend(attention, q, keys, values, _mask_ragged(mask, places))
-    return output[filled].unsqueeze(0)
+    rows = None if mask is None else _mask_ragged(mask, places)
+    return _attend(attention, q, keys, values, rows, places + first)[filled].unsqueeze(0)
+
+
+def _attend(attention: Any, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, last: Tensor) -> Tensor:
+    """Outputs [B, Q, d]. Without mask rows the base model relies on causality: queries see keys up to `last` [B, Q]."""
+    if mask is not None:
+        return attend(attention, q, keys, values, mask)
+    # On a GPU every further block would cost a wait for the host.
+    block = QUERY_BLOCK if q.device.type == "cpu" else q.shape[2]
+    return attend_causal(attention, q, keys, values, last, block)
 
 
 def _drop_attention(
@@ -155,11 +161,6 @@ def _take_ragged(rope: Rope, places: Tensor) -> Rope:
     cos, sin = (part.expand(places.shape[0], -1, -1) for part in rope)
     index = places.unsqueeze(-1).expand(-1, -1, cos.shape[-1])
     return cos.gather(1, index), sin.gather(1, index)
-
-
-def _block(q: Tensor) -> int:
-    """Queries per attention call: few enough to skip keys that none of them sees; all where a block costs a sync."""
-    return QUERY_BLOCK if q.device.type == "cpu" else max(q.shape[2], 1)
 
 
 def _mask_ragged(mask: Tensor, places: Tensor) -> Tensor:

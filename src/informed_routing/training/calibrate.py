@@ -1,7 +1,8 @@
 """Thresholds for many sparsities, found on text that training never saw.
 
 A threshold changes what later layers see, so margins depend on it: each target is approached from its neighbour's
-margins, and what the table stores is the sparsity measured at its threshold, not the one predicted.
+margins, and what the table stores is the sparsity measured at its threshold, not the one predicted. Only the rows below
+the first and beyond the last target are measured on a part of the text and corrected for the rest.
 """
 
 from __future__ import annotations
@@ -75,8 +76,9 @@ class _Text:
 
     def __init__(self, model: RoutedModelForCausalLM, rows: Tensor, budget: Budget, batch_size: int) -> None:
         self.model, self.rows, self.part, self.budget, self.batch_size = model, rows, rows[::PART], budget, batch_size
-        self.meter, self.macs = _meter(model, rows, budget), _meter(model, rows, "macs")
-        self.attention = torch.tensor([unit.kind == "attention" for unit in model.units])
+        kinds, context = [unit.kind for unit in model.units], (rows.shape[1] + 1) / 2
+        self.meter, self.macs = (BudgetMeter(model.costs, kinds, name, context) for name in (budget, "macs"))
+        self.attention = torch.tensor([kind == "attention" for kind in kinds])
 
     def measure(self, rows: Tensor, threshold: float) -> _Measured:
         return _measure(self.model, rows, threshold, self.batch_size)
@@ -88,10 +90,16 @@ class _Text:
         drift = self._drift(self.measure(self.part, place), near)
         measured = self.measure(self.rows, _quantile(near.margins, self.meter, target - drift))
         if abs(getattr(measured.row, self.budget) - target) > TOLERANCE:
-            # For `macs` this also corrects for executed tokens that see more keys than the average one.
-            off = self._drift(measured, measured)
-            measured = self.measure(self.rows, _quantile(measured.margins, self.meter, target - off))
+            measured = self.measure(self.rows, self.propose(target, measured))
         return measured
+
+    def propose(self, target: float, measured: _Measured) -> float:
+        """The threshold for a target by the margins of one measurement, corrected for what they predict wrongly there.
+
+        For `macs` that is, besides rounding, executed tokens that see more keys than the average one.
+        """
+        off = 0.0 if measured.row.threshold == float("-inf") else self._drift(measured, measured)
+        return _quantile(measured.margins, self.meter, target - off)
 
     def estimate(self, target: float, near: _Measured) -> ThresholdRow:
         """The row of a target close to what was measured: the part's, corrected by how `near` tells it from all."""
@@ -99,6 +107,8 @@ class _Text:
         whole = self._shares(near.margins, measured.threshold)
         part = self._shares(self._of_part(near.margins), measured.threshold)
         shares = {key: getattr(measured, key) + whole[key] - part[key] for key in whole}
+        for key in ("units", "attention", "ffn"):
+            shares[key] = min(max(shares[key], 0.0), 1.0)
         return ThresholdRow(threshold=measured.threshold, **shares)
 
     def _drift(self, measured: _Measured, near: _Measured) -> float:
@@ -122,10 +132,6 @@ class _Text:
         }
 
 
-def _meter(model: RoutedModelForCausalLM, rows: Tensor, budget: Budget) -> BudgetMeter:
-    return BudgetMeter(model.costs, [u.kind for u in model.units], budget, (rows.shape[1] + 1) / 2)
-
-
 def threshold_at(model: RoutedModelForCausalLM, rows: Tensor, target: float, budget: Budget) -> float:
     """One threshold, from three passes over rows [n, L]: each placed by the margins of the one before."""
     place = float("-inf")
@@ -137,16 +143,10 @@ def threshold_at(model: RoutedModelForCausalLM, rows: Tensor, target: float, bud
 def realise(
     model: RoutedModelForCausalLM, rows: Tensor, target: float, budget: Budget, threshold: float
 ) -> tuple[float, ThresholdRow]:
-    """What `threshold` saves on rows [n, L], and the threshold that its margins propose for `target`.
-
-    One pass; the proposal corrects for what the meter predicts wrongly at the measured place.
-    """
-    meter = _meter(model, rows, budget)
-    measured = _measure(model, rows, threshold, 2)
-    off = 0.0
-    if threshold > float("-inf"):
-        off = getattr(measured.row, budget) - _predicted(measured.margins, threshold, meter)
-    return _quantile(measured.margins, meter, target - off), measured.row
+    """What `threshold` saves on rows [n, L], and the threshold that its margins propose for `target`; one pass."""
+    text = _Text(model, rows, budget, 2)
+    measured = text.measure(rows, threshold)
+    return text.propose(target, measured), measured.row
 
 
 def _measure(model: RoutedModelForCausalLM, rows: Tensor, threshold: float, batch_size: int) -> _Measured:

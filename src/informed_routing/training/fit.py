@@ -23,7 +23,6 @@ from ..persistence import (
     LORA_FOLDER,
     TENSOR_FILE,
     check_base,
-    is_routing_folder,
     load_routing_tensors,
     locate,
     read_config,
@@ -37,14 +36,13 @@ from ..routing.decision import AlwaysExecute, DecisionRule, Threshold
 from . import forecast as stage1
 from .calibrate import calibrate, threshold_at
 from .checkpoint import StageRecord, load_checkpoint, save_checkpoint
+from .folder import CHECKPOINTS, RECIPE_FILE, check_folder, clear
 from .loop import run_stage
 from .lora import LoraObjective, add_lora, merge_lora, save_lora
 from .route import RouteObjective, freeze_all_but, learning_rates, router_parameters
 from .schedule import seed_of
 from .warm_start import warm_start
 
-CHECKPOINTS = "checkpoints"
-RECIPE_FILE = "recipe.json"
 MEASURE_TOKENS = 4096
 """Unseen text on which forecasters are judged."""
 
@@ -111,8 +109,9 @@ class _Fit:
         self.report: dict[str, Any] = {}
         self.accelerator = Accelerator(cpu=device == "cpu")
         self.checkpoints = out / CHECKPOINTS
+        self._described = recipe.model_dump_json(indent=2) + "\n"
         if self.accelerator.is_main_process:
-            self._check_folder(resume, overwrite)
+            check_folder(out, self._described, resume=resume, overwrite=overwrite)
         self.accelerator.wait_for_everyone()
         self.base, self.tokenizer = load_model(
             recipe.model, dtype=recipe.dtype, device=device, revision=recipe.revision
@@ -156,66 +155,11 @@ class _Fit:
         self.rows("calibration", recipe.calibration.sequence_length)
         if self.accelerator.is_main_process:
             if overwrite and self.out.is_dir():
-                self._clear()
-            write_text(self.checkpoints / RECIPE_FILE, self.recipe.model_dump_json(indent=2) + "\n")
+                clear(self.out)
+            write_text(self.checkpoints / RECIPE_FILE, self._described)
         self.accelerator.wait_for_everyone()
 
-    # -- folder and text ----------------------------------------------------------------------------------
-
-    def _check_folder(self, resume: bool, overwrite: bool) -> None:
-        """Refuse to mix runs: an existing folder must be resumed (same recipe) or overwritten."""
-        stored = self.checkpoints / RECIPE_FILE
-        if self.out.exists() and not self.out.is_dir():
-            raise InputError(f"{self.out} is a file", "Give a folder for --out")
-        if self.out.is_dir() and any(self.out.iterdir()):
-            if overwrite:
-                self._strangers()
-            elif not resume:
-                raise InputError(f"{self.out} exists already", "Use --resume, --overwrite or another --out")
-            elif stored.is_file():
-                text = stored.read_text(encoding="utf-8")
-                if text.strip() != self.recipe.model_dump_json(indent=2).strip():
-                    raise InputError(
-                        f"{self.out} was begun with another recipe", "Repeat its settings, or use --overwrite"
-                    )
-            elif is_routing_folder(self.out):
-                raise InputError(f"{self.out} holds a finished fit", "Use --overwrite to fit again")
-            else:
-                raise InputError(f"{self.out} holds no fit to resume", "Use another --out, or --overwrite")
-
-    def _strangers(self) -> None:
-        """Refuse to overwrite a folder that holds anything that no fit writes."""
-        known = {
-            "routing_config.json",
-            "routing.safetensors",
-            "config.json",
-            "fit.json",
-            "README.md",
-            LORA_FOLDER,
-            CHECKPOINTS,
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "special_tokens_map.json",
-            "chat_template.jinja",
-            "vocab.json",
-            "merges.txt",
-            "tokenizer.model",
-            "added_tokens.json",
-            "generation_config.json",
-        }
-        strangers = [path.name for path in self.out.iterdir() if path.name not in known and path.name[0] != "."]
-        if strangers:
-            raise InputError(
-                f"{self.out} holds {strangers[0]}, which no fit has written",
-                "Use another --out or empty the folder",
-            )
-
-    def _clear(self) -> None:
-        for path in self.out.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+    # -- text -----------------------------------------------------------------------------------------------
 
     def rows(self, split: str, length: int) -> Tensor:
         """Packed text [n, length] of a split, tokenised once per length.
