@@ -69,8 +69,8 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 TEXTS = ("demo:wiki", "demo:c4")
-CLOSE, CORRECTIONS = 0.003, 3
-"""How near the target a compared share has to be, and passes to get there."""
+CLOSE, ATTEMPTS = 0.003, 3
+"""How near the target a compared share has to be, and how often it is tried."""
 
 EVALUATED = {"lora-25": (0.25,), "lora-40": (0.40,), "lora-dense": ()}
 
@@ -112,24 +112,20 @@ def evaluate(model: RoutedModelForCausalLM, rows: Tensor, target: float, budget:
     """
     found: dict[str, Any] = {}
     model.set_sparsity(target, budget)
-    before = share = 0.0
-    threshold = dial = math.nan
+    threshold = math.nan
     if target:
         dial = threshold_for(model.routing_config, target, budget)
         threshold, row = realise(model, rows, target, budget, dial)
         found["dial"] = {"units": row.units, "attention": row.attention, "ffn": row.ffn, "macs": row.macs}
-        before = getattr(row, budget)
-    for _ in range(CORRECTIONS):
+    for _ in range(ATTEMPTS):
         if target:
             model.set_decision(Threshold(threshold))
         model.reset_routing_stats()
         perplexity = token_perplexity(model, rows, 2)
         sparsity = model.routing_stats()
-        share = sparsity[budget]
-        if not target or abs(share - target) <= CLOSE or share == before:
+        if not target or abs(sparsity[budget] - target) <= CLOSE:
             break
-        step = (target - share) * (threshold - dial) / (share - before)
-        dial, before, threshold = threshold, share, threshold + step
+        threshold, _ = realise(model, rows, target, budget, threshold)
     sparsity.pop("per_unit")
     return {
         "token_perplexity": perplexity.token_perplexity,
