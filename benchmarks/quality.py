@@ -36,9 +36,10 @@ RESULTS = ROOT / "docs" / "data" / "quality"
 WORK = ROOT / "out" / "quality"
 UNITS, MACS = (0.10, 0.15, 0.25, 0.40), (0.15, 0.25, 0.35)
 
-MACS_TARGETS = {"route.budget": "macs", "calibration.targets": [0.1, 0.15, 0.25, 0.35, 0.4]}
-# 0, 50 and 200 steps from one closed-form start: the curve.
+MACS_TARGETS = {"route.budget": "macs", "calibration.targets": MACS}
+# 0, 100 and 200 steps from one closed-form start: the curve. `units` has the recipe's 200.
 START = {"start": "out/quality/units-start", "stages": ["route"]}
+FEW = {"calibration.targets": [0.15, 0.25]}
 LORA = {"start": "out/quality/units", "stages": ["lora"]}
 # Stage 2 as the paper has it: MLP routers from a random start, frozen forecasters, full noise.
 COLD = {
@@ -53,14 +54,14 @@ COLD = {
     "route.noise_end": 1.0,
 }
 RUNS: dict[str, dict[str, Any]] = {
-    "units": {},
-    "units-start": {"route.steps": 0},
-    "units-50": {**START, "route.steps": 50},
+    "units": START,
+    "units-start": {"route.steps": 0, **FEW},
+    "units-100": {**START, "route.steps": 100, **FEW},
     "units-frozen": {"route.train_forecasters": False},
     "units-cold": COLD,
-    "skipgpt": {"forecaster.fallback": "zero"},
+    "skipgpt-100": {"forecaster.fallback": "zero", "route.steps": 100, **FEW},
     "skipgpt-cold": {"forecaster.fallback": "zero", **COLD},
-    "macs": MACS_TARGETS,
+    "macs-100": {**MACS_TARGETS, "route.steps": 100},
     "distill": {**START, "route.objective.kind": "distill"},
     # All three begin with the routers of `units`, which has to be there.
     "lora-25": {**LORA, "lora.sparsity": 0.25, "calibration.targets": [0.25]},
@@ -72,7 +73,12 @@ TEXTS = ("demo:wiki", "demo:c4")
 CLOSE, ATTEMPTS = 0.003, 3
 """How near the target a compared share has to be, and how often it is tried."""
 
-EVALUATED = {"lora-25": (0.25,), "lora-40": (0.40,), "lora-dense": ()}
+EVALUATED = {
+    "lora-25": (0.25,),
+    "lora-40": (0.40,),
+    "lora-dense": (),
+    **dict.fromkeys(("units-start", "units-100", "skipgpt-100"), (0.15, 0.25)),
+}
 
 
 def run(name: str, rows: int) -> None:
@@ -93,7 +99,10 @@ def run(name: str, rows: int) -> None:
     tokenizer = load_tokenizer(recipe.model)
     texts = {text: pack(load_texts(text, "heldout"), tokenizer, 512)[:rows] for text in TEXTS}
     runs: list[dict[str, Any]] = []
-    for goal in (0.0, *targets):
+    known = None if "lora" in recipe.stages else dense_of_another_run(rows * 511)
+    if known:
+        runs.append(known)
+    for goal in targets if known else (0.0, *targets):
         tasks = {}
         for text, held_out in texts.items():
             tasks[text] = evaluate(model, held_out, goal, budget)
@@ -133,6 +142,16 @@ def evaluate(model: RoutedModelForCausalLM, rows: Tensor, target: float, budget:
         "sparsity": sparsity,
         **found,
     }
+
+
+def dense_of_another_run(tokens: int) -> dict[str, Any] | None:
+    """The dense entry of a run on the same held-out tokens: no run but those with LoRA changes the base model."""
+    for path in sorted(RESULTS.glob("*.json")):
+        record = json.loads(path.read_text())
+        dense: dict[str, Any] = record["runs"][0]
+        if "lora" not in record["name"] and all(task["tokens"] == tokens for task in dense["tasks"].values()):
+            return dense
+    return None
 
 
 def table() -> None:
