@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from tests.routed import make_routed
-from tests.tiny import make_tiny, random_ids
+from tests.tiny import FAMILIES, make_tiny, random_ids
 from torch.nn import functional as F
 
-from informed_routing.config import ObjectiveConfig, RouteStage, StageConfig
+from informed_routing.config import LoraStage, ObjectiveConfig, RouteStage, StageConfig
+from informed_routing.models.units import Unit
 from informed_routing.routing.budget import BudgetMeter
 from informed_routing.routing.decision import Threshold
+from informed_routing.routing.routed_unit import KeyValues
 from informed_routing.training import objectives
 from informed_routing.training.fit import enable_checkpointing
+from informed_routing.training.lora import LoraObjective, add_lora
 from informed_routing.training.objectives import lm_head, next_token_loss
 from informed_routing.training.route import RouteObjective, freeze_all_but, learning_rates, router_parameters
 from informed_routing.training.schedule import Batches, learning_rate, linear
@@ -83,6 +89,44 @@ def test_checkpointing_changes_no_gradient() -> None:
         found.append([p.grad if p.grad is not None else torch.zeros(1) for p in parameters.values()])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
     assert any(float(g.abs().max()) > 0 for g in found[0])
+
+
+@pytest.mark.parametrize("kv", ["keep", "drop"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hard_decisions_train_with_real_skipping_and_the_same_gradients(
+    family: str, kv: KeyValues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens: list[int] = []
+    monkeypatch.setattr(Unit, "run", _counting(Unit.run, tokens))
+    found: dict[str, list[torch.Tensor]] = {}
+    executed: dict[str, int] = {}
+    for execution in ("masked", "sparse"):
+        model = make_routed(family)
+        model.set_execution(execution, kv)  # type: ignore[arg-type]
+        parameters = add_lora(model, LoraStage(rank=2, targets=("o_proj", "down_proj")))
+        freeze_all_but(model, parameters)
+        with torch.no_grad():
+            for i, parameter in enumerate(parameters.values()):
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) / 8)
+        model.train()
+        tokens.clear()
+        LoraObjective(model, LoraStage(), Threshold(0.0))(random_ids(2, 16), 0)["loss"].backward()
+        found[execution] = [p.grad for p in parameters.values() if p.grad is not None]
+        executed[execution] = sum(tokens)
+    assert executed["sparse"] < executed["masked"]
+    assert len(found["sparse"]) == len(found["masked"]) > 0
+    for one, other in zip(found["masked"], found["sparse"], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5 * float(one.abs().max()) + 1e-7)
+
+
+def _counting(run: Callable[..., torch.Tensor], tokens: list[int]) -> Callable[..., torch.Tensor]:
+    """`Unit.run` that notes how many tokens it was given."""
+
+    def counted(unit: Unit, layer: torch.nn.Module, x: torch.Tensor, kwargs: Any) -> torch.Tensor:
+        tokens.append(x.shape[0] * x.shape[1])
+        return run(unit, layer, x, kwargs)
+
+    return counted
 
 
 @pytest.mark.parametrize("kind", ["linear", "low-rank", "mlp"])

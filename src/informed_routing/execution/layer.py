@@ -24,7 +24,9 @@ def _routed_layer_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs
     if args:
         raise TypeError("routed decoder layers take keyword arguments besides hidden_states")
     state: RoutingState = self.routing_state
-    run = sparse.run if state.execution == "sparse" and not self.training else masked.run
+    # A sampled decision has a gradient, which takes both branches; a hard one trains as it will run (stage 3).
+    skips = state.execution == "sparse" and (state.hard or not self.training)
+    run = sparse.run if skips else masked.run
     hidden_states = run(self.attention_routing, state, self, hidden_states, kwargs)
     return run(self.ffn_routing, state, self, hidden_states, {})
 

@@ -1,4 +1,4 @@
-"""The reference back end: both branches for every token, mixed by the gate. Training runs here."""
+"""The reference back end: both branches for every token, mixed by the gate. Sampled decisions train here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The inference back end: executed tokens are gathered, computed and written back; the rest cost a forecast.
+"""The back end that skips: executed tokens are gathered, computed and written back; the rest cost a forecast.
 
 Keys and values are computed and cached for all tokens, so that later tokens can attend to approximated ones; with
 kv='drop' only executed tokens leave any. Works on CPU and GPU; data-dependent counts are read on the host.

@@ -158,7 +158,8 @@ def _attention_function(attention: Any, q: Tensor, keys: Tensor, values: Tensor,
         extra["softcap"] = attention.attn_logit_softcapping
     if mask is not None and mask.dtype == torch.bool and implementation == "eager":
         mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, torch.finfo(q.dtype).min)
+    dropout = attention.attention_dropout if attention.training else 0.0
     out, _ = interface(
-        attention, q, keys, values, mask, dropout=0.0, scaling=attention.scaling, is_causal=False, **extra
+        attention, q, keys, values, mask, dropout=dropout, scaling=attention.scaling, is_causal=False, **extra
     )
     return out

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..config import ForecasterConfig, RouterConfig, UnitKind
 from ..models.families import Family
 from ..models.units import Unit
-from .decision import AlwaysExecute, DecisionRule
+from .decision import AlwaysExecute, DecisionRule, Threshold
 from .forecaster import Forecaster
 from .router import Router
 
@@ -68,6 +68,11 @@ class RoutingState:
     @property
     def dense(self) -> bool:
         return isinstance(self.decision, AlwaysExecute)
+
+    @property
+    def hard(self) -> bool:
+        """Whether decisions surely have no gradient, so that one branch is enough in training too."""
+        return isinstance(self.decision, (AlwaysExecute, Threshold))
 
 
 class RoutedUnit(nn.Module):
