@@ -95,7 +95,7 @@ def main() -> None:
     progress = make_progress(quiet=False)
     base, tokenizer = load_model("demo:smollm2-135m")
     model = RoutedModelForCausalLM.attach(base, ForecasterConfig(weighting="none"), RouterConfig(kind="linear"))
-    rows = pack(load_texts("demo:wiki,demo:c4"), tokenizer, 512)
+    rows: Tensor = pack(load_texts("demo:wiki,demo:c4"), tokenizer, 512)
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))][: arguments.tokens // 512]
     unseen = pack(load_texts("demo:wiki,demo:c4", "heldout"), tokenizer, 512)[:16]
     compared = [2 * layer + kind for layer in LAYERS for kind in (0, 1)]
