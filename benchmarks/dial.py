@@ -1,6 +1,6 @@
 """Does the dial keep its word? What each setting realises on text that the calibration never saw.
 
-    python benchmarks/quality.py units     # the routed model, if it is not there yet
+    python benchmarks/quality.py units-start units-100     # the routed model, if it is not there yet
     python benchmarks/dial.py              # writes docs/data/dial.json and prints the table
 
 Thresholds are calibrated anew on all of the calibration split of Wikipedia and C4, then held on all of the held-out
@@ -34,7 +34,7 @@ ALL_TOKENS = 10**9
 def main() -> None:
     torch.set_grad_enabled(False)
     progress = make_progress(quiet=False)
-    start, out = ROOT / "out/quality/units", ROOT / "out/quality/dial"
+    start, out = ROOT / "out/quality/units-100", ROOT / "out/quality/dial"
     recipe = Recipe.from_mapping(
         {
             "start": str(start),
