@@ -1,11 +1,10 @@
 """Quality of routed models on the embedded default: fit, calibrate, evaluate, one JSON a run.
 
     python benchmarks/quality.py --list
-    python benchmarks/quality.py units skipgpt macs          # runs, or goes on with, these
-    python benchmarks/quality.py --table                     # docs/data/quality/*.json -> docs/results.md
+    python benchmarks/quality.py units-start units-100 skipgpt-100     # runs, or goes on with, these
+    python benchmarks/quality.py --table     # docs/data/quality/*.json -> docs/results.md, docs/quality.svg
 
-Every run is one fit of `recipes/small.yaml` with the overrides below, so all methods see the same text, steps and
-tokens. Held-out Wikipedia and C4 text, sequences of 512 tokens, deterministic decisions at the target share of each
+Every run is one fit of `recipes/small.yaml` with the overrides below: runs of equal steps see the same tokens. Held-out Wikipedia and C4 text, sequences of 512 tokens, deterministic decisions at the target share of each
 text; the share that the calibrated dial gives on it stands beside. A finished run is skipped.
 """
 
@@ -189,7 +188,37 @@ def table() -> None:
             goal = f"{100 * entry['target']:.0f} % {record['budget']}" if entry["target"] else "dense"
             row = [record["name"], start, f"{steps} {stage}", goal, *cells, *shares, dial or "-"]
             lines.append("| " + " | ".join(row) + " |")
+    lines += ["", "![Perplexity relative to dense over MACs saved](quality.svg)"]
     (ROOT / "docs" / "results.md").write_text("\n".join(lines) + "\n")
+
+
+def plot() -> None:
+    """Perplexity relative to the dense model over the share of MACs saved, one line a run."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "quality"  # the same file for the same data
+    from matplotlib import pyplot
+
+    records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    records = [record for record in records if "lora" not in record["name"]]
+    figure, axes = pyplot.subplots(1, len(TEXTS), figsize=(9, 3.6), sharey=True, layout="constrained")
+    for axis, text in zip(axes, TEXTS, strict=True):
+        for record in records:
+            tasks = [entry["tasks"][text] for entry in record["runs"]]
+            dense = tasks[0]["token_perplexity"]
+            axis.plot(
+                [100 * task["sparsity"]["macs"] for task in tasks],
+                [task["token_perplexity"] / dense for task in tasks],
+                marker="o",
+                markersize=3,
+                label=record["name"],
+            )
+        axis.set(title=text, xlabel="MACs saved, %", yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("perplexity / dense")
+    axes[-1].legend(fontsize="small")
+    figure.savefig(ROOT / "docs" / "quality.svg", metadata={"Date": None})
 
 
 def main() -> None:
@@ -207,6 +236,7 @@ def main() -> None:
         run(name, arguments.rows)
     if arguments.table:
         table()
+        plot()
 
 
 if __name__ == "__main__":
