@@ -4,8 +4,9 @@
     python benchmarks/quality.py units-start units-100 skipgpt-100     # runs, or goes on with, these
     python benchmarks/quality.py --table     # docs/data/quality/*.json -> docs/results.md, docs/quality.svg
 
-Every run is one fit of `recipes/small.yaml` with the overrides below: runs of equal steps see the same tokens. Held-out Wikipedia and C4 text, sequences of 512 tokens, deterministic decisions at the target share of each
-text; the share that the calibrated dial gives on it stands beside. A finished run is skipped.
+Every run is one fit of `recipes/small.yaml` with the overrides below: runs of equal steps see the same tokens. Held-
+out Wikipedia and C4 text, sequences of 512 tokens, deterministic decisions at the target share of each text; the
+share that the calibrated dial gives on it stands beside. A finished run is skipped.
 """
 
 from __future__ import annotations
