@@ -2,10 +2,10 @@
 
     python benchmarks/quality.py --list
     python benchmarks/quality.py units-start units-100 skipgpt-100     # runs, or goes on with, these
-    python benchmarks/quality.py --table     # docs/data/quality/*.json -> docs/results.md, docs/quality.svg
+    python benchmarks/results.py                                       # tables and picture of what was run
 
-Every run is one fit of `recipes/small.yaml` with the overrides below: runs of equal steps see the same tokens. Held-
-out Wikipedia and C4 text, sequences of 512 tokens, deterministic decisions at the target share of each text; the
+Every run is one fit of `recipes/small.yaml` with the overrides below: runs of equal steps see the same tokens. Held-out
+Wikipedia and C4 text, sequences of 512 tokens, deterministic decisions at the target share of each text; the
 share that the calibrated dial gives on it stands beside. A finished run is skipped.
 """
 
@@ -154,80 +154,11 @@ def dense_of_another_run(tokens: int) -> dict[str, Any] | None:
     return None
 
 
-def table() -> None:
-    lines = [
-        "# Quality on the embedded default",
-        "",
-        "Written by `python benchmarks/quality.py --table` from `docs/data/quality/*.json`. Perplexity per token on "
-        "held-out text the fit never saw, at the target share of that very text; its ratio to the untouched dense "
-        "model in brackets. Shares approximated: mean of the texts. Dial: the share that the calibrated threshold "
-        "gives on Wikipedia / C4. The dense row of a LoRA run is its adapter with every token executed. All route runs "
-        "read 1,024 tokens a step, all LoRA runs 256.",
-        "",
-        "| run | starts from | steps | target | Wikipedia | C4 | units | attention | ffn | MACs saved | dial |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    # The model as it came, not one with LoRA: the same in all other runs.
-    dense = next(record for record in records if "lora" not in record["name"])["runs"][0]["tasks"]
-    for record in records:
-        stage = record["fit"]["recipe"]["stages"][-1]
-        steps = record["fit"]["recipe"][stage]["steps"]
-        start = Path(record["fit"]["recipe"]["start"] or "-").name
-        for entry in record["runs"]:
-            tasks = entry["tasks"]
-            cells = [
-                f"{t['token_perplexity']:.2f} ({t['token_perplexity'] / dense[n]['token_perplexity']:.3f})"
-                for n, t in tasks.items()
-            ]
-            stats = [t["sparsity"] for t in tasks.values()]
-            shares = [
-                f"{100 * math.fsum(s[key] for s in stats) / len(stats):.1f} %"
-                for key in ("units", "attention", "ffn", "macs")
-            ]
-            dial = " / ".join(f"{100 * t['dial'][record['budget']]:.1f} %" for t in tasks.values() if "dial" in t)
-            goal = f"{100 * entry['target']:.0f} % {record['budget']}" if entry["target"] else "dense"
-            row = [record["name"], start, f"{steps} {stage}", goal, *cells, *shares, dial or "-"]
-            lines.append("| " + " | ".join(row) + " |")
-    lines += ["", "![Perplexity relative to dense over MACs saved](quality.svg)"]
-    (ROOT / "docs" / "results.md").write_text("\n".join(lines) + "\n")
-
-
-def plot() -> None:
-    """Perplexity relative to the dense model over the share of MACs saved, one line a run."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "quality"  # the same file for the same data
-    from matplotlib import pyplot
-
-    records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    records = [record for record in records if "lora" not in record["name"]]
-    figure, axes = pyplot.subplots(1, len(TEXTS), figsize=(9, 3.6), sharey=True, layout="constrained")
-    for axis, text in zip(axes, TEXTS, strict=True):
-        for record in records:
-            tasks = [entry["tasks"][text] for entry in record["runs"]]
-            dense = tasks[0]["token_perplexity"]
-            axis.plot(
-                [100 * task["sparsity"]["macs"] for task in tasks],
-                [task["token_perplexity"] / dense for task in tasks],
-                marker="o",
-                markersize=3,
-                label=record["name"],
-            )
-        axis.set(title=text, xlabel="MACs saved, %", yscale="log")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("perplexity / dense")
-    axes[-1].legend(fontsize="small")
-    figure.savefig(ROOT / "docs" / "quality.svg", metadata={"Date": None})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN")
     parser.add_argument("--rows", type=int, default=32, help="held-out sequences of 512 tokens per text")
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     if arguments.list:
         print("\n".join(f"{name}: {overrides}" for name, overrides in RUNS.items()))
@@ -235,9 +166,6 @@ def main() -> None:
         if name not in RUNS:
             parser.error(f"unknown run {name}; choose from {', '.join(RUNS)}")
         run(name, arguments.rows)
-    if arguments.table:
-        table()
-        plot()
 
 
 if __name__ == "__main__":
