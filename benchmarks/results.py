@@ -144,8 +144,12 @@ def plot(records: list[Record]) -> None:
                 label=record["name"],
             )
         axis.set(title=text, xlabel="MACs saved, %", yscale="log")
+        axis.set_yticks((1, 1.2, 1.5, 2, 3, 5, 10), minor=False)
+        axis.set_yticks((), minor=True)
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("perplexity / dense")
+    low, high = axes[0].dataLim.intervaly
+    axes[0].set(ylabel="perplexity / dense", ylim=(low / 1.05, max(high, axes[1].dataLim.intervaly[1]) * 1.05))
     axes[-1].legend(fontsize="small")
     figure.savefig(ROOT / "docs" / "quality.svg", metadata={"Date": None})
 
