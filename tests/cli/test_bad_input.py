@@ -45,8 +45,14 @@ def test_sparsity_outside_0_to_1(run: Run, tiny_folder: Path, command: str, valu
         ("--sparsity", "0.3", "calibrate"),
     ],
 )
-def test_flags_that_a_start_has_decided(run: Run, tmp_path: Path, flag: str, value: str, stages: str) -> None:
-    error = run("fit", "--start", "routed", "--stages", stages, flag, value, "--out", tmp_path / "out").one_line_error()
+@pytest.mark.parametrize("stages_in", ["flag", "recipe"])
+def test_flags_that_a_start_has_decided(
+    run: Run, routing_folder: Path, tmp_path: Path, flag: str, value: str, stages: str, stages_in: str
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: unused\nstart: {routing_folder}\nstages: [{stages}]\n")
+    where = ["--recipe", recipe] if stages_in == "recipe" else ["--start", routing_folder, "--stages", stages]
+    error = run("fit", *where, flag, value, "--out", tmp_path / "out").one_line_error()
     assert f"{flag} {value} has no effect" in error
     assert not (tmp_path / "out").exists()
 

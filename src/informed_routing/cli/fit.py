@@ -91,9 +91,6 @@ def fit(
     Example: informed-routing fit --start out --stages calibrate --data mine.jsonl --out out-mine
     """
     target = None if sparsity is None else check_sparsities([sparsity])[0]
-    wanted = None if stages is None else [part.strip() for part in stages.split(",") if part.strip()]
-    if start:
-        _refuse_idle_flags(wanted or [], {"--rank": rank, "--router": router}, budget, sparsity)
     chosen = build_recipe(
         recipe,
         {
@@ -101,7 +98,7 @@ def fit(
             "route.sparsity": target,
             "lora.sparsity": target if start else None,
             "route.budget": budget,
-            "stages": wanted,
+            "stages": None if stages is None else [part.strip() for part in stages.split(",") if part.strip()],
             "start": start,
             "forecaster.rank": rank,
             "router.kind": router,
@@ -114,6 +111,8 @@ def fit(
             **in_stages("objective.kind", objective, ("route", "lora")),
         },
     )
+    if chosen.start:
+        _refuse_idle_flags(chosen.stages, {"--rank": rank, "--router": router}, budget, sparsity)
     with session("fit", common, chosen.seed) as run:
         from informed_routing.training.fit import fit as run_fit
 

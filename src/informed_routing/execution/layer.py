@@ -24,9 +24,7 @@ def _routed_layer_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs
     if args:
         raise TypeError("routed decoder layers take keyword arguments besides hidden_states")
     state: RoutingState = self.routing_state
-    # A sampled decision has a gradient, which takes both branches; a hard one trains as it will run (stage 3).
-    skips = state.execution == "sparse" and (state.hard or not self.training)
-    run = sparse.run if skips else masked.run
+    run = sparse.run if state.skips(self.training) else masked.run
     hidden_states = run(self.attention_routing, state, self, hidden_states, kwargs)
     return run(self.ffn_routing, state, self, hidden_states, {})
 
@@ -49,7 +47,7 @@ def routed_decoder_class(base: type[nn.Module]) -> type[nn.Module]:
         state.margins.clear()
         contexts = _contexts(tokens, mask, cache)
         state.valid = None if mask is None or mask.dim() != 2 or bool((contexts > 0).all()) else contexts > 0
-        if state.kv == "drop" and not state.dense and state.execution == "sparse" and not self.training:
+        if state.kv == "drop" and not state.dense and state.skips(self.training):
             kwargs = _with_dropping_cache(self, kwargs, cache)
         output = base.forward(self, *args, **kwargs)
         if not self.training and state.observer is None:

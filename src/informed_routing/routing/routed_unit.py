@@ -69,10 +69,13 @@ class RoutingState:
     def dense(self) -> bool:
         return isinstance(self.decision, AlwaysExecute)
 
-    @property
-    def hard(self) -> bool:
-        """Whether decisions surely have no gradient, so that one branch is enough in training too."""
-        return isinstance(self.decision, (AlwaysExecute, Threshold))
+    def skips(self, training: bool) -> bool:
+        """Whether layers run the sparse back end.
+
+        A sampled decision has a gradient, which takes both branches; a hard one trains as it will run (stage 3).
+        """
+        hard = isinstance(self.decision, (AlwaysExecute, Threshold))
+        return self.execution == "sparse" and (hard or not training)
 
 
 class RoutedUnit(nn.Module):
