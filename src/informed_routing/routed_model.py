@@ -309,10 +309,12 @@ def _units_of(decoder: Any) -> Iterator[RoutedUnit]:
 @functools.cache
 def _routed_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     split = getattr(base, "_no_split_modules", None)
+    # Pipelines and the Trainer know causal language models by the name of their class: keep that name.
     return type(
-        f"Routed{base.__name__}",
+        base.__name__,
         (RoutedModelForCausalLM, base),
         {
+            "__qualname__": f"Routed{base.__name__}",
             "config_class": base.config_class,
             "forward": base.forward,
             "__module__": __name__,

@@ -70,13 +70,16 @@ def test_unknown_family_says_how_to_add_it() -> None:
 
 def test_a_routed_model_is_an_ordinary_transformers_model() -> None:
     from transformers import LlamaForCausalLM, PreTrainedModel
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     routed = make_routed("llama")
     assert isinstance(routed, RoutedModelForCausalLM)
     assert isinstance(routed, LlamaForCausalLM)
     assert isinstance(routed, PreTrainedModel)
     assert routed.config.model_type == "llama"
-    assert type(routed).__name__ == "RoutedLlamaForCausalLM"
+    # Pipelines and the Trainer's label smoothing look the class up by name.
+    assert type(routed).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    assert "Routed" in repr(type(routed))
 
 
 def test_copies_do_not_share_their_state() -> None:
