@@ -30,6 +30,9 @@ from .routing.budget import RoutingStats, UnitCost, unit_costs
 from .routing.decision import AlwaysExecute, DecisionRule, Threshold
 from .routing.routed_unit import Execution, KeyValues, RoutedUnit, RoutingState
 
+if TYPE_CHECKING:
+    from .execution.cpu.packing import Weights
+
 KINDS: tuple[UnitKind, UnitKind] = ("attention", "ffn")
 
 RANGE_SLACK = 0.005
@@ -194,6 +197,12 @@ class RoutedModelForCausalLM(PreTrainedModel):
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Last hidden states [B, N, d] without the LM head, which training and evaluation apply in chunks."""
+        if self.routing_state.native is not None:
+            from .execution.cpu import dispatch
+
+            native = dispatch.hidden_states(self, input_ids, attention_mask)
+            if native is not None:
+                return native
         output = self.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return cast(Tensor, output.last_hidden_state)
 
@@ -234,12 +243,29 @@ class RoutedModelForCausalLM(PreTrainedModel):
         finally:
             self.routing_state.decision, self._target = before, target
 
-    def set_execution(self, execution: Execution, kv: KeyValues | None = None) -> None:
-        """`sparse` really skips (inference); `masked` computes both branches (reference, training)."""
-        if execution not in ("sparse", "masked"):
-            raise InputError(f"execution {execution!r} is not known", "Choose sparse or masked")
+    def set_execution(
+        self, execution: Execution, kv: KeyValues | None = None, *, weights: Weights | None = None
+    ) -> None:
+        """Choose how routed units are computed.
+
+        `sparse` really skips, in torch. `masked` computes both branches (reference, training). `native` is the CPU
+        engine: inference without gradients runs in it, all else as with `sparse`; `weights` (`float32`, `bfloat16`,
+        `int8`, `int4`; default the model's dtype) is the format of its packed copy of the base model's matrices.
+        Raises InputError for unknown values, or when the engine cannot run this model here.
+        """
+        if execution not in ("sparse", "masked", "native"):
+            raise InputError(f"execution {execution!r} is not known", "Choose sparse, masked or native")
         if kv not in (None, "keep", "drop"):
             raise InputError(f"kv {kv!r} is not known", "Choose keep or drop")
+        if weights is not None and execution != "native":
+            raise InputError(f"weights {weights!r} need the native engine", "Use execution='native'")
+        self.routing_state.native = None
+        if execution == "native":
+            from .execution.cpu.dispatch import NativeExecution
+
+            native = NativeExecution(weights or ("bfloat16" if self.dtype == torch.bfloat16 else "float32"))
+            native.of(self)
+            self.routing_state.native = native
         self.routing_state.execution = execution
         if kv is not None:
             self.routing_state.kv = kv
@@ -316,11 +342,28 @@ def _routed_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         {
             "__qualname__": f"Routed{base.__name__}",
             "config_class": base.config_class,
-            "forward": base.forward,
+            "forward": _forward_of(base),
             "__module__": __name__,
             "_no_split_modules": [*split, *(f"Routed{name}" for name in split)] if split else split,
         },
     )
+
+
+def _forward_of(base: type[PreTrainedModel]) -> Any:
+    """The base model's forward, which the native engine does where it can."""
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.routing_state.native is not None:
+            from .execution.cpu import dispatch
+
+            output = dispatch.causal_lm(self, args, kwargs)
+            if output is not None:
+                return output
+            dispatch.give_back(kwargs.get("past_key_values"))
+        return base.forward(self, *args, **kwargs)
+
+    return forward
 
 
 def _version() -> str:

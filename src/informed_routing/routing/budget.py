@@ -119,6 +119,24 @@ class RoutingStats:
             counts = torch.where(windows == window, (gates @ column).cpu(), counts)
         self.executed_keys += counts
 
+    def add_tokens(self, length: int, past: int, start: Tensor, valid: Tensor | None, *, routed: bool) -> None:
+        """Count the tokens of a forward whose executed ones the native engine has counted already.
+
+        `start` [B]: first visible key; `valid` [B, N]: which of the `length` tokens after `past` are real, or None.
+        """
+        places = torch.arange(past + 1, past + 1 + length, dtype=torch.float64)
+        seen = places - start.double()[:, None]
+        seen = seen if valid is None else seen * valid
+        self.tokens += seen.numel() if valid is None else float(valid.sum())
+        whole = float(seen.sum())
+        windows = {c.window for c in self.costs}
+        if windows == {None}:
+            self.keys += whole
+        else:
+            sums = {w: whole if w is None else float(seen.clamp(max=w).sum()) for w in windows}
+            self.keys += torch.tensor([sums[c.window] for c in self.costs], dtype=torch.float64)
+        self.routed = self.routed or routed
+
     def shares(self, kind: str | None = None) -> float:
         """Share of (token, unit) pairs approximated, of one kind or of all (the paper's sparsity)."""
         picked = torch.tensor([kind is None or k == kind for k in self.kinds])

@@ -17,7 +17,7 @@ from .decision import AlwaysExecute, DecisionRule, Threshold
 from .forecaster import Forecaster
 from .router import Router
 
-Execution = Literal["masked", "sparse"]
+Execution = Literal["masked", "sparse", "native"]
 KeyValues = Literal["keep", "drop"]
 
 
@@ -58,6 +58,8 @@ class RoutingState:
     decision: DecisionRule = field(default_factory=AlwaysExecute)
     execution: Execution = "sparse"
     kv: KeyValues = "keep"
+    native: Any = None
+    """The CPU engine's holder (execution/cpu/dispatch.py) where execution is `native`."""
     observer: Observer | None = None
     record_margins: bool = False
     valid: Tensor | None = None
@@ -75,7 +77,7 @@ class RoutingState:
         A sampled decision has a gradient, which takes both branches; a hard one trains as it will run (stage 3).
         """
         hard = isinstance(self.decision, (AlwaysExecute, Threshold))
-        return self.execution == "sparse" and (hard or not training)
+        return self.execution != "masked" and (hard or not training)
 
 
 class RoutedUnit(nn.Module):

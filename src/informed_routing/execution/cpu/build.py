@@ -1,0 +1,74 @@
+"""Compile the engine for this machine, once, into the cache: the fastest code is the code made for its CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+from ...assets.cache import cache_dir
+from ...errors import InputError
+
+ABI = 1
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
+_SOURCES = ("vec.h", "linear.h", "attention.h", "engine.cpp")
+
+
+def compiler() -> str | None:
+    """Path of the C++ compiler: $CXX, g++ or clang++; None where there is none."""
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        if name and (found := shutil.which(name)):
+            return found
+    return None
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded engine. Raises InputError when there is no compiler or it fails."""
+    found = compiler()
+    if found is None:
+        raise InputError("the native engine needs a C++ compiler and found none", "Install g++, or use --engine torch")
+    folder = resources.files(__package__) / "source"
+    texts = {name: (folder / name).read_text(encoding="utf-8") for name in _SOURCES}
+    key = hashlib.sha256("\0".join([*texts.values(), *_FLAGS, found, _machine()]).encode()).hexdigest()[:20]
+    target = cache_dir() / "native" / f"engine-{key}.so"
+    if not target.is_file():
+        _compile(found, texts, target)
+    lib = ctypes.CDLL(str(target))
+    if lib.ir_abi() != ABI:
+        raise InputError(f"{target} was made by another version", "Remove it")
+    for name in ("ir_packed_bytes",):
+        getattr(lib, name).restype = ctypes.c_int64
+    lib.ir_scratch.restype = ctypes.c_void_p
+    return lib
+
+
+def _compile(found: str, texts: dict[str, str], target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        for name, text in texts.items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        made = Path(folder) / target.name
+        done = subprocess.run(
+            [found, *_FLAGS, "-o", str(made), str(Path(folder) / "engine.cpp")], capture_output=True, text=True
+        )
+        if done.returncode:
+            first = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
+            raise InputError(f"the native engine did not compile: {first}", "Use --engine torch and report this")
+        made.replace(target)  # two processes may compile at once: the last one wins, whole
+
+
+def _machine() -> str:
+    """What -march=native depends on: a cache folder may be shared by unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))

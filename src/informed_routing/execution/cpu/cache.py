@@ -1,0 +1,76 @@
+"""The engine's KV cache: a transformers cache whose layers keep keys in the panels that the engine reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+BLOCK = 64
+"""Keys are read in blocks of this many: capacities are multiples of it."""
+
+
+class PackedLayer(DynamicLayer):
+    """Keys [B, heads, S / panel, head_dim, panel] and values [B, heads, S, head_dim]; the first `length` are real."""
+
+    is_croppable = True
+
+    def __init__(self, heads: int, head_dim: int, panel: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape = (heads, head_dim, panel)
+        self.dtype, self.device = dtype, torch.device("cpu")
+        self.length = 0
+
+    def reserve(self, batch: int, length: int) -> None:
+        """Make room for `length` keys; what is stored stays. Unused room is zero, so that masked keys weigh nothing."""
+        heads, head_dim, panel = self.shape
+        old_keys, old_values = self.keys, self.values
+        if self.is_initialized and old_values is not None and old_values.shape[2] >= length:
+            return
+        room = -(-length // BLOCK) * BLOCK
+        if self.length:
+            room = max(room, -(-(self.length * 3 // 2) // BLOCK) * BLOCK)  # growing copies: do it seldom
+        self.keys = torch.zeros(batch, heads, room // panel, head_dim, panel, dtype=self.dtype)
+        self.values = torch.zeros(batch, heads, room, head_dim, dtype=self.dtype)
+        if self.length and old_keys is not None and old_values is not None:
+            self.keys[:, :, : old_keys.shape[2]] = old_keys
+            self.values[:, :, : old_values.shape[2]] = old_values
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens."""
+        self.length = max(self.length + min(tokens_to_remove, 0), 0)
+
+    def reset(self) -> None:
+        super().reset()
+        self.length = 0
+
+    def plain(self) -> DynamicLayer:
+        """The same content as transformers keeps it."""
+        layer = DynamicLayer()
+        if self.length and self.keys is not None and self.values is not None:
+            heads, head_dim, _ = self.shape
+            keys = self.keys.transpose(3, 4).reshape(self.keys.shape[0], heads, -1, head_dim)
+            layer.lazy_initialization(keys, self.values)
+            layer.keys = keys[:, :, : self.length].contiguous()
+            layer.values = self.values[:, :, : self.length].contiguous()
+        return layer
+
+
+def is_packed(cache: Any) -> bool:
+    return isinstance(cache, Cache) and bool(cache.layers) and isinstance(cache.layers[0], PackedLayer)
+
+
+def use_packed(cache: Cache, layers: list[PackedLayer]) -> None:
+    """Make an empty dynamic cache, in place, one of the engine."""
+    cache.layers = layers
+
+
+def use_plain(cache: Cache) -> None:
+    """Give a packed cache back to transformers, in place: for calls that the engine does not do."""
+    cache.layers = [layer.plain() if isinstance(layer, PackedLayer) else layer for layer in cache.layers]

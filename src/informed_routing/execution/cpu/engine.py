@@ -1,0 +1,234 @@
+"""The native engine of one routed model: packed weights, and a forward that takes and gives torch tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+
+from ...errors import InputError
+from ...models.families import family_of
+from ...routing.decision import AlwaysExecute, Threshold
+from ...routing.routed_unit import RoutingState
+from .build import library
+from .cache import BLOCK, PackedLayer, is_packed, use_packed
+from .packing import FORMATS, Call, Layer, Model, Packer, Prices, Weights
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3")
+"""Families whose decoder is: embed, then pre-norm layers with gated FFNs, then a norm and a plain head."""
+
+PHASES = ("route", "project", "cache", "attend", "out", "gate_up", "down", "head")
+
+
+def unsupported(model: Any) -> str | None:
+    """Why the engine cannot run this routed model; None when it can."""
+    config = model.config
+    if config.model_type not in FAMILIES:
+        return f"model family {config.model_type!r} is not one of {', '.join(FAMILIES)}"
+    if config.hidden_act not in ("silu", "swish", "gelu_pytorch_tanh"):
+        return f"activation {config.hidden_act!r}"
+    if model.device.type != "cpu":
+        return f"the model is on {model.device}"
+    attention = model.units[0].unit.module(model.decoder.layers[0])
+    widths = {"head size": attention.head_dim, "hidden size": config.hidden_size}
+    panel = int(library().ir_panel())
+    for name, width in widths.items():
+        if width % panel:
+            return f"{name} {width} is no multiple of {panel}"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        return "rotary embeddings cover only part of a head"
+    for layer in model.decoder.layers:
+        for unit in (layer.attention_routing, layer.ffn_routing):
+            for child in unit.unit.module(layer).modules():
+                plain = type(child) is nn.Linear or type(child).__name__.endswith("RMSNorm")
+                if not plain and next(child.parameters(recurse=False), None) is not None:
+                    return f"a {type(child).__name__} in layer {unit.index // 2} (merge adapters first)"
+    return None
+
+
+@dataclass
+class Rows:
+    """Where the real tokens of a batch are: first visible key per sequence, and padding of this call, if any."""
+
+    start: Tensor
+    valid: Tensor | None
+
+    @classmethod
+    def from_mask(cls, mask: Tensor | None, batch: int, length: int) -> Rows | None:
+        """None when the mask [B, past + N] has holes, which the engine does not do."""
+        if mask is None or bool(mask.all()):
+            return cls(torch.zeros(batch, dtype=torch.int32), None)
+        real = mask.bool()
+        start = real.int().argmax(1)
+        seen = torch.arange(real.shape[1])[None] >= start[:, None]
+        gaps = seen & ~real
+        if bool(gaps[:, : real.shape[1] - length].any()):
+            return None
+        new = real[:, -length:]
+        if bool((gaps[:, -length:-1] & new[:, 1:]).any()):
+            return None
+        return cls(start.int(), new.to(torch.uint8).contiguous())
+
+
+class CpuEngine:
+    """Runs the decoder of `model` on packed copies of its weights.
+
+    `weights` is the format of the base model's matrices; sums, norms, router margins and the residual stream are
+    float32 in every format, and forecasters stay in float32 or bfloat16. Raises InputError, saying why, for models
+    that it cannot run.
+    """
+
+    def __init__(self, model: Any, weights: Weights = "float32", threads: int | None = None) -> None:
+        if weights not in FORMATS:
+            raise InputError(f"weights {weights!r} are not known", f"Choose one of {', '.join(FORMATS)}")
+        if reason := unsupported(model):
+            raise InputError(f"the native engine cannot run this model: {reason}", "Use execution='sparse'")
+        self.library, self.weights = library(), weights
+        self.threads = threads or torch.get_num_threads()
+        self.packer = Packer(self.library, weights, self.threads)
+        self.version = versions(model)
+        decoder, config = model.decoder, model.config
+        family = family_of(config.model_type)
+        attention = decoder.layers[0].attention_routing.unit.module(decoder.layers[0])
+        self.kv_dtype = torch.float32 if weights == "float32" else torch.bfloat16
+        self.kv_shape = (config.num_key_value_heads, attention.head_dim, self.packer.panel, self.kv_dtype)
+        self.units = 2 * len(decoder.layers)
+        layers = [
+            self.packer.layer(layer, family, layer.attention_routing, layer.ffn_routing, model.costs[2 * i])
+            for i, layer in enumerate(decoder.layers)
+        ]
+        self.layers = (Layer * len(layers))(*layers)
+        head = model.get_output_embeddings()
+        self.model = Model(
+            layers=self.layers,
+            final_norm=self.packer.vector(decoder.norm.weight),
+            head=self.packer.linear(head.weight, head.bias, self.packer.head),
+            n_layers=len(layers),
+            d=config.hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=attention.head_dim,
+            ff=config.intermediate_size,
+            threads=self.threads,
+            kv_type=FORMATS["float32" if weights == "float32" else "bfloat16"],
+            eps=decoder.norm.variance_epsilon,
+            scale=attention.scaling,
+            qk_eps=getattr(getattr(attention, "q_norm", None), "variance_epsilon", 1e-6),
+        )
+        self.vocabulary = head.weight.shape[0]
+        self.prices = Prices()
+        self.chosen = torch.zeros(self.units, 3, dtype=torch.float64)
+        self.seconds: Tensor | None = None
+        self._scratch = ctypes.c_void_p(self.library.ir_scratch())
+
+    def __del__(self) -> None:
+        if getattr(self, "_scratch", None):
+            self.library.ir_free(self._scratch)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the packed weights."""
+        return sum(t.numel() * t.element_size() for t in self.packer.kept)
+
+    def profile(self) -> None:
+        """Count the seconds of each phase from now on, in `phase_seconds`."""
+        self.seconds = torch.zeros(len(PHASES), dtype=torch.float64)
+
+    def phase_seconds(self) -> dict[str, float]:
+        return {} if self.seconds is None else dict(zip(PHASES, self.seconds.tolist(), strict=True))
+
+    def fresh_layers(self) -> list[PackedLayer]:
+        return [PackedLayer(*self.kv_shape) for _ in range(self.units // 2)]
+
+    @staticmethod
+    def accepts(cache: Any) -> bool:
+        """Whether a cache is the engine's own, or an empty one that can become so."""
+        if cache is None or is_packed(cache):
+            return True
+        plain = type(cache) is DynamicCache and cache.get_seq_length() == 0
+        return plain and all(isinstance(layer, DynamicLayer) for layer in cache.layers)
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        rope: tuple[Tensor, Tensor],
+        rows: Rows,
+        cache: Cache | None,
+        state: RoutingState,
+        stats: Any,
+        *,
+        keep: int = 0,
+        normed: bool = False,
+        forced: Tensor | None = None,
+    ) -> Tensor:
+        """Logits float32 [B, keep, vocabulary] of the last `keep` positions, or normed hidden states [B, N, d].
+
+        `embeddings` [B, N, d] are read, not changed; `rope` is (cos, sin), each [B or 1, N, head_dim]. `cache` must
+        be accepted (see `accepts`); it gets the new keys. `forced` bool [units, B, N] replaces the routers' choices.
+        """
+        batch, length, d = embeddings.shape
+        hidden = embeddings.to(torch.float32, copy=True).contiguous()
+        cos, sin = (part.float().expand(batch, -1, -1).contiguous() for part in rope)
+        past, layers = self._room(cache, batch, length)
+        gates = torch.empty(self.units, batch, length, dtype=torch.bool)
+        output = torch.empty(batch, keep, self.vocabulary) if keep else torch.empty(batch, length, d)
+        forced = None if forced is None else forced.to(torch.uint8).contiguous()
+        pointers = ctypes.c_void_p * len(layers)
+        decision = state.decision
+        call = Call(
+            hidden=hidden.data_ptr(),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            valid=None if rows.valid is None else rows.valid.data_ptr(),
+            start=rows.start.data_ptr(),
+            keys=ctypes.cast(pointers(*[cast(Tensor, layer.keys).data_ptr() for layer in layers]), ctypes.c_void_p),
+            values=ctypes.cast(pointers(*[cast(Tensor, layer.values).data_ptr() for layer in layers]), ctypes.c_void_p),
+            forced=None if forced is None else forced.data_ptr(),
+            gates=gates.data_ptr(),
+            executed=stats.executed.data_ptr(),
+            executed_keys=stats.executed_keys.data_ptr(),
+            chosen=self.chosen.data_ptr(),
+            normed=output.data_ptr() if not keep else None,
+            logits=output.data_ptr() if keep else None,
+            seconds=None if self.seconds is None else self.seconds.data_ptr(),
+            prices=self.prices,
+            batch=batch,
+            length=length,
+            past=past,
+            capacity=cast(Tensor, layers[0].values).shape[2],
+            keep=keep,
+            dense=isinstance(decision, AlwaysExecute),
+            threshold=decision.value if isinstance(decision, Threshold) else 0.0,
+        )
+        self.library.ir_forward(ctypes.byref(self.model), ctypes.byref(call), self._scratch)
+        for layer in layers:
+            layer.length = past + length
+        state.valid = None if rows.valid is None else rows.valid.bool()
+        if not state.dense:
+            state.gates.update(enumerate(gates.unbind()))
+        return output
+
+    def _room(self, cache: Cache | None, batch: int, length: int) -> tuple[int, Sequence[PackedLayer]]:
+        if cache is None:  # nothing is kept: one layer's room serves all
+            layer = PackedLayer(*self.kv_shape)
+            layer.reserve(batch, length)
+            return 0, [layer] * (self.units // 2)
+        if not is_packed(cache):
+            use_packed(cache, self.fresh_layers())
+        layers = cast(list[PackedLayer], cache.layers)
+        past = layers[0].length
+        for layer in layers:
+            layer.reserve(batch, past + length if past else -(-(length + 1) // BLOCK) * BLOCK)
+        return past, layers
+
+
+def versions(model: Any) -> int:
+    """A number that changes when any weight is replaced or changed in place: packed copies would be stale."""
+    return hash(tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()))

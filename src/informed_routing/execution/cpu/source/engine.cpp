@@ -1,0 +1,533 @@
+// A routed decoder on a CPU: all layers of one forward in one call, with the branches inside.
+//
+// Approximated tokens never reach a unit's matrices: rows are picked by index where products read them, results
+// are added to the residual stream where products end, so a selection costs no copy. Weights are in any of four
+// formats, sums are float32. See engine.py for what the fields mean.
+#include <omp.h>
+#include <time.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "attention.h"
+
+extern "C" {
+
+struct Routing {
+    Linear router_in;         // hidden layer of an mlp or low-rank router; n = 0 for a linear one
+    const float* router_out;  // [d or width]: row "execute" minus row "approximate"
+    float router_bias;
+    int32_t router_relu, router_residual;
+    Linear forecast_in, forecast_out;  // n = 0: approximated tokens get nothing
+    int32_t forecast_silu;
+    int32_t pinned;  // 1: never approximate this unit
+};
+
+struct Layer {
+    const float *attention_norm, *ffn_norm, *q_norm, *k_norm;
+    Linear q, kv, o, gate_up, down;
+    Routing attention, ffn;
+    float residual;
+    int32_t window, rope, gelu;
+};
+
+struct Model {
+    const Layer* layers;
+    const float* final_norm;
+    Linear head;
+    int32_t n_layers, d, heads, kv_heads, head_dim, ff, threads, kv_type;
+    float eps, scale, qk_eps;
+};
+
+// What executing or approximating n rows costs, in seconds, n = 0 .. limit - 1: see policy.py.
+struct Prices {
+    const float* execute[2];
+    const float* approximate[2];
+    int32_t limit;
+};
+
+struct Call {
+    float* hidden;           // [B N, d]: embeddings in, last hidden states out (before the final norm)
+    const float *cos, *sin;  // [B N, head_dim]
+    const uint8_t* valid;    // [B N] or null
+    const int32_t* start;    // [B]: first key that is no padding
+    void** keys;             // per layer: [B, kv_heads, capacity / NR, head_dim, NR]
+    void** values;           // per layer: [B, kv_heads, capacity, head_dim]
+    const uint8_t* forced;   // [units, B N] gates to use whatever the routers say, or null
+    uint8_t* gates;          // [units, B N] or null
+    float* margins;          // [units, B N] or null
+    double* executed;        // [units]: counts are added
+    double* executed_keys;   // [units]
+    double* chosen;          // [units, 3]: calls that ran routed, dense by price, wholly approximated
+    float* normed;           // [B N, d] or null: the final norm of all rows
+    float* logits;           // [B keep, vocabulary] or null
+    double* seconds;         // [PHASES] or null
+    Prices prices;
+    int32_t batch, length, past, capacity, keep, dense;
+    float threshold;
+};
+
+enum Phase { ROUTE, PROJECT, CACHE, ATTEND, OUT, GATE_UP, DOWN, HEAD, PHASES };
+
+int32_t ir_abi() { return 1; }
+int32_t ir_panel() { return NR; }
+int32_t ir_phases() { return PHASES; }
+int64_t ir_packed_bytes(int32_t type, int32_t n, int32_t k) {
+    return (int64_t)((n + NR - 1) / NR) * (int64_t)panel_bytes(type, k);
+}
+void ir_pack(int32_t type, const float* src, int32_t n, int32_t k, void* out, int32_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int p = 0; p < (n + NR - 1) / NR; p++)
+        pack_panel(type, src, n, k, p * NR, (char*)out + p * panel_bytes(type, k));
+}
+// The weights that a packed format really stands for, float32 [n, k].
+void ir_unpack(int32_t type, const void* data, int32_t n, int32_t k, float* out) {
+    std::vector<float> panel((size_t)k * NR);
+    for (int p = 0; p < (n + NR - 1) / NR; p++) {
+        const char* src = (const char*)data + p * panel_bytes(type, k);
+        if (type == F32) std::memcpy(panel.data(), src, panel.size() * 4);
+        else unpack_panel(type, src, k, panel.data());
+        for (int r = 0; r < NR && p * NR + r < n; r++)
+            for (int c = 0; c < k; c++) out[(size_t)(p * NR + r) * k + c] = panel[(size_t)c * NR + r];
+    }
+}
+// y [rows, n] = x [rows, k] W^T + bias: one layer alone, for price tables and tests.
+void ir_linear(const Linear* w, const float* x, int32_t rows, float* y, int32_t threads) {
+    const Rows in{x, (size_t)w->k, nullptr, rows};
+#pragma omp parallel num_threads(threads)
+    multiply(*w, in, omp_get_thread_num(), threads, [&](int i, int column, vf a, vf b) {
+        for (int r = 0; r < NR && column + r < w->n; r++) y[(size_t)i * w->n + column + r] = r < VL ? a[r] : b[r - VL];
+    });
+}
+}
+
+namespace {
+
+double now() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+int padded(int n) { return (n + NR - 1) / NR * NR; }
+
+struct Buffer {
+    std::vector<float> store;
+    float* get(size_t n) {
+        if (store.size() < n) store.resize(n);
+        return store.data();
+    }
+};
+
+// Working memory of a process, kept between calls.
+struct Scratch {
+    Buffer x, q, kv, mixed, h, z, router, partial;
+    std::vector<uint8_t> gate;
+    std::vector<int32_t> executed, approximated, first;
+    std::vector<Partial> states;
+};
+
+float rms_scale(const float* x, int d, float eps) {
+    vf s = {};
+    for (int c = 0; c < d; c += VL) s += load(x + c) * load(x + c);
+    return 1.0f / std::sqrt(sum(s) / (float)d + eps);
+}
+
+void rms_norm(const float* x, const float* w, int d, float eps, float* out) {
+    const float s = rms_scale(x, d, eps);
+    for (int c = 0; c < d; c += VL) store(out + c, load(x + c) * s * load(w + c));
+}
+
+float dot(const float* a, const float* b, int n) {
+    vf s0 = {}, s1 = {};
+    int c = 0;
+    for (; c + 2 * VL <= n; c += 2 * VL) {
+        s0 += load(a + c) * load(b + c);
+        s1 += load(a + c + VL) * load(b + c + VL);
+    }
+    float s = sum(s0 + s1);
+    for (; c < n; c++) s += a[c] * b[c];
+    return s;
+}
+
+// The halves of a head are rotated against each other; `factor` scales the result.
+void rotate(float* x, const float* cos, const float* sin, int hd, float factor) {
+    const int half = hd / 2;
+    for (int c = 0; c < half; c++) {
+        const float a = x[c], b = x[c + half];
+        x[c] = (a * cos[c] - b * sin[c]) * factor;
+        x[c + half] = (b * cos[c + half] + a * sin[c + half]) * factor;
+    }
+}
+
+template <class T>
+struct Forward {
+    const Model& m;
+    const Call& c;
+    Scratch& s;
+    const int rows, threads;
+    int tid = 0;
+    double mark = 0;
+
+    Forward(const Model& model, const Call& call, Scratch& scratch)
+        : m(model), c(call), s(scratch), rows(call.batch * call.length), threads(model.threads) {}
+
+    void lap(int phase) {
+        if (tid || !c.seconds) return;
+        const double t = now();
+        c.seconds[phase] += t - mark;
+        mark = t;
+    }
+
+    void share(int n, int& low, int& high) const {
+        low = (int)((long)n * tid / threads), high = (int)((long)n * (tid + 1) / threads);
+    }
+
+    // Norms, margins, gates and the two lists of rows. Afterwards s.x holds the normed rows.
+    void route(const float* norm, const Routing& r, int unit) {
+        const int d = m.d;
+        const bool decides = !c.dense && !r.pinned;
+        const bool deep = r.router_in.n > 0;
+        int low, high;
+        share(rows, low, high);
+        float* x = s.x.store.data();
+        for (int i = low; i < high; i++) rms_norm(c.hidden + (size_t)i * d, norm, d, m.eps, x + (size_t)i * d);
+        const float* read = r.router_residual ? c.hidden : x;
+        const int width = padded(r.router_in.n);
+        if (decides && deep) {
+            float* inner = s.router.store.data();
+#pragma omp barrier
+            multiply(r.router_in, {read, (size_t)d, nullptr, rows}, tid, threads, [&](int i, int column, vf a, vf b) {
+                if (r.router_relu) a = vmax(a, (vf){}), b = vmax(b, (vf){});
+                store(inner + (size_t)i * width + column, a);
+                store(inner + (size_t)i * width + column + VL, b);
+            });
+#pragma omp barrier
+        }
+        for (int i = low; i < high; i++) {
+            uint8_t gate = 1;
+            if (decides) {
+                const float margin = r.router_bias + (deep
+                    ? dot(s.router.store.data() + (size_t)i * width, r.router_out, r.router_in.n)
+                    : dot(read + (size_t)i * d, r.router_out, d));
+                gate = margin > c.threshold;
+                if (c.margins) c.margins[(size_t)unit * rows + i] = margin;
+                if (c.forced) gate = c.forced[(size_t)unit * rows + i];
+                if (c.valid && !c.valid[i]) gate = 0;
+            }
+            s.gate[i] = gate;
+        }
+#pragma omp barrier
+#pragma omp single
+        select(unit, decides);
+    }
+
+    void select(int unit, bool decides) {
+        int n = 0;
+        for (int i = 0; i < rows; i++) n += s.gate[i];
+        const int kind = unit & 1;
+        // Rounding a selection up to the whole call never harms the text; it is done where skipping costs more.
+        if (decides && n && n < rows && rows < c.prices.limit) {
+            const Prices& p = c.prices;
+            if (p.execute[kind][n] + p.approximate[kind][rows - n] >= p.execute[kind][rows]) {
+                for (int i = 0; i < rows; i++) s.gate[i] = c.valid ? c.valid[i] : 1;
+                c.chosen[unit * 3 + 1] += 1;
+            }
+        }
+        s.executed.clear();
+        s.approximated.clear();
+        for (int b = 0; b < c.batch; b++) {
+            s.first[b] = (int)s.executed.size();
+            for (int t = 0; t < c.length; t++) {
+                const int i = b * c.length + t;
+                (s.gate[i] ? s.executed : s.approximated).push_back(i);
+                if (s.gate[i] && (!c.valid || c.valid[i])) {
+                    c.executed[unit] += 1;
+                    const int seen = c.past + t + 1 - c.start[b], window = m.layers[unit / 2].window;
+                    c.executed_keys[unit] += window && window < seen ? window : seen;
+                }
+            }
+        }
+        s.first[c.batch] = (int)s.executed.size();
+        if (decides) c.chosen[unit * 3 + (s.executed.empty() ? 2 : 0)] += s.approximated.empty() ? 0 : 1;
+        if (c.gates) std::copy(s.gate.begin(), s.gate.begin() + rows, c.gates + (size_t)unit * rows);
+    }
+
+    // First half of the forecast: s.z [approximated, rank].
+    void forecast_in(const Routing& r) {
+        if (!r.forecast_in.n) return;
+        float* z = s.z.store.data();
+        const int width = padded(r.forecast_in.n);
+        const Rows x{s.x.store.data(), (size_t)m.d, s.approximated.data(), (int)s.approximated.size()};
+        multiply(r.forecast_in, x, tid, threads, [&](int i, int column, vf a, vf b) {
+            if (r.forecast_silu) a = vsilu(a), b = vsilu(b);
+            store(z + (size_t)i * width + column, a);
+            store(z + (size_t)i * width + column + VL, b);
+        });
+    }
+
+    void forecast_out(const Routing& r) {
+        if (!r.forecast_in.n) return;
+        const Rows z{s.z.store.data(), (size_t)padded(r.forecast_in.n), nullptr, (int)s.approximated.size()};
+        add(r.forecast_out, z, s.approximated.data(), 1.0f);
+    }
+
+    // residual[index[i]] += factor * (row i of x) W^T
+    void add(const Linear& w, const Rows& x, const int32_t* index, float factor) {
+        multiply(w, x, tid, threads, [&](int i, int column, vf a, vf b) {
+            float* out = c.hidden + (size_t)index[i] * m.d + column;
+            store(out, load(out) + a * factor);
+            store(out + VL, load(out + VL) + b * factor);
+        });
+    }
+
+    void store_to(const Linear& w, const Rows& x, float* out) {
+        const size_t width = padded(w.n);
+        multiply(w, x, tid, threads, [&](int i, int column, vf a, vf b) {
+            store(out + i * width + column, a);
+            store(out + i * width + column + VL, b);
+        });
+    }
+
+    void write_cache(const Layer& layer, int index) {
+        const int hd = m.head_dim, kv = m.kv_heads * hd;
+        const size_t width = padded(2 * kv);
+        T* keys = (T*)c.keys[index];
+        T* values = (T*)c.values[index];
+        int low, high;
+        share(rows, low, high);
+        for (int i = low; i < high; i++) {
+            float* row = s.kv.store.data() + i * width;
+            const int b = i / c.length, place = c.past + i % c.length;
+            for (int h = 0; h < m.kv_heads; h++) {
+                float* k = row + h * hd;
+                if (layer.k_norm) rms_norm(k, layer.k_norm, hd, m.qk_eps, k);
+                if (layer.rope) rotate(k, c.cos + (size_t)i * hd, c.sin + (size_t)i * hd, hd, 1.0f);
+                const size_t base = ((size_t)b * m.kv_heads + h) * c.capacity * hd;
+                T* panel = keys + base + (size_t)(place / NR) * hd * NR + place % NR;
+                for (int e = 0; e < hd; e++) put(panel + e * NR, k[e]);
+                T* v = values + base + (size_t)place * hd;
+                for (int e = 0; e < hd; e++) put(v + e, row[kv + h * hd + e]);
+            }
+        }
+    }
+
+    void rotate_queries(const Layer& layer) {
+        const int hd = m.head_dim, n = (int)s.executed.size();
+        const size_t width = padded(m.heads * hd);
+        int low, high;
+        share(n, low, high);
+        for (int i = low; i < high; i++) {
+            const size_t at = (size_t)s.executed[i] * hd;
+            for (int h = 0; h < m.heads; h++) {
+                float* q = s.q.store.data() + i * width + h * hd;
+                if (layer.q_norm) rms_norm(q, layer.q_norm, hd, m.qk_eps, q);
+                if (layer.rope) rotate(q, c.cos + at, c.sin + at, hd, m.scale);
+                else for (int e = 0; e < hd; e++) q[e] *= m.scale;
+            }
+        }
+    }
+
+    void attention(const Layer& layer, int index) {
+        const int hd = m.head_dim, shared = m.heads / m.kv_heads;
+        const size_t width = padded(m.heads * hd);
+        const int per_task = std::max(1, QUERY_ROWS / shared);
+        int most = 0;
+        for (int b = 0; b < c.batch; b++) most = std::max(most, s.first[b + 1] - s.first[b]);
+        const int blocks = (most + per_task - 1) / per_task;
+        const int whole = c.batch * m.kv_heads * blocks;
+        const int reach = c.past + c.length;
+        // Few queries over many keys (decode): split the keys, so that every thread has work.
+        int splits = 1;
+        while (c.length == 1 && whole * splits < threads * 4 && reach / (splits + 1) >= 128) splits++;
+        const int span = (reach + splits * KEY_BLOCK - 1) / (splits * KEY_BLOCK) * KEY_BLOCK;
+        const int height = per_task * shared;
+        float* mixed = s.mixed.store.data();
+        thread_local std::vector<float> scores, local;
+        scores.resize((size_t)height * KEY_BLOCK);
+        local.resize((size_t)height * hd);
+        std::vector<const float*> q(height);
+        std::vector<int> first(height), last(height);
+        std::vector<Partial> state(height);
+#pragma omp for schedule(dynamic, 1)
+        for (int task = 0; task < whole * splits; task++) {
+            const int part = task % splits, item = whole - 1 - task / splits;  // long contexts first
+            const int block = item / (c.batch * m.kv_heads), b = item / m.kv_heads % c.batch, h = item % m.kv_heads;
+            const int from = s.first[b] + block * per_task, to = std::min(s.first[b + 1], from + per_task);
+            int n = 0, until = 0, since = reach;
+            for (int i = from; i < to; i++)
+                for (int g = 0; g < shared; g++, n++) {
+                    q[n] = s.q.store.data() + i * width + (size_t)(h * shared + g) * hd;
+                    last[n] = c.past + s.executed[i] % c.length;
+                    first[n] = c.start[b];
+                    if (layer.window) first[n] = std::max(first[n], last[n] - layer.window + 1);
+                    until = std::max(until, last[n] + 1), since = std::min(since, first[n]);
+                }
+            if (!n) continue;
+            const size_t base = ((size_t)b * m.kv_heads + h) * c.capacity * hd;
+            const KeyValues<T> kv{(const T*)c.keys[index] + base, (const T*)c.values[index] + base, hd};
+            if (splits > 1) {
+                const size_t at = (size_t)(item * splits + part) * height;
+                attend(kv, n, q.data(), first.data(), last.data(), std::max(since, part * span),
+                       std::min(until, (part + 1) * span), s.partial.store.data() + at * hd, s.states.data() + at,
+                       scores.data());
+                continue;
+            }
+            attend(kv, n, q.data(), first.data(), last.data(), since, until, local.data(), state.data(), scores.data());
+            for (int r = 0; r < n; r++) {
+                float* out = mixed + (size_t)(from + r / shared) * width + (size_t)(h * shared + r % shared) * hd;
+                for (int e = 0; e < hd; e += VL) store(out + e, load(local.data() + r * hd + e) / state[r].mass);
+            }
+        }
+        if (splits == 1) return;
+#pragma omp for schedule(static)
+        for (int item = 0; item < whole; item++) {
+            const int b = item / m.kv_heads % c.batch, h = item % m.kv_heads;
+            if (s.first[b] == s.first[b + 1]) continue;
+            for (int g = 0; g < shared; g++) {
+                float peak = MASKED, mass = 0;
+                auto at = [&](int part) { return (size_t)(item * splits + part) * height + g; };
+                for (int p = 0; p < splits; p++) peak = std::max(peak, s.states[at(p)].peak);
+                float* out = mixed + (size_t)s.first[b] * width + (size_t)(h * shared + g) * hd;
+                std::fill(out, out + hd, 0.0f);
+                for (int p = 0; p < splits; p++) {
+                    const float w = vexp((vf){} + (s.states[at(p)].peak - peak))[0];
+                    mass += w * s.states[at(p)].mass;
+                    for (int e = 0; e < hd; e += VL)
+                        store(out + e, load(out + e) + load(s.partial.store.data() + at(p) * hd + e) * w);
+                }
+                for (int e = 0; e < hd; e += VL) store(out + e, load(out + e) / mass);
+            }
+        }
+    }
+
+    void attention_unit(const Layer& layer, int index) {
+        route(layer.attention_norm, layer.attention, 2 * index);
+        lap(ROUTE);
+        float* x = s.x.store.data();
+        const size_t d = m.d;
+        const int n = (int)s.executed.size();
+        store_to(layer.kv, {x, d, nullptr, rows}, s.kv.store.data());
+        store_to(layer.q, {x, d, s.executed.data(), n}, s.q.store.data());
+        forecast_in(layer.attention);
+#pragma omp barrier
+        lap(PROJECT);
+        write_cache(layer, index);
+        rotate_queries(layer);
+        forecast_out(layer.attention);
+#pragma omp barrier
+        lap(CACHE);
+        if (!n) return;
+        attention(layer, index);
+        lap(ATTEND);
+        const size_t width = padded(m.heads * m.head_dim);
+        add(layer.o, {s.mixed.store.data(), width, nullptr, n}, s.executed.data(), layer.residual);
+#pragma omp barrier
+        lap(OUT);
+    }
+
+    void ffn_unit(const Layer& layer, int index) {
+        route(layer.ffn_norm, layer.ffn, 2 * index + 1);
+        lap(ROUTE);
+        const int n = (int)s.executed.size();
+        float* h = s.h.store.data();
+        const size_t width = padded(m.ff);
+        // A panel of gate_up is VL gates beside the same VL ups, so that their product is made in registers.
+        multiply(layer.gate_up, {s.x.store.data(), (size_t)m.d, s.executed.data(), n}, tid, threads,
+                 [&](int i, int column, vf gate, vf up) {
+                     store(h + i * width + column / 2, (layer.gelu ? vgelu_tanh(gate) : vsilu(gate)) * up);
+                 });
+        forecast_in(layer.ffn);
+#pragma omp barrier
+        lap(GATE_UP);
+        add(layer.down, {h, width, nullptr, n}, s.executed.data(), layer.residual);
+        forecast_out(layer.ffn);
+#pragma omp barrier
+        lap(DOWN);
+    }
+
+    void finish() {
+        const int d = m.d;
+        int low, high;
+        if (c.normed) {
+            share(rows, low, high);
+            for (int i = low; i < high; i++)
+                rms_norm(c.hidden + (size_t)i * d, m.final_norm, d, m.eps, c.normed + (size_t)i * d);
+        }
+        if (!c.logits) return;
+        float* x = s.x.store.data();
+        const int kept = c.batch * c.keep;
+        share(kept, low, high);
+        for (int i = low; i < high; i++) {
+            const int row = i / c.keep * c.length + c.length - c.keep + i % c.keep;
+            rms_norm(c.hidden + (size_t)row * d, m.final_norm, d, m.eps, x + (size_t)i * d);
+        }
+#pragma omp barrier
+        multiply(m.head, {x, (size_t)d, nullptr, kept}, tid, threads, [&](int i, int column, vf a, vf b) {
+            float* out = c.logits + (size_t)i * m.head.n + column;
+            if (column + NR <= m.head.n) {
+                store(out, a);
+                store(out + VL, b);
+            } else {
+                for (int r = 0; column + r < m.head.n; r++) out[r] = r < VL ? a[r] : b[r - VL];
+            }
+        });
+#pragma omp barrier
+        lap(HEAD);
+    }
+
+    void run() {
+        tid = omp_get_thread_num();
+        mark = now();
+        for (int i = 0; i < m.n_layers; i++) {
+            attention_unit(m.layers[i], i);
+            ffn_unit(m.layers[i], i);
+        }
+        finish();
+    }
+};
+
+void reserve(const Model& m, const Call& c, Scratch& s) {
+    const size_t rows = (size_t)c.batch * c.length, hd = m.head_dim;
+    size_t rank = 0, router = 0;
+    for (int i = 0; i < m.n_layers; i++)
+        for (const Routing* r : {&m.layers[i].attention, &m.layers[i].ffn}) {
+            rank = std::max(rank, (size_t)padded(r->forecast_in.n));
+            router = std::max(router, (size_t)padded(r->router_in.n));
+        }
+    const int shared = m.heads / m.kv_heads, height = std::max(1, QUERY_ROWS / shared) * shared;
+    s.x.get(rows * m.d);
+    s.q.get(rows * padded(m.heads * m.head_dim));
+    s.mixed.get(rows * padded(m.heads * m.head_dim));
+    s.kv.get(rows * padded(2 * m.kv_heads * m.head_dim));
+    s.h.get(rows * padded(m.ff));
+    s.z.get(rows * rank);
+    s.router.get(rows * router);
+    if (c.length == 1) {
+        const size_t parts = (size_t)c.batch * m.kv_heads + (size_t)m.threads * 8 + 8;
+        s.partial.get(parts * 4 * height * hd);
+        s.states.resize(parts * 4 * height);
+    }
+    s.gate.resize(rows);
+    s.executed.reserve(rows), s.approximated.reserve(rows);
+    s.first.resize(c.batch + 1);
+}
+
+template <class T>
+void forward(const Model& m, const Call& c, Scratch& s) {
+#pragma omp parallel num_threads(m.threads)
+    Forward<T>(m, c, s).run();
+}
+
+}  // namespace
+
+extern "C" {
+void* ir_scratch() { return new Scratch; }
+void ir_free(void* scratch) { delete (Scratch*)scratch; }
+void ir_forward(const Model* m, const Call* c, void* scratch) {
+    Scratch& s = *(Scratch*)scratch;
+    reserve(*m, *c, s);
+    if (m->kv_type == BF16) forward<bf16>(*m, *c, s);
+    else forward<float>(*m, *c, s);
+}
+}

@@ -1,0 +1,306 @@
+// Linear layers with weights packed in panels of NR outputs: [N / NR][K][NR], so that one row (decode) streams
+// memory in order and many rows (prefill) reuse a panel from the cache. Quantised panels hold groups of 32 inputs
+// with a half-precision scale (int8) or scale and minimum (int4) per output.
+#pragma once
+#include <cmath>
+#include <vector>
+
+#include "vec.h"
+
+enum Type : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
+
+struct Linear {
+    int32_t type, n, k, pad;
+    const void* data;   // packed weights
+    const float* bias;  // [n rounded up to NR] or null
+};
+
+INLINE int panels(const Linear& w) { return (w.n + NR - 1) / NR; }
+
+INLINE size_t panel_bytes(int type, int k) {
+    size_t groups = k / GROUP;
+    switch (type) {
+        case F32: return (size_t)k * NR * 4;
+        case BF16: return (size_t)k * NR * 2;
+        case INT8: return groups * NR * (2 + GROUP);
+        default: return groups * NR * (4 + GROUP / 2);
+    }
+}
+
+// ---- packing ----------------------------------------------------------------------------------------------
+
+static void pack_panel(int type, const float* src, int n, int k, int first, char* out) {
+    auto at = [&](int row, int col) { return first + row < n ? src[(size_t)(first + row) * k + col] : 0.0f; };
+    if (type == F32 || type == BF16) {
+        for (int c = 0; c < k; c++)
+            for (int r = 0; r < NR; r++) {
+                if (type == F32) ((float*)out)[(size_t)c * NR + r] = at(r, c);
+                else ((bf16*)out)[(size_t)c * NR + r] = to_bf16(at(r, c));
+            }
+        return;
+    }
+    for (int g = 0; g < k / GROUP; g++) {
+        _Float16* scale = (_Float16*)out;
+        _Float16* low = scale + NR;
+        char* q = out + NR * (type == INT8 ? 2 : 4);
+        for (int r = 0; r < NR; r++) {
+            float lo = at(r, g * GROUP), hi = lo, top = 0;
+            for (int c = 0; c < GROUP; c++) {
+                float x = at(r, g * GROUP + c);
+                lo = x < lo ? x : lo, hi = x > hi ? x : hi, top = std::fabs(x) > top ? std::fabs(x) : top;
+            }
+            if (type == INT8) {
+                scale[r] = (_Float16)(top / 127.0f);
+                float s = (float)scale[r], inverse = s > 0 ? 1.0f / s : 0.0f;
+                for (int c = 0; c < GROUP; c++) {
+                    int v = (int)std::lrintf(at(r, g * GROUP + c) * inverse);
+                    ((int8_t*)q)[c * NR + r] = (int8_t)(v > 127 ? 127 : v < -127 ? -127 : v);
+                }
+            } else {
+                scale[r] = (_Float16)((hi - lo) / 15.0f), low[r] = (_Float16)lo;
+                float s = (float)scale[r], m = (float)low[r], inverse = s > 0 ? 1.0f / s : 0.0f;
+                for (int c = 0; c < GROUP; c++) {
+                    int v = (int)std::lrintf((at(r, g * GROUP + c) - m) * inverse);
+                    v = v > 15 ? 15 : v < 0 ? 0 : v;
+                    uint8_t* byte = (uint8_t*)q + (c / 2) * NR + r;
+                    *byte = (c & 1) ? (uint8_t)(*byte | (v << 4)) : (uint8_t)v;
+                }
+            }
+        }
+        out = q + NR * (type == INT8 ? GROUP : GROUP / 2);
+    }
+}
+
+// A panel as float32 [K][NR]: worth its cost once several tiles of rows use it.
+static void unpack_panel(int type, const char* src, int k, float* out) {
+    if (type == BF16) {
+        for (size_t i = 0; i < (size_t)k * NR; i += VL) store(out + i, load((const bf16*)src + i));
+        return;
+    }
+    for (int g = 0; g < k / GROUP; g++) {
+        const _Float16* half = (const _Float16*)src;
+        vf s0 = load(half), s1 = load(half + VL);
+        if (type == INT8) {
+            const int8_t* q = (const int8_t*)(half + NR);
+            for (int c = 0; c < GROUP; c++, out += NR) {
+                store(out, load(q + c * NR) * s0);
+                store(out + VL, load(q + c * NR + VL) * s1);
+            }
+            src = (const char*)(q + NR * GROUP);
+        } else {
+            vf m0 = load(half + NR), m1 = load(half + NR + VL);
+            const uint8_t* q = (const uint8_t*)(half + 2 * NR);
+            for (int c = 0; c < GROUP / 2; c++, out += 2 * NR) {
+                vi a = widen(q + c * NR);
+                vi b = widen(q + c * NR + VL);
+                store(out, __builtin_convertvector(a & 15, vf) * s0 + m0);
+                store(out + VL, __builtin_convertvector(b & 15, vf) * s1 + m1);
+                store(out + NR, __builtin_convertvector(a >> 4, vf) * s0 + m0);
+                store(out + NR + VL, __builtin_convertvector(b >> 4, vf) * s1 + m1);
+            }
+            src = (const char*)(q + NR * GROUP / 2);
+        }
+    }
+}
+
+// ---- micro tiles: acc[M][2] += rows[M][K] . panel[K][NR] ----------------------------------------------------
+
+// KU inputs at a time go to accumulators of their own: with few rows the chains of additions would be the limit.
+// `ld` is the distance between the rows of b.
+template <int M, int KU, class T>
+INLINE void tile_plain(int k, const float* const* a, const T* b, vf acc[M][2], size_t ld = NR) {
+    vf part[KU][M][2] = {};
+    int c = 0;
+    for (; c + KU <= k; c += KU) {
+#pragma GCC unroll 4
+        for (int u = 0; u < KU; u++) {
+            vf b0 = load(b + (c + u) * ld), b1 = load(b + (c + u) * ld + VL);
+#pragma GCC unroll 12
+            for (int r = 0; r < M; r++) {
+                float x = a[r][c + u];
+                part[u][r][0] += b0 * x;
+                part[u][r][1] += b1 * x;
+            }
+        }
+    }
+    for (; c < k; c++) {
+        vf b0 = load(b + c * ld), b1 = load(b + c * ld + VL);
+        for (int r = 0; r < M; r++) {
+            part[0][r][0] += b0 * a[r][c];
+            part[0][r][1] += b1 * a[r][c];
+        }
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < KU; u++)
+#pragma GCC unroll 12
+        for (int r = 0; r < M; r++) acc[r][0] += part[u][r][0], acc[r][1] += part[u][r][1];
+}
+
+template <int M>
+INLINE void tile_int8(int k, const float* const* a, const char* src, vf acc[M][2]) {
+    constexpr int U = M == 1 ? 2 : 1;  // more accumulators than registers would be slower
+    for (int g = 0; g < k; g += GROUP) {
+        const _Float16* half = (const _Float16*)src;
+        const int8_t* q = (const int8_t*)(half + NR);
+        vf part[U][M][2] = {};
+        for (int c = 0; c < GROUP; c += U)
+#pragma GCC unroll 2
+            for (int u = 0; u < U; u++) {
+                vf b0 = load(q + (c + u) * NR), b1 = load(q + (c + u) * NR + VL);
+#pragma GCC unroll 12
+                for (int r = 0; r < M; r++) {
+                    float x = a[r][g + c + u];
+                    part[u][r][0] += b0 * x;
+                    part[u][r][1] += b1 * x;
+                }
+            }
+        vf s0 = load(half), s1 = load(half + VL);
+        for (int r = 0; r < M; r++) {
+            for (int u = 1; u < U; u++) part[0][r][0] += part[u][r][0], part[0][r][1] += part[u][r][1];
+            acc[r][0] += part[0][r][0] * s0;
+            acc[r][1] += part[0][r][1] * s1;
+        }
+        src = (const char*)(q + NR * GROUP);
+    }
+}
+
+// sums[r][g]: the sum of a row's inputs over group g, which the minimum of a group multiplies.
+template <int M>
+INLINE void tile_int4(int k, const float* const* a, const float* const* sums, const char* src, vf acc[M][2]) {
+    constexpr int U = M == 1 ? 2 : 1;
+    for (int g = 0; g < k / GROUP; g++) {
+        const _Float16* half = (const _Float16*)src;
+        const uint8_t* q = (const uint8_t*)(half + 2 * NR);
+        vf part[U][M][2] = {};
+        for (int c = 0; c < GROUP / 2; c++) {
+            vi w0 = widen(q + c * NR);
+            vi w1 = widen(q + c * NR + VL);
+            vf e0 = __builtin_convertvector(w0 & 15, vf), e1 = __builtin_convertvector(w1 & 15, vf);
+            vf o0 = __builtin_convertvector(w0 >> 4, vf), o1 = __builtin_convertvector(w1 >> 4, vf);
+#pragma GCC unroll 12
+            for (int r = 0; r < M; r++) {
+                float x = a[r][g * GROUP + 2 * c], y = a[r][g * GROUP + 2 * c + 1];
+                part[0][r][0] += e0 * x, part[0][r][1] += e1 * x;
+                part[U - 1][r][0] += o0 * y, part[U - 1][r][1] += o1 * y;
+            }
+        }
+        vf s0 = load(half), s1 = load(half + VL), m0 = load(half + NR), m1 = load(half + NR + VL);
+        for (int r = 0; r < M; r++) {
+            float t = sums[r][g];
+            for (int u = 1; u < U; u++) part[0][r][0] += part[u][r][0], part[0][r][1] += part[u][r][1];
+            acc[r][0] += part[0][r][0] * s0 + m0 * t;
+            acc[r][1] += part[0][r][1] * s1 + m1 * t;
+        }
+        src = (const char*)(q + NR * GROUP / 2);
+    }
+}
+
+// Calls f with M as a compile-time constant, so that accumulators are registers.
+template <class F>
+INLINE void with_rows(int m, F&& f) {
+    switch (m) {
+        case 1: f(std::integral_constant<int, 1>()); break;
+        case 2: f(std::integral_constant<int, 2>()); break;
+        case 3: f(std::integral_constant<int, 3>()); break;
+        case 4: f(std::integral_constant<int, 4>()); break;
+        case 5: f(std::integral_constant<int, 5>()); break;
+        case 6: f(std::integral_constant<int, 6>()); break;
+        default:
+            if constexpr (MR > 6) {
+                switch (m) {
+                    case 7: f(std::integral_constant<int, 7>()); break;
+                    case 8: f(std::integral_constant<int, 8>()); break;
+                    case 9: f(std::integral_constant<int, 9>()); break;
+                    case 10: f(std::integral_constant<int, 10>()); break;
+                    case 11: f(std::integral_constant<int, 11>()); break;
+                    default: f(std::integral_constant<int, 12>()); break;
+                }
+            }
+    }
+}
+
+// ---- driver -------------------------------------------------------------------------------------------------
+
+// The rows of a product: row i is base + index[i] * stride (index may be null: 0, 1, 2, ...).
+struct Rows {
+    const float* base;
+    size_t stride;
+    const int32_t* index;
+    int count;
+    const float* row(int i) const { return base + (size_t)(index ? index[i] : i) * stride; }
+};
+
+// Most rows that a quantised or half-precision panel multiplies without being unpacked first, and rows of a tile then.
+INLINE int direct_rows(int type) { return type == F32 ? 1 << 30 : type == INT4 ? 9 : 12; }
+INLINE int tile_rows(int type, bool direct) {
+    return !direct || type == F32 || type == BF16 ? MR : type == INT8 ? 4 : 3;
+}
+
+// out(i, column, v0, v1) gets the product of row i with the outputs column .. column + NR.
+// Called by every thread of a parallel region; no barrier at its end.
+template <class Out>
+static void multiply(const Linear& w, const Rows& x, int tid, int threads, Out&& out) {
+    if (!x.count) return;
+    const int p_count = panels(w), k = w.k;
+    const size_t bytes = panel_bytes(w.type, k);
+    const bool direct = x.count <= direct_rows(w.type);
+    // Rows of a block fit half of a private cache, so that each panel finds them there.
+    int block = 65536 / k / MR * MR;
+    block = block < MR ? MR : block;
+    if (!direct && w.type != F32) block *= 2;
+    const int blocks = (x.count + block - 1) / block;
+    const int height = (x.count + blocks - 1) / blocks;
+    // Enough panels to a task that threads seldom meet, few enough that they end together.
+    const int tasks_wanted = threads * 8;
+    int width = (int)((long)p_count * blocks / tasks_wanted);
+    width = width < 1 ? 1 : width > 8 ? 8 : width;
+    const int columns = (p_count + width - 1) / width;
+    const int tasks = columns * blocks;
+    thread_local std::vector<float> unpacked, group_sums;
+    if (!direct && w.type != F32) unpacked.resize((size_t)k * NR + VL);
+    if (direct && w.type == INT4) {
+        const int groups = k / GROUP;
+        group_sums.resize((size_t)x.count * groups);
+        for (int i = 0; i < x.count; i++)
+            for (int g = 0; g < groups; g++) {
+                const float* p = x.row(i) + g * GROUP;
+                vf s = load(p);
+                for (int c = VL; c < GROUP; c += VL) s += load(p + c);
+                group_sums[(size_t)i * groups + g] = sum(s);
+            }
+    }
+    for (int task = (int)((long)tasks * tid / threads); task < (int)((long)tasks * (tid + 1) / threads); task++) {
+        const int low = task / columns * height, high = low + height < x.count ? low + height : x.count;
+        const int first = task % columns * width, last = first + width < p_count ? first + width : p_count;
+        for (int p = first; p < last; p++) {
+            const char* panel = (const char*)w.data + p * bytes;
+            const float* plain = (const float*)panel;
+            if (!direct && w.type != F32) {
+                unpack_panel(w.type, panel, k, unpacked.data());
+                plain = unpacked.data();
+            }
+            vf b0 = {}, b1 = {};
+            if (w.bias) b0 = load(w.bias + p * NR), b1 = load(w.bias + p * NR + VL);
+            const int most = tile_rows(w.type, direct), tiles = (high - low + most - 1) / most;
+            for (int t = 0; t < tiles; t++) {
+                const int i0 = low + (high - low) * t / tiles, i1 = low + (high - low) * (t + 1) / tiles;
+                with_rows(i1 - i0, [&](auto constant) {
+                    constexpr int M = decltype(constant)::value;
+                    const float* a[M];
+                    vf acc[M][2];
+                    for (int r = 0; r < M; r++) a[r] = x.row(i0 + r), acc[r][0] = b0, acc[r][1] = b1;
+                    constexpr int KU = M == 1 ? 4 : M == 2 ? 2 : 1;
+                    if (w.type == F32 || !direct) tile_plain<M, KU>(k, a, plain, acc);
+                    else if (w.type == BF16) tile_plain<M, KU>(k, a, (const bf16*)panel, acc);
+                    else if (w.type == INT8) tile_int8<M>(k, a, panel, acc);
+                    else {
+                        const float* sums[M];
+                        for (int r = 0; r < M; r++) sums[r] = group_sums.data() + (size_t)(i0 + r) * (k / GROUP);
+                        tile_int4<M>(k, a, sums, panel, acc);
+                    }
+                    for (int r = 0; r < M; r++) out(i0 + r, p * NR, acc[r][0], acc[r][1]);
+                });
+            }
+        }
+    }
+}

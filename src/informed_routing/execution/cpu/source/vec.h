@@ -1,0 +1,97 @@
+// Vectors of the machine's width by compiler extensions: the same source is AVX2, AVX-512 or NEON code.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int VL = 16;  // floats in a vector
+#else
+constexpr int VL = 8;
+#endif
+constexpr int NR = 2 * VL;                    // output features (or keys) in a panel: two vectors
+constexpr int MR = (VL == 16) ? 12 : 6;       // rows of a micro tile: 2 MR accumulators stay in registers
+constexpr int GROUP = 32;                     // inputs that share a scale in the quantised formats
+
+typedef float vf __attribute__((vector_size(VL * 4)));
+typedef int32_t vi __attribute__((vector_size(VL * 4)));
+typedef float vf_u __attribute__((vector_size(VL * 4), aligned(4)));
+typedef uint16_t vh __attribute__((vector_size(VL * 2), aligned(2)));
+typedef int8_t vb __attribute__((vector_size(VL), aligned(1)));
+typedef uint8_t vub __attribute__((vector_size(VL), aligned(1)));
+typedef _Float16 vhf __attribute__((vector_size(VL * 2), aligned(2)));
+
+struct bf16 { uint16_t bits; };
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vf load(const float* p) { return *(const vf_u*)p; }
+INLINE void store(float* p, vf v) { *(vf_u*)p = v; }
+INLINE vf load(const bf16* p) {
+    vi wide = __builtin_convertvector(*(const vh*)p, vi) << 16;
+    return (vf)wide;
+}
+// Compilers make poor code of widening short vectors; x86 has instructions for it.
+#if defined(__AVX512F__)
+INLINE vi widen(const int8_t* p) { return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+INLINE vi widen(const uint8_t* p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+INLINE vf load(const _Float16* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+#elif defined(__AVX2__) && defined(__F16C__)
+INLINE vi widen(const int8_t* p) { return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+INLINE vi widen(const uint8_t* p) { return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+INLINE vf load(const _Float16* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+#else
+INLINE vi widen(const int8_t* p) { return __builtin_convertvector(*(const vb*)p, vi); }
+INLINE vi widen(const uint8_t* p) { return __builtin_convertvector(*(const vub*)p, vi); }
+INLINE vf load(const _Float16* p) { return __builtin_convertvector(*(const vhf*)p, vf); }
+#endif
+INLINE vf load(const int8_t* p) { return __builtin_convertvector(widen(p), vf); }
+
+INLINE bf16 to_bf16(float x) {  // round to nearest even
+    uint32_t u;
+    std::memcpy(&u, &x, 4);
+    u += 0x7fff + ((u >> 16) & 1);
+    return {(uint16_t)(u >> 16)};
+}
+INLINE void put(float* p, float x) { *p = x; }
+INLINE void put(bf16* p, float x) { *p = to_bf16(x); }
+INLINE float get(const float* p) { return *p; }
+INLINE float get(const bf16* p) {
+    uint32_t u = (uint32_t)p->bits << 16;
+    float x;
+    std::memcpy(&x, &u, 4);
+    return x;
+}
+
+INLINE float sum(vf v) {
+    float s = 0;
+    for (int i = 0; i < VL; i++) s += v[i];
+    return s;
+}
+INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
+
+// exp to about one unit in the last place of float, for x in [-87, 88].
+INLINE vf vexp(vf x) {
+    x = vmax(vmin(x, (vf){} + 88.0f), (vf){} - 87.0f);
+    const vf magic = (vf){} + 12582912.0f;
+    vf n = (x * 1.44269504f + magic) - magic;
+    vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vf p = (vf){} + 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    vi e = (__builtin_convertvector(n, vi) + 127) << 23;
+    return p * (vf)e;
+}
+INLINE vf vsilu(vf x) { return x / (1.0f + vexp(-x)); }
+// GELU by the tanh formula: 0.5 x (1 + tanh(u)) = x sigmoid(2u).
+INLINE vf vgelu_tanh(vf x) {
+    vf u = 0.7978845608f * (x + 0.044715f * x * x * x);
+    return x / (1.0f + vexp(-2.0f * u));
+}
