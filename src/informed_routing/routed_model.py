@@ -31,6 +31,7 @@ from .routing.decision import AlwaysExecute, DecisionRule, Threshold
 from .routing.routed_unit import Execution, KeyValues, RoutedUnit, RoutingState
 
 if TYPE_CHECKING:
+    from .execution.cpu.engine import Policy
     from .execution.cpu.packing import Weights
 
 KINDS: tuple[UnitKind, UnitKind] = ("attention", "ffn")
@@ -244,13 +245,20 @@ class RoutedModelForCausalLM(PreTrainedModel):
             self.routing_state.decision, self._target = before, target
 
     def set_execution(
-        self, execution: Execution, kv: KeyValues | None = None, *, weights: Weights | None = None
+        self,
+        execution: Execution,
+        kv: KeyValues | None = None,
+        *,
+        weights: Weights | None = None,
+        policy: Policy = "auto",
     ) -> None:
         """Choose how routed units are computed.
 
         `sparse` really skips, in torch. `masked` computes both branches (reference, training). `native` is the CPU
         engine: inference without gradients runs in it, all else as with `sparse`; `weights` (`float32`, `bfloat16`,
-        `int8`, `int4`; default the model's dtype) is the format of its packed copy of the base model's matrices.
+        `int8`, `int4`; default the model's dtype) is the format of its packed copy of the base model's matrices. Its
+        policy `auto` executes all rows of a unit's call where this machine's price table says that skipping some of
+        them would take longer (small batches); `exact` always does what the routers say.
         Raises InputError for unknown values, or when the engine cannot run this model here.
         """
         if execution not in ("sparse", "masked", "native"):
@@ -263,7 +271,8 @@ class RoutedModelForCausalLM(PreTrainedModel):
         if execution == "native":
             from .execution.cpu.dispatch import NativeExecution
 
-            native = NativeExecution(weights or ("bfloat16" if self.dtype == torch.bfloat16 else "float32"))
+            default: Weights = "bfloat16" if self.dtype == torch.bfloat16 else "float32"
+            native = NativeExecution(weights or default, policy=policy)
             native.of(self)
             self.routing_state.native = native
         self.routing_state.execution = execution

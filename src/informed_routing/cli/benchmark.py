@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+
+from informed_routing.errors import InputError
 
 from .common import BaseOption, Common, check_at_least, check_sparsities, dtype_name, session, with_common
 
@@ -28,6 +30,23 @@ def benchmark(
         Literal["units", "macs"] | None,
         typer.Option("--budget", help="What --sparsity is measured in [default: as trained]."),
     ] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--engine",
+            "-e",
+            help="native is the CPU engine, torch the routed model in PyTorch, transformers the dense model, compiled "
+            "that through torch.compile (slow start). Repeatable [default: native where it runs, torch, transformers].",
+        ),
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--weights",
+            help="Of the native engine. Repeatable [default: the model's dtype].",
+        ),
+    ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where the native engine spends its time.")] = False,
     repeats: Annotated[int, typer.Option("--repeats", help="Measured runs of each engine.")] = 5,
     warmup: Annotated[int, typer.Option("--warmup", help="Unmeasured runs of each engine before.")] = 1,
     kv: Annotated[
@@ -39,9 +58,9 @@ def benchmark(
     ] = None,
     base: BaseOption = None,
 ) -> None:
-    """Time prefill and decode of the routed model beside the dense one, with the limit set by its arithmetic.
+    """Time prefill and decode, routed beside dense, with the limit that memory and arithmetic set.
 
-    Engines run in turns; the speed-up is against the faster of transformers and the routed model at 0.
+    Engines run in turns on the same text; speed-ups are against the fastest dense engine with the same weights.
 
     Example: informed-routing benchmark out --sparsity 0.25 --prompt-tokens 512 --new-tokens 32 --repeats 10
     """
@@ -53,21 +72,28 @@ def benchmark(
     check_at_least("--repeats", [repeats], 1)
     check_at_least("--warmup", [warmup], 0)
     with session("benchmark", common) as run:
+        from informed_routing.evaluation.engines import make_engines, native_reason
         from informed_routing.evaluation.environment import environment
         from informed_routing.evaluation.speed import benchmark_rows
 
         from .loading import load_base_of, load_routed, prompt_text
-        from .tables import speed_table
+        from .tables import phase_table, speed_table
 
         loaded = load_routed(folder, run, base)
-        if kv is not None:
-            loaded.model.set_execution("sparse", kv=kv)
+        loaded.model.set_execution("sparse", kv=kv)
         for target in targets:
             loaded.model.set_sparsity(target, budget)  # a value out of range is refused before anything is timed
+        names: list[str] = list(engine or ["native", "torch", "transformers"])
+        reason = native_reason(loaded.model) if kv != "drop" else "kv='drop' needs the torch engine"
+        if reason is not None and "native" in names:
+            if engine:
+                raise InputError(f"the native engine cannot run {folder}: {reason}", "Leave out --engine native")
+            run.progress.message(f"no native engine: {reason}")
+            names.remove("native")
+        formats = list(weights or ["bfloat16" if dtype_name(loaded.model) == "bfloat16" else "float32"])
         rows = benchmark_rows(
-            load_base_of(loaded, run),
-            loaded.model,
-            prompt_text(data or ["demo:wiki"], loaded.tokenizer, max(lengths) * max(batches)),
+            make_engines(load_base_of(loaded, run), loaded.model, names, formats),
+            prompt_text(data or ["demo:wiki"], loaded.tokenizer, (max(lengths) + max(counts)) * max(batches)),
             sparsities=targets,
             prompt_tokens=lengths,
             new_tokens=counts,
@@ -75,11 +101,13 @@ def benchmark(
             budget=budget,
             repeats=repeats,
             warmup=warmup,
+            profile=profile,
             progress=run.progress,
         )
-        run.finish(
-            {"environment": environment(), "rows": rows},
-            lambda console: console.print(speed_table(rows, "Speed against dense (medians of interleaved runs)")),
-            model=folder,
-            dtype=dtype_name(loaded.model),
-        )
+
+        def show(console: Any) -> None:
+            console.print(speed_table(rows, "Speed against dense (medians of interleaved runs)"))
+            if profile:
+                console.print(phase_table(rows, "Where the native engine's time goes (share of the forward)"))
+
+        run.finish({"environment": environment(), "rows": rows}, show, model=folder, dtype=dtype_name(loaded.model))

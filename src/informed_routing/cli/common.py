@@ -86,6 +86,22 @@ def with_common(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+Execution = Literal["auto", "native", "sparse", "masked"]
+Weights = Literal["float32", "bfloat16", "int8", "int4"]
+ExecutionOption = Annotated[
+    Execution,
+    typer.Option(
+        "--execution",
+        help="native is the CPU engine, sparse skips in PyTorch, masked computes everything: the reference; "
+        "auto is native where it runs.",
+    ),
+]
+WeightsOption = Annotated[
+    Weights | None,
+    typer.Option("--weights", help="Format of the native engine's copy of the base weights [default: as loaded]."),
+]
+
+
 @dataclass
 class Session:
     """One run of a command. Make it with `session`."""

@@ -97,7 +97,7 @@ def demo_table(runs: Sequence[Mapping[str, Any]], speed: Sequence[Mapping[str, A
         "MACs saved",
         *(f"perplexity {task}" for task in dense),
     ]
-    title = "Perplexity (ratio to dense), approximated shares, speed against dense (limit by MACs)"
+    title = "Perplexity (ratio to dense), approximated shares, speed against the fastest dense engine (limit)"
     table = new_table(title, [*columns, f"prefill {_PREFILL}", "decode"])
     for run in runs:
         target = run["sparsity"]["target"]
@@ -108,9 +108,9 @@ def demo_table(runs: Sequence[Mapping[str, Any]], speed: Sequence[Mapping[str, A
 
 
 def _speed_cell(rows: Sequence[Mapping[str, Any]], phase: str, target: float) -> str:
-    engine = "routed" if target else "dense"
     for row in rows:
-        if (row["engine"], row["phase"], row["sparsity"]["target"]) == (engine, phase, target):
+        routes = row["engine"] != "transformers"
+        if routes and (row["phase"], row["sparsity"]["target"]) == (phase, target):
             limit = f" ({row['limit_speedup']:.2f}x)" if target else ""
             return f"{row['tokens_per_second']:.0f}/s {row['speedup_vs_dense']:.2f}x{limit}"
     return ""
@@ -153,17 +153,19 @@ def _attainable(run: Session, loaded: Loaded) -> list[float]:
 
 def _speed(run: Session, loaded: Loaded, targets: Sequence[float], repeats: int) -> list[dict[str, Any]]:
     """Prefill at 512 tokens and batch-1 decode; the decode starts from a shorter prompt."""
+    from informed_routing.evaluation.engines import make_engines, native_reason
     from informed_routing.evaluation.speed import benchmark_rows
 
     from .loading import load_base_of, prompt_text
 
-    base = load_base_of(loaded, run)
+    names = ["torch" if native_reason(loaded.model) else "native", "transformers"]
+    weights = "bfloat16" if dtype_name(loaded.model) == "bfloat16" else "float32"
+    engines = make_engines(load_base_of(loaded, run), loaded.model, names, [weights])
     text = prompt_text(PROMPT_TEXTS, loaded.tokenizer, _PREFILL)
     rows: list[dict[str, Any]] = []
     for length, new, phase in ((_PREFILL, 0, "prefill"), (_DECODE_PROMPT, _DECODE, "decode")):
         measured = benchmark_rows(
-            base,
-            loaded.model,
+            engines,
             text,
             sparsities=targets,
             prompt_tokens=[length],

@@ -13,7 +13,9 @@ from informed_routing.errors import InputError
 from .common import (
     BaseOption,
     Common,
+    ExecutionOption,
     Session,
+    WeightsOption,
     check_at_least,
     check_sparsities,
     dtype_name,
@@ -67,6 +69,8 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="N", help="At most N sequences (or pages) of each text.")
     ] = None,
+    execution: ExecutionOption = "sparse",
+    weights: WeightsOption = None,
     base: BaseOption = None,
 ) -> None:
     """Measure perplexity of a model on held-out text, and what was really approximated.
@@ -78,10 +82,14 @@ def evaluate(
     check_at_least("--batch-size", [batch_size], 1)
     check_at_least("--limit", [] if limit is None else [limit], 1)
     with session("evaluate", common) as run:
-        from .loading import load_any
+        from .loading import choose_execution, load_any
         from .tables import perplexity_table
 
         loaded = load_any(model, run, base)
+        if loaded.routed:
+            choose_execution(run, loaded.model, "native" if weights else execution, weights)
+        elif weights or execution != "sparse":
+            raise InputError(f"{model} is a dense model, it has no engine", "Give a routing folder, and --sparsity 0")
         if not targets:
             targets = [0.0, loaded.model.routing_config.sparsity] if loaded.routed else [0.0]
         texts = load_all(data or list(DEFAULT_TEXTS), split, loaded.tokenizer, sequence_length, limit)

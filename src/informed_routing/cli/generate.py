@@ -13,7 +13,9 @@ from informed_routing.errors import InputError
 from .common import (
     BaseOption,
     Common,
+    ExecutionOption,
     Session,
+    WeightsOption,
     check_at_least,
     check_sparsities,
     dtype_name,
@@ -62,10 +64,8 @@ def generate(
         Literal["keep", "drop"] | None,
         typer.Option("--kv", help="Keep or drop the keys and values of approximated tokens [default: as trained]."),
     ] = None,
-    execution: Annotated[
-        Literal["sparse", "masked"],
-        typer.Option("--execution", help="masked computes everything: the reference."),
-    ] = "sparse",
+    execution: ExecutionOption = "auto",
+    weights: WeightsOption = None,
     base: BaseOption = None,
 ) -> None:
     """Generate text, really skipping work.
@@ -78,12 +78,11 @@ def generate(
     settings = _sampling(temperature, top_p, num_beams)
     prompts = [_read(text) for text in prompt]
     with session("generate", common) as run:
-        from .loading import load_any
+        from .loading import choose_execution, load_any
 
         loaded = load_any(folder, run, base)
         if loaded.routed:
-            if kv is not None or execution != "sparse":
-                loaded.model.set_execution(execution, kv=kv or loaded.model.routing_config.kv)
+            choose_execution(run, loaded.model, execution, weights, kv)
             loaded.model.set_sparsity(targets[0] if targets else loaded.model.routing_config.sparsity, budget)
         elif show_routing or any(targets):
             raise InputError(

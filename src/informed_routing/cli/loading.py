@@ -50,6 +50,23 @@ def load_routed(ref: str, run: Session, base: str | None = None) -> Loaded:
     return Loaded(model.eval(), load_tokenizer(name, revision=revision), routed=True, base=base)
 
 
+def choose_execution(run: Session, model: Any, execution: str, weights: str | None, kv: str | None = None) -> None:
+    """Set a routed model's execution; `auto` is the native engine where it runs. InputError where it was asked for."""
+    from informed_routing.evaluation.engines import native_reason
+
+    kv = kv or model.routing_config.kv
+    if execution == "auto":
+        reason = "kv='drop'" if kv == "drop" else native_reason(model)
+        if reason and weights:
+            raise InputError(f"--weights {weights} needs the native engine, which cannot run: {reason}", "Leave it out")
+        execution = "sparse" if reason else "native"
+    if weights and execution != "native":
+        raise InputError(f"--weights {weights} needs the native engine", "Leave it out, or give --execution native")
+    if execution == "native" and kv == "drop":
+        raise InputError("kv='drop' needs --execution sparse", "Leave out --execution native, or give --kv keep")
+    model.set_execution(execution, kv, weights=weights)
+
+
 def load_base_of(loaded: Loaded, run: Session) -> Any:
     """The untouched dense model under a routed one, in the same dtype on the same device."""
     from informed_routing.assets import load_model

@@ -34,7 +34,7 @@ def perplexity_table(runs: Sequence[Mapping[str, Any]], title: str) -> Table:
 
 
 def speed_table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:
-    """Seconds, tokens per second, the speed-up against dense, and the limit that the MACs set."""
+    """Seconds, tokens per second, the speed-up against dense, and the limit of the row's own selections."""
     columns = ["engine", "phase", "sparsity", "batch", "prompt", "new", "ms", "min-max", "tokens/s"]
     table = new_table(title, [*columns, "speed-up", "limit", "of limit"], left=3)
     for row in rows:
@@ -53,6 +53,20 @@ def speed_table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:
             f"{row['limit_speedup']:.2f}x",
             f"{row['fraction_of_limit']:.0%}",
         )
+    return table
+
+
+def phase_table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:
+    """Per cent of a forward's time in each phase, for the rows that were profiled."""
+    kept = [row for row in rows if row.get("phase_seconds")]
+    phases = list(kept[0]["phase_seconds"]) if kept else []
+    table = new_table(title, ["engine", "phase", "sparsity", "batch", "prompt", *phases], left=3)
+    for row in kept:
+        seconds = row["phase_seconds"]
+        total = sum(seconds.values())
+        cells = [f"{seconds[phase] / total:.1%}" for phase in phases]
+        label = target_label(row["sparsity"])
+        table.add_row(row["engine"], row["phase"], label, str(row["batch"]), str(row["prompt_tokens"]), *cells)
     return table
 
 

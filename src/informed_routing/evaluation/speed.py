@@ -1,8 +1,8 @@
 """Wall-clock speed, routed against dense. Every second that a user sees is measured here.
 
 Engines take turns (round robin), so that a machine that slows down slows all of them; the numbers are medians
-with their extremes. `dense` is the transformers model as it is, `routed` is the routed model, at sparsity 0
-as well: a speed-up is stated against the faster of these two, so that a slow dense engine cannot flatter it.
+with their extremes. Every engine runs dense too, and a speed-up is stated against the fastest dense one with the same
+weights, so that a slow dense engine cannot flatter it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from informed_routing.errors import InputError
+from informed_routing.evaluation.engines import Engine
 from informed_routing.evaluation.perplexity import sparsity_record
 from informed_routing.progress import NullProgress, Progress
+from informed_routing.routing.limits import limit_speedup
 
 
 @dataclass(frozen=True)
@@ -72,35 +74,46 @@ def measure(
     }
 
 
-def prefill_callable(model: Any, ids: Tensor, before: Callable[[], Any] = lambda: None) -> Workload:
+def prefill_callable(engine: Engine, ids: Tensor, before: Callable[[], Any] = lambda: None) -> Workload:
     """Prefill of prompts `[B, N]` with a fresh cache and the logits of the last position only."""
 
-    def run(_state: Any) -> Tensor:
-        return _step(model, ids, None)
-
-    return Workload(run, before)
-
-
-def decode_callable(model: Any, ids: Tensor, new_tokens: int, before: Callable[[], Any] = lambda: None) -> Workload:
-    """`new_tokens` greedy one-token steps after prompts `[B, N]`; the prefill is not on the clock."""
-
-    def prepare() -> tuple[Any, Tensor]:
+    def prepare() -> Any:
         before()
-        cache = _fresh_cache(model)
-        return cache, _step(model, ids, cache).argmax(-1)
+        return engine.fresh_cache(ids.shape[0], ids.shape[1])
 
-    def run(state: tuple[Any, Tensor]) -> Tensor:
-        cache, token = state
-        for _ in range(new_tokens):
-            token = _step(model, token, cache).argmax(-1)
-        return token
+    def run(cache: Any) -> Tensor:
+        with torch.inference_mode():
+            return engine.step(ids, cache)
+
+    return Workload(run, prepare)
+
+
+def decode_callable(
+    engine: Engine, ids: Tensor, following: Tensor, before: Callable[[], Any] = lambda: None
+) -> Workload:
+    """One-token steps after prompts `[B, N]`, each with its argmax; the prefill is not on the clock.
+
+    Step t reads token t of `following` `[B, new]` whatever the model says, so that all engines and sparsities work on
+    the same text. Returns the greedy tokens `[B, new]`.
+    """
+
+    def prepare() -> Any:
+        before()
+        with torch.inference_mode():
+            cache = engine.fresh_cache(ids.shape[0], ids.shape[1] + following.shape[1])
+            engine.step(ids, cache)
+        return cache
+
+    def run(cache: Any) -> Tensor:
+        with torch.inference_mode():
+            steps = following.split(1, dim=1)
+            return torch.cat([engine.step(token.contiguous(), cache).argmax(-1) for token in steps], dim=1)
 
     return Workload(run, prepare)
 
 
 def benchmark_rows(
-    dense: Any,
-    routed: Any,
+    engines: Sequence[Engine],
     text: Tensor,
     *,
     sparsities: Sequence[float] = (0.25,),
@@ -111,38 +124,32 @@ def benchmark_rows(
     budget: str | None = None,
     repeats: int = 5,
     warmup: int = 1,
+    profile: bool = False,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of the contract's `benchmark` result, for every combination of the settings.
 
-    `dense` and `routed` are the same base model on one device; `text` int64 `[tokens]` is real text, since
-    what is approximated depends on it (it is repeated when too short). Prefill is measured once per batch and
-    prompt length; a `new_tokens` of 0 gives no decode rows. Decode rows carry `new_tokens` besides the
-    contract's fields. Raises InputError for settings that cannot be measured.
+    `engines` hold the same base model on one device; those that route run dense and at every sparsity. `text` int64
+    `[tokens]` is real text, since what is approximated depends on it (it is repeated when too short). Prefill is
+    measured once per batch and prompt length; a `new_tokens` of 0 gives no decode rows. Decode rows carry
+    `new_tokens`, all rows `weights`, and with `profile` those of the native engine `phase_seconds`, besides the
+    contract's fields. Speed-ups are against the fastest dense engine with the same weights; limits are the roofline
+    of the row's own engine. Raises InputError for settings that cannot be measured.
     """
     _check_settings(text, prompt_tokens, new_tokens, batches)
     progress = progress or NullProgress()
     rows: list[dict[str, Any]] = []
-    with torch.inference_mode():
-        for batch in batches:
-            for length in prompt_tokens:
-                ids = take_prompts(text, batch, length).to(dense.device)
-                counts = [0] if "prefill" in phases else []
-                counts += [count for count in new_tokens if count and "decode" in phases]
-                for count in counts:
-                    name = f"decode {count}" if count else "prefill"
-                    progress.stage(f"{name}, {length}-token prompt, batch {batch}", warmup + repeats)
-                    rows += _compare(
-                        dense,
-                        routed,
-                        ids,
-                        count,
-                        [0.0, *(s for s in sparsities if s)],
-                        budget,
-                        repeats,
-                        warmup,
-                        progress,
-                    )
+    for batch in batches:
+        for length in prompt_tokens:
+            counts = [0] if "prefill" in phases else []
+            counts += [count for count in new_tokens if count and "decode" in phases]
+            for count in counts:
+                name = f"decode {count}" if count else "prefill"
+                progress.stage(f"{name}, {length}-token prompt, batch {batch}", warmup + repeats)
+                ids = take_prompts(text, batch, length + count).to(engines[0].model.device)
+                case = _Case(ids[:, :length].contiguous(), ids[:, length:].contiguous(), budget)
+                targets = [0.0, *(s for s in sparsities if s)]
+                rows += _compare(engines, case, targets, repeats, warmup, profile, progress)
     return rows
 
 
@@ -152,61 +159,92 @@ def take_prompts(text: Tensor, batch: int, length: int) -> Tensor:
     return text.repeat(-(-needed // len(text)))[:needed].view(batch, length)
 
 
+@dataclass(frozen=True)
+class _Case:
+    """One workload: prompts [B, N] and the tokens that follow them [B, new] (none: prefill is timed)."""
+
+    ids: Tensor
+    following: Tensor
+    budget: str | None
+
+    @property
+    def new_tokens(self) -> int:
+        return self.following.shape[1]
+
+    def workload(self, engine: Engine, sparsity: float) -> Workload:
+        before = functools.partial(engine.use, sparsity, self.budget)
+        if self.new_tokens:
+            return decode_callable(engine, self.ids, self.following, before)
+        return prefill_callable(engine, self.ids, before)
+
+
 def _compare(
-    dense: Any,
-    routed: Any,
-    ids: Tensor,
-    new_tokens: int,
+    engines: Sequence[Engine],
+    case: _Case,
     sparsities: Sequence[float],
-    budget: str | None,
     repeats: int,
     warmup: int,
+    profile: bool,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Dense and every sparsity on one workload, timed together; `new_tokens` 0 is prefill."""
-
-    def workload(model: Any, before: Callable[[], Any] = lambda: None) -> Workload:
-        if new_tokens:
-            return decode_callable(model, ids, new_tokens, before)
-        return prefill_callable(model, ids, before)
-
-    workloads: dict[str, Workload] = {"dense": workload(dense)}
-    for sparsity in sparsities:
-        workloads[f"routed {sparsity}"] = workload(routed, functools.partial(routed.set_sparsity, sparsity, budget))
+    """Every engine at every sparsity that it can do on one workload, timed together."""
+    runs = [(engine, s) for engine in engines for s in (sparsities if engine.routes else [0.0])]
+    workloads = {f"{engine.name} {s}": case.workload(engine, s) for engine, s in runs}
     timings = measure(workloads, repeats, warmup, progress)
-    best_dense = min(timings["dense"].median, timings["routed 0.0"].median)
-    per_run = ids.shape[0] * (new_tokens or ids.shape[1])
-
-    def row(engine: str, timing: Timing, shares: dict[str, float], limit: float) -> dict[str, Any]:
-        speedup = best_dense / timing.median
-        return {
-            "engine": engine,
-            "phase": "decode" if new_tokens else "prefill",
-            "batch": ids.shape[0],
-            "prompt_tokens": ids.shape[1],
-            **({"new_tokens": new_tokens} if new_tokens else {}),
-            "sparsity": shares,
-            "seconds": asdict(timing),
-            "tokens_per_second": per_run / timing.median,
-            "speedup_vs_dense": speedup,
-            "limit_speedup": limit,
-            "fraction_of_limit": speedup / limit,
-        }
-
-    rows = [row("dense", timings["dense"], sparsity_record(None, 0.0), 1.0)]
-    for sparsity in sparsities:
-        stats, limit = _realised(routed, workloads[f"routed {sparsity}"], ids.shape[0] * max(new_tokens, 1))
-        rows.append(row("routed", timings[f"routed {sparsity}"], sparsity_record(stats, sparsity), limit))
+    best: dict[str, float] = {}
+    for engine, s in runs:
+        if s == 0:
+            best[engine.weights] = min(best.get(engine.weights, float("inf")), timings[f"{engine.name} {s}"].median)
+    batch, prompt = case.ids.shape
+    rows = []
+    for engine, s in runs:
+        timing = timings[f"{engine.name} {s}"]
+        speedup = best[engine.weights] / timing.median
+        details: dict[str, Any] = {"sparsity": sparsity_record(None, 0.0), "limit_speedup": 1.0}
+        if engine.routes:
+            details = _realised(engine, workloads[f"{engine.name} {s}"], case, s, profile)
+        rows.append(
+            {
+                "engine": engine.name,
+                "weights": engine.weights,
+                "phase": "decode" if case.new_tokens else "prefill",
+                "batch": batch,
+                "prompt_tokens": prompt,
+                **({"new_tokens": case.new_tokens} if case.new_tokens else {}),
+                "seconds": asdict(timing),
+                "tokens_per_second": batch * (case.new_tokens or prompt) / timing.median,
+                "speedup_vs_dense": speedup,
+                **details,
+                "fraction_of_limit": speedup / details["limit_speedup"],
+            }
+        )
     return rows
 
 
-def _realised(routed: Any, workload: Workload, head_rows: int) -> tuple[dict[str, Any], float]:
+def _realised(engine: Engine, workload: Workload, case: _Case, sparsity: float, profile: bool) -> dict[str, Any]:
     """What the timed part (not the prefill before a decode) approximates, and its limit; off the clock."""
     state = workload.prepare()
-    routed.reset_routing_stats()
+    model = engine.model
+    model.reset_routing_stats()
+    native = None if getattr(engine, "holder", None) is None else engine.holder.of(model)  # type: ignore[attr-defined]
+    if profile and native is not None:
+        native.profile()
     workload.run(state)
-    head = head_rows * routed.get_output_embeddings().weight.numel()
-    return routed.routing_stats(), routed.stats.limit_speedup(head)
+    stats = model.stats
+    limit = 1.0
+    if sparsity:
+        head, rows = model.get_output_embeddings().weight.numel(), case.ids.shape[0] * max(case.new_tokens, 1)
+        limit = limit_speedup(stats, engine.storage, engine.balance, head, rows, decode=bool(case.new_tokens))
+    found: dict[str, Any] = {
+        "sparsity": sparsity_record(model.routing_stats() if sparsity else None, sparsity),
+        "limit_speedup": limit,
+    }
+    if stats.routed:
+        found["rounded_up"] = float(stats.calls[:, 3].sum() / stats.calls.sum().clamp(min=1))
+    if profile and native is not None:
+        found["phase_seconds"] = native.phase_seconds()
+        native.seconds = None
+    return found
 
 
 def _timed(workload: Callable[[], Any]) -> float:
@@ -224,21 +262,6 @@ def _timed(workload: Callable[[], Any]) -> float:
 def _wait() -> None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
-
-
-def _fresh_cache(model: Any) -> Any:
-    from transformers import DynamicCache
-
-    return DynamicCache(config=model.config)
-
-
-def _step(model: Any, ids: Tensor, cache: Any) -> Tensor:
-    """Logits `[B, 1, vocabulary]` of the last position after `ids` `[B, n]` on top of `cache`."""
-    with torch.inference_mode():
-        cache = _fresh_cache(model) if cache is None else cache
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    logits: Tensor = output.logits
-    return logits
 
 
 def _check_settings(

@@ -43,8 +43,7 @@ def routed_decoder_class(base: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         tokens, mask, cache = _describe(args, kwargs)
         state: RoutingState = self.routing_state
-        state.gates.clear()
-        state.margins.clear()
+        state.gates, state.margins = {}, {}
         contexts = _contexts(tokens, mask, cache)
         state.valid = None if mask is None or mask.dim() != 2 or bool((contexts > 0).all()) else contexts > 0
         if state.kv == "drop" and not state.dense and state.skips(self.training):

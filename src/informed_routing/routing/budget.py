@@ -32,6 +32,10 @@ class UnitCost:
     forecaster: float
     window: int | None = None
     """Keys attended to at most (sliding window)."""
+    kv: float = 0
+    """Elements of the KV cache read for each key attended to."""
+    stream: float = 0
+    """Activations read and written for each token: residual stream and normed input, elements."""
 
     def keys(self, context: float) -> float:
         return min(context, self.window) if self.window else context
@@ -53,8 +57,9 @@ def unit_costs(layers: Sequence[nn.Module], units: Sequence[RoutedUnit]) -> list
         module = cast(Any, routed.unit.module(layer))
         router = _weights(routed.router)
         forecaster = 0 if routed.forecaster is None else _weights(routed.forecaster)
+        hidden_size = routed.router.in_features
         if routed.kind == "ffn":
-            costs.append(UnitCost(0, _base_weights(module), 0, router, forecaster))
+            costs.append(UnitCost(0, _base_weights(module), 0, router, forecaster, stream=4 * hidden_size))
             continue
         config = module.config
         width, d = config.num_attention_heads * module.head_dim, config.hidden_size
@@ -63,7 +68,8 @@ def unit_costs(layers: Sequence[nn.Module], units: Sequence[RoutedUnit]) -> list
         kinds = getattr(config, "layer_types", None)
         if getattr(config, "sliding_window", None) and (kinds is None or "sliding" in kinds[routed.index // 2]):
             window = int(config.sliding_window)
-        costs.append(UnitCost(kv, 2 * d * width, 2 * width, router, forecaster, window))
+        heads = 2 * config.num_key_value_heads * module.head_dim
+        costs.append(UnitCost(kv, 2 * d * width, 2 * width, router, forecaster, window, heads, 4 * d))
     return costs
 
 
@@ -73,6 +79,9 @@ def _base_weights(module: nn.Module) -> int:
         for name, p in module.named_parameters()
         if name.endswith("weight") and p.dim() == 2 and "lora_" not in name
     )
+
+
+OUTCOMES = ("all", "some", "none", "rounded up")
 
 
 @dataclass
@@ -85,12 +94,15 @@ class RoutingStats:
     executed_keys: Tensor
     tokens: float = 0.0
     keys: Tensor = field(default_factory=lambda: torch.zeros(0))
+    calls: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """[units, 4]: forwards in which a unit executed all tokens, some, none, or all because skipping costs more."""
     routed: bool = False
 
     @classmethod
     def empty(cls, costs: list[UnitCost], kinds: list[str]) -> RoutingStats:
         zeros = torch.zeros(len(costs), dtype=torch.float64)
-        return cls(costs, kinds, zeros.clone(), zeros.clone(), 0.0, zeros.clone())
+        calls = torch.zeros(len(costs), len(OUTCOMES), dtype=torch.float64)
+        return cls(costs, kinds, zeros.clone(), zeros.clone(), 0.0, zeros.clone(), calls)
 
     def add(self, state: RoutingState, contexts: Tensor) -> None:
         """Count one forward. `contexts` [B, N]: keys visible to each token, 0 for padding."""
@@ -110,10 +122,14 @@ class RoutingStats:
         if state.dense:
             self.executed += tokens
             self.executed_keys += keys
+            self.calls[:, 0] += 1
             return
         self.routed = True
         gates = torch.stack([state.gates[i].detach().reshape(-1) for i in range(len(self.costs))]).double()
-        self.executed += (gates @ real).cpu()
+        executed = (gates @ real).cpu()
+        self.executed += executed
+        outcome = torch.where(executed >= tokens, 0, torch.where(executed > 0, 1, 2))
+        self.calls += torch.nn.functional.one_hot(outcome, len(OUTCOMES))
         counts = (gates @ flat).cpu()
         for window, column in limited.items():
             counts = torch.where(windows == window, (gates @ column).cpu(), counts)
@@ -124,18 +140,23 @@ class RoutingStats:
 
         `start` [B]: first visible key; `valid` [B, N]: which of the `length` tokens after `past` are real, or None.
         """
+        self.routed = self.routed or routed
+        windows = {c.window for c in self.costs}
+        if windows == {None} and valid is None:
+            rows = len(start)
+            self.tokens += rows * length
+            self.keys += rows * (length * past + length * (length + 1) / 2) - length * int(start.sum())
+            return
         places = torch.arange(past + 1, past + 1 + length, dtype=torch.float64)
         seen = places - start.double()[:, None]
         seen = seen if valid is None else seen * valid
         self.tokens += seen.numel() if valid is None else float(valid.sum())
         whole = float(seen.sum())
-        windows = {c.window for c in self.costs}
         if windows == {None}:
             self.keys += whole
         else:
             sums = {w: whole if w is None else float(seen.clamp(max=w).sum()) for w in windows}
             self.keys += torch.tensor([sums[c.window] for c in self.costs], dtype=torch.float64)
-        self.routed = self.routed or routed
 
     def shares(self, kind: str | None = None) -> float:
         """Share of (token, unit) pairs approximated, of one kind or of all (the paper's sparsity)."""

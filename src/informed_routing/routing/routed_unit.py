@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections import UserDict
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +53,17 @@ class Observation:
 Observer = Callable[[Observation], None]
 
 
+class GateBlock(UserDict[int, Tensor]):
+    """Gates of a whole forward, kept as one bool tensor [units, B, N] and split only if somebody looks."""
+
+    def __init__(self, block: Tensor) -> None:
+        self.block = block
+
+    @functools.cached_property
+    def data(self) -> dict[int, Tensor]:  # type: ignore[override]
+        return dict(enumerate(self.block.unbind()))
+
+
 @dataclass
 class RoutingState:
     """What the routed layers of one model share during a forward. Not a module: it holds no weights."""
@@ -64,7 +77,7 @@ class RoutingState:
     record_margins: bool = False
     valid: Tensor | None = None
     """[B, N] bool of the current forward; None when no token is padding."""
-    gates: dict[int, Tensor] = field(default_factory=dict)
+    gates: MutableMapping[int, Tensor] = field(default_factory=dict)
     margins: dict[int, Tensor] = field(default_factory=dict)
 
     @property

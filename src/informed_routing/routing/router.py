@@ -41,6 +41,7 @@ class Router(nn.Module):
     def __init__(self, config: RouterConfig, hidden_size: int, forecaster_rank: int) -> None:
         super().__init__()
         self.kind = config.kind
+        self.in_features = hidden_size
         if config.kind == "linear":
             self.inner = None
             self.outer = nn.Linear(hidden_size, 2)

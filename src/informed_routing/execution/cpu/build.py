@@ -16,7 +16,6 @@ from pathlib import Path
 from ...assets.cache import cache_dir
 from ...errors import InputError
 
-ABI = 1
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
 _SOURCES = ("vec.h", "linear.h", "attention.h", "engine.cpp")
 
@@ -30,8 +29,8 @@ def compiler() -> str | None:
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    """The loaded engine. Raises InputError when there is no compiler or it fails."""
+def library_path() -> Path:
+    """The compiled engine, made now if need be. Raises InputError when there is no compiler or it fails."""
     found = compiler()
     if found is None:
         raise InputError("the native engine needs a C++ compiler and found none", "Install g++, or use --engine torch")
@@ -41,11 +40,14 @@ def library() -> ctypes.CDLL:
     target = cache_dir() / "native" / f"engine-{key}.so"
     if not target.is_file():
         _compile(found, texts, target)
-    lib = ctypes.CDLL(str(target))
-    if lib.ir_abi() != ABI:
-        raise InputError(f"{target} was made by another version", "Remove it")
-    for name in ("ir_packed_bytes",):
-        getattr(lib, name).restype = ctypes.c_int64
+    return target
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded engine."""
+    lib = ctypes.CDLL(str(library_path()))
+    lib.ir_packed_bytes.restype = ctypes.c_int64
     lib.ir_scratch.restype = ctypes.c_void_p
     return lib
 

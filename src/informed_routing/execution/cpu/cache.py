@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 BLOCK = 64
@@ -23,11 +22,14 @@ class PackedLayer(DynamicLayer):
         self.dtype, self.device = dtype, torch.device("cpu")
         self.length = 0
 
+    def has_room(self, length: int) -> bool:
+        return self.is_initialized and self.values is not None and self.values.shape[2] >= length
+
     def reserve(self, batch: int, length: int) -> None:
         """Make room for `length` keys; what is stored stays. Unused room is zero, so that masked keys weigh nothing."""
         heads, head_dim, panel = self.shape
         old_keys, old_values = self.keys, self.values
-        if self.is_initialized and old_values is not None and old_values.shape[2] >= length:
+        if self.has_room(length):
             return
         room = -(-length // BLOCK) * BLOCK
         if self.length:

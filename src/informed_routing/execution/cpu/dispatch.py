@@ -12,25 +12,25 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ...routing.decision import AlwaysExecute, Threshold
 from ...routing.routed_unit import RoutingState
 from .cache import is_packed, use_plain
-from .engine import CpuEngine, Rows, versions
+from .engine import CpuEngine, Policy, Rows, versions
 from .packing import Weights
 
 
 class NativeExecution:
     """The engine of a model as its routing state holds it: made on first use, and again when weights changed."""
 
-    def __init__(self, weights: Weights = "float32", threads: int | None = None) -> None:
-        self.weights, self.threads = weights, threads
+    def __init__(self, weights: Weights = "float32", threads: int | None = None, policy: Policy = "auto") -> None:
+        self.weights, self.threads, self.policy = weights, threads, policy
         self.engine: CpuEngine | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NativeExecution:
-        return NativeExecution(self.weights, self.threads)  # a copied model packs its own weights
+        return NativeExecution(self.weights, self.threads, self.policy)  # a copied model packs its own weights
 
     def of(self, model: Any) -> CpuEngine:
         """The engine of `model`. Raises InputError when the engine cannot run it."""
         if self.engine is None or self.engine.version != versions(model):
             self.engine = None  # first free the old copy
-            self.engine = CpuEngine(model, self.weights, self.threads)
+            self.engine = CpuEngine(model, self.weights, self.threads, self.policy)
         return self.engine
 
 
@@ -82,7 +82,6 @@ class _Plan:
         past = 0 if self.cache is None else self.cache.get_seq_length()
         places = torch.arange(past, past + length)[None] if self.places is None else self.places
         rope = model.decoder.rotary_emb(self.embeddings.float(), position_ids=places)
-        state.gates.clear()
         output = self.engine.forward(self.embeddings, rope, self.rows, self.cache, state, stats, keep=keep)
         stats.add_tokens(length, past, self.rows.start, self.rows.valid, routed=not state.dense)
         return output

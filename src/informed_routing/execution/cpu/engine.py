@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,17 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ...errors import InputError
 from ...models.families import family_of
 from ...routing.decision import AlwaysExecute, Threshold
-from ...routing.routed_unit import RoutingState
+from ...routing.routed_unit import GateBlock, RoutingState
 from .build import library
-from .cache import BLOCK, PackedLayer, is_packed, use_packed
+from .cache import PackedLayer, is_packed, use_packed
 from .packing import FORMATS, Call, Layer, Model, Packer, Prices, Weights
+from .prices import PriceTable, price_table
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3")
 """Families whose decoder is: embed, then pre-norm layers with gated FFNs, then a norm and a plain head."""
+
+Policy = Literal["auto", "exact"]
+"""auto: execute a unit's whole call where that is faster than skipping; exact: always as the routers say."""
 
 PHASES = ("route", "project", "cache", "attend", "out", "gate_up", "down", "head")
 
@@ -85,7 +89,9 @@ class CpuEngine:
     that it cannot run.
     """
 
-    def __init__(self, model: Any, weights: Weights = "float32", threads: int | None = None) -> None:
+    def __init__(
+        self, model: Any, weights: Weights = "float32", threads: int | None = None, policy: Policy = "auto"
+    ) -> None:
         if weights not in FORMATS:
             raise InputError(f"weights {weights!r} are not known", f"Choose one of {', '.join(FORMATS)}")
         if reason := unsupported(model):
@@ -124,13 +130,26 @@ class CpuEngine:
         )
         self.vocabulary = head.weight.shape[0]
         self.prices = Prices()
-        self.chosen = torch.zeros(self.units, 3, dtype=torch.float64)
+        self.table: PriceTable | None = None
+        if policy == "auto":
+            self.use_prices(price_table(self))
         self.seconds: Tensor | None = None
         self._scratch = ctypes.c_void_p(self.library.ir_scratch())
 
     def __del__(self) -> None:
         if getattr(self, "_scratch", None):
             self.library.ir_free(self._scratch)
+
+    def use_prices(self, table: PriceTable) -> None:
+        """Execute whole calls of a unit where, by this table, skipping some of its rows would take longer."""
+        self.table = table
+        execute = [table.per_row(seconds) for seconds in (table.attention, table.ffn)]
+        approximate = table.per_row(table.forecaster)
+        self.prices = Prices(limit=len(approximate))
+        for kind, prices in enumerate(execute):
+            self.prices.execute[kind] = prices.data_ptr()
+            self.prices.approximate[kind] = approximate.data_ptr()
+        self._price_tensors = (*execute, approximate)
 
     @property
     def bytes(self) -> int:
@@ -194,7 +213,7 @@ class CpuEngine:
             gates=gates.data_ptr(),
             executed=stats.executed.data_ptr(),
             executed_keys=stats.executed_keys.data_ptr(),
-            chosen=self.chosen.data_ptr(),
+            calls=stats.calls.data_ptr(),
             normed=output.data_ptr() if not keep else None,
             logits=output.data_ptr() if keep else None,
             seconds=None if self.seconds is None else self.seconds.data_ptr(),
@@ -211,8 +230,7 @@ class CpuEngine:
         for layer in layers:
             layer.length = past + length
         state.valid = None if rows.valid is None else rows.valid.bool()
-        if not state.dense:
-            state.gates.update(enumerate(gates.unbind()))
+        state.gates = {} if state.dense else GateBlock(gates)
         return output
 
     def _room(self, cache: Cache | None, batch: int, length: int) -> tuple[int, Sequence[PackedLayer]]:
@@ -224,8 +242,9 @@ class CpuEngine:
             use_packed(cache, self.fresh_layers())
         layers = cast(list[PackedLayer], cache.layers)
         past = layers[0].length
-        for layer in layers:
-            layer.reserve(batch, past + length if past else -(-(length + 1) // BLOCK) * BLOCK)
+        if not layers[0].has_room(past + length):
+            for layer in layers:
+                layer.reserve(batch, past + length + 1)
         return past, layers
 
 

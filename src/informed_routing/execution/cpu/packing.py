@@ -33,7 +33,7 @@ class Routing(ctypes.Structure):
         ("forecast_in", Linear),
         ("forecast_out", Linear),
         ("forecast_silu", _int),
-        ("pinned", _int),
+        ("pad", _int),
     )
 
 
@@ -69,7 +69,7 @@ class Prices(ctypes.Structure):
 class Call(ctypes.Structure):
     _fields_ = (
         *((name, _pointer) for name in ("hidden", "cos", "sin", "valid", "start", "keys", "values", "forced")),
-        *((name, _pointer) for name in ("gates", "margins", "executed", "executed_keys", "chosen")),
+        *((name, _pointer) for name in ("gates", "margins", "executed", "executed_keys", "calls")),
         *((name, _pointer) for name in ("normed", "logits", "seconds")),
         ("prices", Prices),
         *((name, _int) for name in ("batch", "length", "past", "capacity", "keep", "dense")),
@@ -143,7 +143,8 @@ class Packer:
             rank = -inner.out_features % self.panel
             # Ranks are filled up with directions that read and give nothing.
             packed.forecast_in = self.linear(
-                nn.functional.pad(inner.weight, (0, 0, 0, rank)), nn.functional.pad(inner.bias, (0, rank)),
+                nn.functional.pad(inner.weight, (0, 0, 0, rank)),
+                nn.functional.pad(inner.bias, (0, rank)),
                 self.forecaster,
             )
             packed.forecast_out = self.linear(nn.functional.pad(outer.weight, (0, rank)), outer.bias, self.forecaster)

@@ -20,7 +20,7 @@ struct Routing {
     int32_t router_relu, router_residual;
     Linear forecast_in, forecast_out;  // n = 0: approximated tokens get nothing
     int32_t forecast_silu;
-    int32_t pinned;  // 1: never approximate this unit
+    int32_t pad;
 };
 
 struct Layer {
@@ -58,7 +58,7 @@ struct Call {
     float* margins;          // [units, B N] or null
     double* executed;        // [units]: counts are added
     double* executed_keys;   // [units]
-    double* chosen;          // [units, 3]: calls that ran routed, dense by price, wholly approximated
+    double* calls;           // [units, 4]: calls by outcome, see enum Outcome
     float* normed;           // [B N, d] or null: the final norm of all rows
     float* logits;           // [B keep, vocabulary] or null
     double* seconds;         // [PHASES] or null
@@ -67,11 +67,11 @@ struct Call {
     float threshold;
 };
 
+// What became of a unit in one call: all rows executed, some, none, or all because skipping would cost more.
+enum Outcome { ALL, SOME, NONE, ROUNDED_UP, OUTCOMES };
 enum Phase { ROUTE, PROJECT, CACHE, ATTEND, OUT, GATE_UP, DOWN, HEAD, PHASES };
 
-int32_t ir_abi() { return 1; }
 int32_t ir_panel() { return NR; }
-int32_t ir_phases() { return PHASES; }
 int64_t ir_packed_bytes(int32_t type, int32_t n, int32_t k) {
     return (int64_t)((n + NR - 1) / NR) * (int64_t)panel_bytes(type, k);
 }
@@ -160,7 +160,6 @@ void rotate(float* x, const float* cos, const float* sin, int hd, float factor) 
     }
 }
 
-template <class T>
 struct Forward {
     const Model& m;
     const Call& c;
@@ -186,7 +185,7 @@ struct Forward {
     // Norms, margins, gates and the two lists of rows. Afterwards s.x holds the normed rows.
     void route(const float* norm, const Routing& r, int unit) {
         const int d = m.d;
-        const bool decides = !c.dense && !r.pinned;
+        const bool decides = !c.dense;
         const bool deep = r.router_in.n > 0;
         int low, high;
         share(rows, low, high);
@@ -226,14 +225,16 @@ struct Forward {
         int n = 0;
         for (int i = 0; i < rows; i++) n += s.gate[i];
         const int kind = unit & 1;
-        // Rounding a selection up to the whole call never harms the text; it is done where skipping costs more.
-        if (decides && n && n < rows && rows < c.prices.limit) {
+        int outcome = n == rows ? ALL : n ? SOME : NONE;
+        // Executing more than the router asks never harms the text; it is done where skipping would cost more.
+        if (decides && n < rows && rows < c.prices.limit) {
             const Prices& p = c.prices;
             if (p.execute[kind][n] + p.approximate[kind][rows - n] >= p.execute[kind][rows]) {
                 for (int i = 0; i < rows; i++) s.gate[i] = c.valid ? c.valid[i] : 1;
-                c.chosen[unit * 3 + 1] += 1;
+                outcome = ROUNDED_UP;
             }
         }
+        c.calls[unit * OUTCOMES + outcome] += 1;
         s.executed.clear();
         s.approximated.clear();
         for (int b = 0; b < c.batch; b++) {
@@ -249,7 +250,6 @@ struct Forward {
             }
         }
         s.first[c.batch] = (int)s.executed.size();
-        if (decides) c.chosen[unit * 3 + (s.executed.empty() ? 2 : 0)] += s.approximated.empty() ? 0 : 1;
         if (c.gates) std::copy(s.gate.begin(), s.gate.begin() + rows, c.gates + (size_t)unit * rows);
     }
 
@@ -289,6 +289,7 @@ struct Forward {
         });
     }
 
+    template <class T>
     void write_cache(const Layer& layer, int index) {
         const int hd = m.head_dim, kv = m.kv_heads * hd;
         const size_t width = padded(2 * kv);
@@ -328,6 +329,7 @@ struct Forward {
         }
     }
 
+    template <class T>
     void attention(const Layer& layer, int index) {
         const int hd = m.head_dim, shared = m.heads / m.kv_heads;
         const size_t width = padded(m.heads * hd);
@@ -412,13 +414,13 @@ struct Forward {
         forecast_in(layer.attention);
 #pragma omp barrier
         lap(PROJECT);
-        write_cache(layer, index);
+        m.kv_type == BF16 ? write_cache<bf16>(layer, index) : write_cache<float>(layer, index);
         rotate_queries(layer);
         forecast_out(layer.attention);
 #pragma omp barrier
         lap(CACHE);
         if (!n) return;
-        attention(layer, index);
+        m.kv_type == BF16 ? attention<bf16>(layer, index) : attention<float>(layer, index);
         lap(ATTEND);
         const size_t width = padded(m.heads * m.head_dim);
         add(layer.o, {s.mixed.store.data(), width, nullptr, n}, s.executed.data(), layer.residual);
@@ -513,12 +515,6 @@ void reserve(const Model& m, const Call& c, Scratch& s) {
     s.first.resize(c.batch + 1);
 }
 
-template <class T>
-void forward(const Model& m, const Call& c, Scratch& s) {
-#pragma omp parallel num_threads(m.threads)
-    Forward<T>(m, c, s).run();
-}
-
 }  // namespace
 
 extern "C" {
@@ -527,7 +523,7 @@ void ir_free(void* scratch) { delete (Scratch*)scratch; }
 void ir_forward(const Model* m, const Call* c, void* scratch) {
     Scratch& s = *(Scratch*)scratch;
     reserve(*m, *c, s);
-    if (m->kv_type == BF16) forward<bf16>(*m, *c, s);
-    else forward<float>(*m, *c, s);
+#pragma omp parallel num_threads(m->threads)
+    Forward(*m, *c, s).run();
 }
 }

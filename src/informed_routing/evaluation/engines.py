@@ -1,0 +1,145 @@
+"""What `benchmark` times: a model and a way to run it. All engines take the same prompts and the same next tokens."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from informed_routing.errors import InputError
+from informed_routing.routing.limits import STORAGE, Balance, Storage
+
+EngineName = Literal["native", "torch", "transformers", "compiled"]
+ENGINES: tuple[EngineName, ...] = ("native", "torch", "transformers", "compiled")
+_SHORT = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "bfloat16"}
+
+
+class Engine:
+    """Transformers' own model, eager: the base of the others."""
+
+    routes = False
+
+    def __init__(self, model: Any, name: str = "transformers") -> None:
+        self.model, self.name = model, name
+        self.weights = _SHORT[model.dtype]
+
+    @property
+    def storage(self) -> Storage:
+        return STORAGE[self.weights]
+
+    @property
+    def balance(self) -> Balance:
+        return torch_balance(self.model.dtype, self.model.device.type)
+
+    def use(self, sparsity: float, budget: str | None) -> None:
+        """Get ready to run at a sparsity."""
+
+    def fresh_cache(self, batch: int, length: int) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config)
+
+    def step(self, ids: Tensor, cache: Any) -> Tensor:
+        """Logits [B, 1, vocabulary] of the last position after `ids` [B, n] on top of `cache`."""
+        return self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+
+
+class CompiledEngine(Engine):
+    """Transformers' model through torch.compile with frozen weights and a static cache: its fastest dense path."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model, "compiled")
+        import torch._inductor.config as inductor
+
+        inductor.freezing = True
+        torch._dynamo.config.recompile_limit = 64
+        self._forward = torch.compile(model.forward, dynamic=False)
+
+    def fresh_cache(self, batch: int, length: int) -> Any:
+        from transformers import StaticCache
+
+        return StaticCache(config=self.model.config, max_cache_len=-(-length // 64) * 64)
+
+    def step(self, ids: Tensor, cache: Any) -> Tensor:
+        with torch.no_grad():
+            return self._forward(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+
+
+class RoutedEngine(Engine):
+    """The routed model by the torch back end, or by the native engine with one format of weights."""
+
+    routes = True
+
+    def __init__(self, model: Any, weights: str | None = None) -> None:
+        super().__init__(model, "torch" if weights is None else f"native {weights}")
+        self.holder: Any = None
+        if weights is not None:
+            from informed_routing.execution.cpu.dispatch import NativeExecution
+
+            self.weights = weights
+            self.holder = NativeExecution(weights)  # type: ignore[arg-type]
+            self.holder.of(model)
+
+    @property
+    def balance(self) -> Balance:
+        table = None if self.holder is None else self.holder.of(self.model).table
+        return super().balance if table is None else table.balance
+
+    def use(self, sparsity: float, budget: str | None) -> None:
+        state = self.model.routing_state
+        state.native, state.execution = self.holder, "native" if self.holder else "sparse"
+        self.model.set_sparsity(sparsity, budget)
+
+
+def make_engines(dense: Any, routed: Any, names: Sequence[str], weights: Sequence[str]) -> list[Engine]:
+    """Engines by name; `native` once for each format in `weights`. Raises InputError for unknown names."""
+    from informed_routing.execution.cpu.packing import FORMATS
+
+    for one in weights:
+        if one not in FORMATS:
+            raise InputError(f"weights {one!r} are not known", f"Choose some of {', '.join(FORMATS)}")
+    engines: list[Engine] = []
+    for name in names:
+        if name == "native":
+            engines += [RoutedEngine(routed, one) for one in weights]
+        elif name == "torch":
+            engines.append(RoutedEngine(routed))
+        elif name == "transformers":
+            engines.append(Engine(dense))
+        elif name == "compiled":
+            engines.append(CompiledEngine(dense))
+        else:
+            raise InputError(f"engine {name!r} is not known", f"Choose some of {', '.join(ENGINES)}")
+    return engines
+
+
+def native_reason(routed: Any) -> str | None:
+    """Why there is no native engine for a model here; None when there is."""
+    try:
+        from informed_routing.execution.cpu.engine import unsupported
+
+        return unsupported(routed)
+    except InputError as error:
+        return str(error)
+
+
+@functools.cache
+def torch_balance(dtype: torch.dtype, device: str) -> Balance:
+    """Rates of torch's own products: bytes per second of a vector times many matrices, MACs per second of many rows."""
+    from informed_routing.evaluation.speed import Workload, measure
+
+    n, layers = 1024, 16 if device == "cpu" else 64
+    weights = [torch.zeros(2 * n, n, dtype=dtype, device=device) for _ in range(layers)]
+    rows = {count: torch.zeros(count, n, dtype=dtype, device=device) for count in (1, 256)}
+
+    def products(count: int) -> None:
+        for weight in weights[: layers if count == 1 else 2]:
+            torch.nn.functional.linear(rows[count], weight)
+
+    with torch.inference_mode():
+        found = measure({str(count): Workload(lambda _, c=count: products(c)) for count in rows}, repeats=3)
+    size = 2 * n * n
+    return Balance(layers * size * weights[0].element_size() / found["1"].median, 2 * size * 256 / found["256"].median)

@@ -1,0 +1,102 @@
+"""The best speed-up that a selection allows on a machine: bytes moved and multiply-accumulates, by the roofline.
+
+Decode of few sequences is as fast as memory: what counts is which weights and keys are read. Prefill is as fast as
+arithmetic. `Balance` says where one becomes the other; both of its rates are measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .budget import RoutingStats
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Bytes that one element of each kind occupies where an engine reads it."""
+
+    body: float
+    forecaster: float
+    head: float
+    kv: float
+    router: float = 4.0
+    stream: float = 4.0
+
+
+_GROUP = 32  # quantised formats: half-precision scale (int8) or scale and minimum (int4) for 32 weights
+STORAGE = {
+    "float32": Storage(4, 4, 4, 4),
+    "bfloat16": Storage(2, 2, 2, 2),
+    "int8": Storage(1 + 2 / _GROUP, 2, 1 + 2 / _GROUP, 2),
+    "int4": Storage(0.5 + 4 / _GROUP, 2, 1 + 2 / _GROUP, 2),
+}
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Measured rates of a machine and engine: bytes per second from memory, MACs per second from the cache."""
+
+    bytes_per_second: float
+    macs_per_second: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """MACs and bytes of each unit [units] and of the LM head, over all counted forwards."""
+
+    macs: Tensor
+    bytes: Tensor
+    head_macs: float
+    head_bytes: float
+
+    def seconds(self, balance: Balance) -> float:
+        """The least time: each unit is bound by memory or by arithmetic, whichever takes longer."""
+        units = torch.maximum(self.bytes / balance.bytes_per_second, self.macs / balance.macs_per_second)
+        head = max(self.head_bytes / balance.bytes_per_second, self.head_macs / balance.macs_per_second)
+        return float(units.sum()) + head
+
+    def total_bytes(self) -> float:
+        return float(self.bytes.sum()) + self.head_bytes
+
+
+def work_of(
+    stats: RoutingStats, storage: Storage, head_weights: float, head_rows: float, *, decode: bool, dense: bool
+) -> Work:
+    """The work of the counted forwards as they were routed, or had they been `dense`.
+
+    `head_rows`: positions whose logits were made. In `decode` every query reads its keys from memory; in prefill
+    queries share them, and what is read is small beside the arithmetic.
+    """
+    costs = stats.costs
+
+    def column(name: str) -> Tensor:
+        return torch.tensor([getattr(cost, name) for cost in costs], dtype=torch.float64)
+
+    always, execute, per_key, kv = (column(name) for name in ("always", "execute", "per_key", "kv"))
+    router, forecaster, stream = (column(name) for name in ("router", "forecaster", "stream"))
+    calls = stats.calls.sum(1)
+    executed = torch.full_like(stats.executed, stats.tokens) if dense else stats.executed
+    keys = stats.keys if dense else stats.executed_keys
+    run = calls if dense else stats.calls[:, 0] + stats.calls[:, 1] + stats.calls[:, 3]
+    forecast = torch.zeros_like(calls) if dense else stats.calls[:, 1] + stats.calls[:, 2]
+    decided = 0.0 if dense or not stats.routed else 1.0
+    macs = stats.tokens * always + executed * execute + keys * per_key
+    macs = macs + decided * (stats.tokens * router + (stats.tokens - executed) * forecaster)
+    moved = (calls * always + run * execute) * storage.body + (keys * kv * storage.kv if decode else 0.0)
+    moved = moved + forecast * forecaster * storage.forecaster + decided * calls * router * storage.router
+    moved = moved + stats.tokens * stream * storage.stream
+    forwards = float(calls.max()) if len(calls) else 0.0
+    return Work(macs, moved, head_rows * head_weights, forwards * head_weights * storage.head)
+
+
+def limit_speedup(
+    stats: RoutingStats, storage: Storage, balance: Balance, head_weights: float, head_rows: float, *, decode: bool
+) -> float:
+    """Dense over routed least time: the speed-up of an engine that wastes nothing on the counted selections."""
+    dense, routed = (
+        work_of(stats, storage, head_weights, head_rows, decode=decode, dense=flag) for flag in (True, False)
+    )
+    return dense.seconds(balance) / routed.seconds(balance)
