@@ -13,9 +13,12 @@ the one with a MAC budget at 35 % of the body's MACs.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import functools
 import gc
 import itertools
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -62,10 +65,12 @@ def both_budgets(
 ) -> list[dict[str, Any]]:
     """Rows of the unit budget beside other engines, and of the MAC budget."""
     model, found = routed(), []
-    runs = [("units", model, (0.25, 0.4), [*natives(model, formats), *others(model)])]
     macs = routed(MACS)
-    runs.append(("macs", macs, (0.35,), natives(macs, formats)))
-    for budget, _, targets, engines in runs:
+    runs: list[tuple[str, tuple[float, ...], list[Engine]]] = [
+        ("units", (0.25, 0.4), [*natives(model, formats), *others(model)]),
+        ("macs", (0.35,), natives(macs, formats)),
+    ]
+    for budget, targets, engines in runs:
         rows = benchmark_rows(engines, text(), sparsities=targets, budget=budget, progress=PROGRESS, **settings)
         found += [{"budget": budget, **row} for row in rows]
     return found
@@ -135,6 +140,114 @@ def formats() -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Agreement with the masked reference
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Replay:
+    """Gates of a whole forward [units, B, N], given out unit by unit."""
+
+    def __init__(self, gates: Tensor) -> None:
+        self.gates = iter(gates)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return next(self.gates)
+
+
+def standing_for(engine: Any) -> Any:
+    """The routed model with float32 matrices that hold what the engine's packed format stands for."""
+    model, at = routed(), ctypes.c_void_p
+
+    def unpack(packed: Any) -> Tensor:
+        out = torch.empty(packed.n, packed.k)
+        engine.library.ir_unpack(packed.type, at(packed.data), packed.n, packed.k, at(out.data_ptr()))
+        return out
+
+    def put(linear: Any, weight: Tensor) -> None:
+        linear.weight = torch.nn.Parameter(weight[: linear.out_features, : linear.in_features].contiguous())
+
+    half = engine.packer.panel // 2
+    for layer, packed in zip(model.decoder.layers, engine.layers, strict=True):
+        keys, values = unpack(packed.kv).chunk(2)
+        gate, up = unpack(packed.gate_up).unflatten(0, (-1, 2, half)).unbind(1)
+        attention, ffn = layer.self_attn, layer.mlp
+        put(attention.q_proj, unpack(packed.q))
+        put(attention.k_proj, keys)
+        put(attention.v_proj, values)
+        put(attention.o_proj, unpack(packed.o))
+        put(ffn.gate_proj, gate.flatten(0, 1))
+        put(ffn.up_proj, up.flatten(0, 1))
+        put(ffn.down_proj, unpack(packed.down))
+        for unit, part in ((layer.attention_routing, packed.attention), (layer.ffn_routing, packed.ffn)):
+            put(unit.forecaster.inner, unpack(part.forecast_in))
+            put(unit.forecaster.outer, unpack(part.forecast_out))
+    put(model.get_output_embeddings(), unpack(engine.model.head))
+    return model.eval()
+
+
+def agreement() -> Any:
+    """Logits of each path against the masked reference over 200 random selections, and greedy texts."""
+    from informed_routing.execution.cpu.engine import Rows
+
+    trials, length, texts, new = 200, 48, 8, 32
+    paths: dict[str, Any] = {"torch sparse": None, **{f"native {one}": one for one in FORMATS}}
+    prompts = text()[: texts * length].view(texts, length)
+    rows = []
+    for path, weights in paths.items():
+        model = routed()
+        if weights:
+            model.set_execution("native", weights=weights, policy="exact")
+            engine = model.routing_state.native.of(model)
+            reference = standing_for(engine)
+        else:
+            reference = routed()
+        reference.set_execution("masked")
+        generator = torch.Generator().manual_seed(17)
+        errors = []
+        PROGRESS.stage(path, trials)
+        for trial in range(trials):
+            ids = prompts[trial % texts][None]
+            share = torch.rand((), generator=generator)
+            gates = torch.rand(len(model.units), 1, length, generator=generator) < share
+            reference.set_decision(Replay(gates))
+            expected = reference(input_ids=ids, use_cache=False).logits
+            if weights:
+                model.set_decision(Threshold(0.0))
+                embeddings = (
+                    reference.decoder.embed_tokens(ids) if weights == "float32" else model.decoder.embed_tokens(ids)
+                )
+                rope = model.decoder.rotary_emb(embeddings, position_ids=torch.arange(length)[None])
+                start = Rows(torch.zeros(1, dtype=torch.int32), None)
+                found = engine.forward(
+                    embeddings, rope, start, None, model.routing_state, model.stats, keep=length, forced=gates
+                )
+            else:
+                model.set_decision(Replay(gates))
+                found = model(input_ids=ids, use_cache=False).logits
+            errors.append(float((found - expected).abs().max()))
+            PROGRESS.advance(trial + 1)
+        equal = 0
+        for prompt in prompts:
+            made = []
+            for one in (model, reference):
+                one.set_sparsity(0.25, "units")
+                made.append(one.generate(input_ids=prompt[None], max_new_tokens=new, do_sample=False))
+            equal += int(torch.equal(made[0], made[1]))
+        rows.append(
+            {
+                "path": path,
+                "largest": max(errors),
+                "median": statistics.median(errors),
+                "trials": trials,
+                "texts_equal": equal,
+                "texts": texts,
+                "new_tokens": new,
+            }
+        )
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------
 # At equal measured speed
 # ---------------------------------------------------------------------------------------------------------
 
@@ -151,7 +264,7 @@ def prefill_seconds(engines: dict[str, tuple[Engine, float]], ids: Tensor, repea
     """Median seconds of one prefill of `ids` [1, N] for each (engine, setting), taken in turns."""
     PROGRESS.stage("prefill in turns", repeats + 1)
     work = {
-        name: prefill_callable(engine, ids, lambda e=engine, s=setting: e.use(s, None))
+        name: prefill_callable(engine, ids, functools.partial(engine.use, setting, None))
         for name, (engine, setting) in engines.items()
     }
     return {name: timing.median for name, timing in measure(work, repeats, 1, PROGRESS).items()}
@@ -353,7 +466,7 @@ def peak(name: str, target: float, length: int) -> float:
 
 
 SECTIONS: dict[str, Callable[[], Any]] = {
-    f.__name__: f for f in (prefill, decode, batches, formats, budgets, depth, lengths)
+    f.__name__: f for f in (prefill, decode, batches, formats, agreement, budgets, depth, lengths)
 }
 
 

@@ -15,7 +15,7 @@ from .errors import InputError
 FORMAT_VERSION = 1
 
 UnitKind = Literal["attention", "ffn"]
-Budget = Literal["units", "macs"]
+Budget = Literal["units", "macs", "latency"]
 StageName = Literal["forecast", "route", "lora", "calibrate"]
 
 
@@ -248,6 +248,22 @@ class Recipe(_Frozen):
         return Recipe.from_mapping(data)
 
 
+class LatencyGains(_Frozen):
+    """Measured on one machine: shares of the dense body's prefill time, for `budget="latency"`."""
+
+    attention: float = Field(description="saved if all tokens approximate all attention units")
+    ffn: float = Field(description="saved if all tokens approximate all FFN units")
+    overhead: float = Field(description="added by the routers")
+    seconds: float = Field(description="of the dense forward that was timed")
+    tokens: int
+    engine: str
+    cpu: str
+
+    def saved(self, attention: float, ffn: float) -> float:
+        """Share of the time saved at approximated shares of the two kinds."""
+        return self.attention * attention + self.ffn * ffn - self.overhead
+
+
 class ThresholdRow(_Frozen):
     """One calibrated point: the margin threshold and the shares approximated that it realised."""
 
@@ -256,6 +272,7 @@ class ThresholdRow(_Frozen):
     attention: float
     ffn: float
     macs: float
+    latency: float = Field(0.0, description="share of the time saved, by the table of RoutingConfig.latency")
 
 
 class BaseModelReference(_Frozen):
@@ -280,6 +297,7 @@ class RoutingConfig(_Frozen):
     sparsity: float = 0.0
     kv: Literal["keep", "drop"] = "keep"
     calibration_context: int = Field(512, description="sequence length at which `macs` of the table was counted")
+    latency: LatencyGains | None = None
     thresholds: tuple[ThresholdRow, ...] = ()
 
     @classmethod

@@ -316,6 +316,8 @@ class RoutedModelForCausalLM(PreTrainedModel):
 def threshold_for(config: RoutingConfig, sparsity: float, budget: Budget | None = None) -> float:
     """The margin threshold that realises a sparsity, by interpolation in the calibrated table."""
     budget = budget or config.budget
+    if budget == "latency" and config.latency is None:
+        raise InputError("this routing has no measured latency table", "Use units or macs, or fit with budget latency")
     rows = sorted(config.thresholds, key=lambda row: getattr(row, budget))
     if not rows:
         raise InputError("the routing has not been calibrated", "Run `fit` to the end, or training.calibrate")

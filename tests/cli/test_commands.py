@@ -153,7 +153,7 @@ def test_benchmark_rows(run: Run, routing_folder: Path, text_file: Path) -> None
     result = outcome.json["result"]
     assert {"cpu", "threads", "torch", "transformers", "commit"} <= set(result["environment"])
     rows = result["rows"]
-    assert len(rows) == 2 * 2 * 3  # batches, phases, engines (dense, routed at 0 and at 0.25)
+    assert len(rows) == 2 * 2 * 5  # batches, phases; native and torch at 0 and at 0.25, transformers
     fields = {
         *("engine", "phase", "batch", "prompt_tokens", "sparsity", "seconds"),
         *("tokens_per_second", "speedup_vs_dense", "limit_speedup", "fraction_of_limit"),
@@ -166,10 +166,10 @@ def test_benchmark_rows(run: Run, routing_folder: Path, text_file: Path) -> None
         assert row["fraction_of_limit"] == pytest.approx(row["speedup_vs_dense"] / row["limit_speedup"])
         amount = row["batch"] * (row["new_tokens"] if row["phase"] == "decode" else row["prompt_tokens"])
         assert row["tokens_per_second"] == pytest.approx(amount / row["seconds"]["median"])
-    assert {row["engine"] for row in rows} == {"dense", "routed"}
-    for group in (rows[i : i + 3] for i in range(0, len(rows), 3)):
+    assert {row["engine"] for row in rows} == {"native float32", "torch", "transformers"}
+    for group in (rows[i : i + 5] for i in range(0, len(rows), 5)):
         dense = [row for row in group if row["sparsity"]["target"] == 0]
-        # the faster dense engine is the measure
+        # the fastest dense engine is the measure
         assert max(row["speedup_vs_dense"] for row in dense) == pytest.approx(1)
         routed = next(row for row in group if row["sparsity"]["target"])
         assert routed["sparsity"]["units"] > 0

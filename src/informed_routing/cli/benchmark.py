@@ -27,7 +27,7 @@ def benchmark(
     ] = None,
     batch: Annotated[list[int] | None, typer.Option("--batch", help="Repeatable [default: 1].")] = None,
     budget: Annotated[
-        Literal["units", "macs"] | None,
+        Literal["units", "macs", "latency"] | None,
         typer.Option("--budget", help="What --sparsity is measured in [default: as trained]."),
     ] = None,
     engine: Annotated[

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TEXTS = ("demo:wiki", "demo:c4")
 Split = Literal["train", "calibration", "heldout", "all"]
-Budget = Literal["units", "macs"]
+Budget = Literal["units", "macs", "latency"]
 
 
 @with_common

@@ -38,7 +38,8 @@ def fit(
         float | None, typer.Option("--sparsity", "-s", help="Share to approximate, such as 0.25.")
     ] = None,
     budget: Annotated[
-        str | None, typer.Option("--budget", help="What the share is measured in: units (the paper) or macs.")
+        str | None,
+        typer.Option("--budget", help="Share of what: units (the paper), macs, or latency (measured)."),
     ] = None,
     stages: Annotated[
         str | None, typer.Option("--stages", help="Some of forecast,route,lora, or calibrate.", rich_help_panel=_SIZES)

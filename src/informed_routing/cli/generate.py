@@ -44,7 +44,7 @@ def generate(
         float | None, typer.Option("--sparsity", "-s", help="0 is dense [default: as trained].")
     ] = None,
     budget: Annotated[
-        Literal["units", "macs"] | None,
+        Literal["units", "macs", "latency"] | None,
         typer.Option("--budget", help="What --sparsity is measured in [default: as trained]."),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,

@@ -129,7 +129,7 @@ def native_reason(routed: Any) -> str | None:
 @functools.cache
 def torch_balance(dtype: torch.dtype, device: str) -> Balance:
     """Rates of torch's own products: bytes per second of a vector times many matrices, MACs per second of many rows."""
-    from informed_routing.evaluation.speed import Workload, measure
+    from informed_routing.evaluation.speed import measure
 
     n, layers = 1024, 16 if device == "cpu" else 64
     weights = [torch.zeros(2 * n, n, dtype=dtype, device=device) for _ in range(layers)]
@@ -140,6 +140,6 @@ def torch_balance(dtype: torch.dtype, device: str) -> Balance:
             torch.nn.functional.linear(rows[count], weight)
 
     with torch.inference_mode():
-        found = measure({str(count): Workload(lambda _, c=count: products(c)) for count in rows}, repeats=3)
+        found = measure({str(count): functools.partial(products, count) for count in rows}, repeats=3)
     size = 2 * n * n
     return Balance(layers * size * weights[0].element_size() / found["1"].median, 2 * size * 256 / found["256"].median)

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..config import Budget
+from ..config import Budget, LatencyGains
 from ..errors import InputError
 from .routed_unit import KeyValues, RoutedUnit, RoutingState
 
@@ -210,9 +210,19 @@ class RoutingStats:
 
 
 class BudgetMeter:
-    """The differentiable share that training holds to its target (paper Eq. 5 and 8; `macs` is ours)."""
+    """The differentiable share that training holds to its target (paper Eq. 5 and 8; `macs`, `latency` are ours).
 
-    def __init__(self, costs: list[UnitCost], kinds: Sequence[str], budget: Budget, context: float) -> None:
+    `gains` is the measured table that a latency budget needs.
+    """
+
+    def __init__(
+        self,
+        costs: list[UnitCost],
+        kinds: Sequence[str],
+        budget: Budget,
+        context: float,
+        gains: LatencyGains | None = None,
+    ) -> None:
         self.kinds, self.budget = kinds, budget
         dense = torch.tensor([c.dense(context) for c in costs], dtype=torch.float32)
         if budget == "units":
@@ -224,8 +234,14 @@ class BudgetMeter:
             )
             self.weights = gain / dense.sum()
             self.overhead = float(sum(c.router for c in costs) / dense.sum())
+        elif budget == "latency":
+            if gains is None:
+                raise InputError("a latency budget needs a measured table", "Use `fit --budget latency`")
+            count = {kind: sum(k == kind for k in kinds) for kind in kinds}
+            self.weights = torch.tensor([getattr(gains, kind) / count[kind] for kind in kinds])
+            self.overhead = gains.overhead
         else:
-            raise InputError(f"budget {budget!r} is not known", "Choose units or macs")
+            raise InputError(f"budget {budget!r} is not known", "Choose units, macs or latency")
 
     def saved(self, approximated: Tensor) -> Tensor:
         """Budget share saved by approximated shares [U] of the units."""

@@ -62,7 +62,8 @@ def calibrate(
         found.append(near)
         progress.advance(done, target=target, realised=getattr(near.row, budget))
     low = min(float(dense.margins.min()), *(float(one.margins.min()) for one in found)) - 1e-3
-    table = [ThresholdRow(threshold=low, units=0.0, attention=0.0, ffn=0.0, macs=dense.row.macs)]
+    none = {"units": 0.0, "attention": 0.0, "ffn": 0.0}
+    table = [ThresholdRow(threshold=low, **none, macs=dense.row.macs, latency=dense.row.latency)]
     table += [one.row for one in found]
     # Margins have long tails: without these rows, low sparsities would be interpolated across the tail.
     table += [text.estimate(target, found[0]) for target in (targets[0] / 8, targets[0] / 2)]
@@ -77,7 +78,9 @@ class _Text:
     def __init__(self, model: RoutedModelForCausalLM, rows: Tensor, budget: Budget, batch_size: int) -> None:
         self.model, self.rows, self.part, self.budget, self.batch_size = model, rows, rows[::PART], budget, batch_size
         kinds, context = [unit.kind for unit in model.units], (rows.shape[1] + 1) / 2
-        self.meter, self.macs = (BudgetMeter(model.costs, kinds, name, context) for name in (budget, "macs"))
+        self.gains = model.routing_config.latency
+        self.meter = BudgetMeter(model.costs, kinds, budget, context, self.gains)
+        self.macs = BudgetMeter(model.costs, kinds, "macs", context)
         self.attention = torch.tensor([kind == "attention" for kind in kinds])
 
     def measure(self, rows: Tensor, threshold: float) -> _Measured:
@@ -124,11 +127,13 @@ class _Text:
     def _shares(self, margins: Tensor, threshold: float) -> dict[str, float]:
         """What margins predict at another threshold."""
         approximated = (margins <= threshold).float().mean(1)
+        attention, ffn = float(approximated[self.attention].mean()), float(approximated[~self.attention].mean())
         return {
             "units": float(approximated.mean()),
-            "attention": float(approximated[self.attention].mean()),
-            "ffn": float(approximated[~self.attention].mean()),
+            "attention": attention,
+            "ffn": ffn,
             "macs": float(self.macs.saved(approximated)),
+            "latency": self.gains.saved(attention, ffn) if self.gains else 0.0,
         }
 
 
@@ -163,7 +168,7 @@ def _measure(model: RoutedModelForCausalLM, rows: Tensor, threshold: float, batc
     finally:
         state.record_margins = False
         state.margins.clear()
-    stats = model.routing_stats()
+    stats, gains = model.routing_stats(), model.routing_config.latency
     model.reset_routing_stats()
     row = ThresholdRow(
         threshold=threshold,
@@ -171,6 +176,7 @@ def _measure(model: RoutedModelForCausalLM, rows: Tensor, threshold: float, batc
         attention=stats["attention"],
         ffn=stats["ffn"],
         macs=stats["macs"],
+        latency=gains.saved(stats["attention"], stats["ffn"]) if gains else 0.0,
     )
     return _Measured(torch.cat(collected, dim=1), row)
 

@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from .. import __version__
 from ..assets import load_model, load_texts, pack
-from ..config import Recipe
+from ..config import LatencyGains, Recipe
 from ..errors import InputError
+from ..evaluation.engines import native_reason
 from ..evaluation.environment import environment
+from ..evaluation.latency import measure_latency
 from ..files import disk_error, write_json, write_several, write_text
 from ..model_card import model_card
 from ..persistence import (
@@ -42,6 +45,8 @@ from .lora import LoraObjective, add_lora, merge_lora, save_lora
 from .route import RouteObjective, freeze_all_but, learning_rates, router_parameters
 from .schedule import seed_of
 from .warm_start import warm_start
+
+LATENCY_FILE = "latency.json"
 
 MEASURE_TOKENS = 4096
 """Unseen text on which forecasters are judged."""
@@ -135,11 +140,17 @@ class _Fit:
                 "kv": recipe.kv,
             }
         )
+        self._texts: dict[tuple[str, int], Tensor] = {}
+        # Text is read before anything is written, so that a refused fit leaves no folder behind.
+        if recipe.stages != ("calibrate",):
+            self.rows("train", recipe.route.sequence_length)
+        self.rows("calibration", recipe.calibration.sequence_length)
         self.meter = BudgetMeter(
             self.model.costs,
             [u.kind for u in self.model.units],
             recipe.route.budget,
             (recipe.route.sequence_length + 1) / 2,
+            self.latency_gains(resume) if recipe.route.budget == "latency" else None,
         )
         ceiling = self.meter.attainable()
         if recipe.route.sparsity >= ceiling:
@@ -148,16 +159,31 @@ class _Fit:
                 f"{ceiling:.2f} ({recipe.route.budget})",
                 "Choose a lower sparsity, a cheaper router, or the units budget",
             )
-        self._texts: dict[tuple[str, int], Tensor] = {}
-        # Text is read before anything is written, so that a refused fit leaves no folder behind.
-        if recipe.stages != ("calibrate",):
-            self.rows("train", recipe.route.sequence_length)
-        self.rows("calibration", recipe.calibration.sequence_length)
         if self.accelerator.is_main_process:
             if overwrite and self.out.is_dir():
                 clear(self.out)
+            if self.model.routing_config.latency:
+                table = self.model.routing_config.latency.model_dump_json(indent=2)
+                write_text(self.checkpoints / LATENCY_FILE, table + "\n")
             write_text(self.checkpoints / RECIPE_FILE, self._described)
         self.accelerator.wait_for_everyone()
+
+    def latency_gains(self, resume: bool) -> LatencyGains:
+        """The measured table of a latency budget: this machine's, or that of the run which is being resumed."""
+        stored = self.checkpoints / LATENCY_FILE
+        if resume and stored.is_file():
+            gains = LatencyGains.model_validate_json(stored.read_text(encoding="utf-8"))
+        else:
+            found: list[Any] = [None]
+            if self.accelerator.is_main_process:
+                length = self.recipe.route.sequence_length
+                ids = self.rows("calibration", length)[:1].to(self.model.device)
+                half = self.base.dtype == torch.bfloat16
+                weights = None if native_reason(self.model) else "bfloat16" if half else "float32"
+                found = [measure_latency(self.model, ids, weights=weights, progress=self.progress)]
+            gains = broadcast_object_list(found)[0]
+        self.model.routing_config = self.model.routing_config.model_copy(update={"latency": gains})
+        return gains
 
     # -- text -----------------------------------------------------------------------------------------------
 

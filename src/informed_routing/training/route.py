@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ def dense_hidden(model: RoutedModelForCausalLM, input_ids: Tensor, attention_mas
         return model.hidden_states(input_ids, attention_mask)
 
 
-def approximated_shares(gates: dict[int, Tensor], valid: Tensor | None) -> Tensor:
+def approximated_shares(gates: Mapping[int, Tensor], valid: Tensor | None) -> Tensor:
     """Share of real tokens that each unit approximated: [U] float32, with the gates' gradient. Pads excluded."""
     shares = []
     for index in sorted(gates):

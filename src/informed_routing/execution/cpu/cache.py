@@ -70,7 +70,7 @@ def is_packed(cache: Any) -> bool:
 
 def use_packed(cache: Cache, layers: list[PackedLayer]) -> None:
     """Make an empty dynamic cache, in place, one of the engine."""
-    cache.layers = layers
+    cache.layers = list(layers)
 
 
 def use_plain(cache: Cache) -> None:

@@ -184,7 +184,6 @@ class CpuEngine:
         stats: Any,
         *,
         keep: int = 0,
-        normed: bool = False,
         forced: Tensor | None = None,
     ) -> Tensor:
         """Logits float32 [B, keep, vocabulary] of the last `keep` positions, or normed hidden states [B, N, d].
@@ -232,6 +231,17 @@ class CpuEngine:
         state.valid = None if rows.valid is None else rows.valid.bool()
         state.gates = {} if state.dense else GateBlock(gates)
         return output
+
+    def forced_forward(self, model: Any, ids: Tensor, choices: Tensor | None) -> Tensor:
+        """Hidden states of ids [B, N] with the same choice (attention, ffn) in all layers, no cache; None is dense."""
+        batch, length = ids.shape
+        embeddings = model.decoder.embed_tokens(ids)
+        rope = model.decoder.rotary_emb(embeddings.float(), position_ids=torch.arange(length)[None])
+        rows = Rows(torch.zeros(batch, dtype=torch.int32), None)
+        forced = None
+        if choices is not None:
+            forced = choices.repeat(self.units // 2)[:, None, None].expand(-1, batch, length)
+        return self.forward(embeddings, rope, rows, None, model.routing_state, model.stats, forced=forced)
 
     def _room(self, cache: Cache | None, batch: int, length: int) -> tuple[int, Sequence[PackedLayer]]:
         if cache is None:  # nothing is kept: one layer's room serves all

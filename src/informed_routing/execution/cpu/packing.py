@@ -152,7 +152,8 @@ class Packer:
         return packed
 
     def layer(self, layer: Any, family: Family, attention: RoutedUnit, ffn: RoutedUnit, cost: UnitCost) -> Layer:
-        block, mlp = attention.unit.module(layer), ffn.unit.module(layer)
+        block: Any = attention.unit.module(layer)
+        mlp: Any = ffn.unit.module(layer)
         (q, k, v), (gate, up) = _projections(block, family), _gate_and_up(mlp)
         norms = (getattr(layer, str(family.attention_in_norm)), getattr(layer, str(family.ffn_in_norm)))
         by_head = family.qk_norm == "head"

@@ -116,7 +116,9 @@ def measure(engine: CpuEngine) -> PriceTable:
     stored = weights * STORAGE[engine.weights].body
     return PriceTable(
         ROWS,
-        **prices,
+        attention=prices["attention"],
+        ffn=prices["ffn"],
+        forecaster=prices["forecaster"],
         bytes_per_second=stored / prices["ffn"][0],
         macs_per_second=weights * MANY / seconds("ffn", MANY),
     )

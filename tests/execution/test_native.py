@@ -1,0 +1,303 @@
+"""The native engine does what the masked reference does: logits, text, caches, padding, statistics."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+import torch
+from tests.routed import left_padded, make_routed
+from tests.tiny import random_ids
+from torch import Tensor, nn
+
+from informed_routing.errors import InputError
+from informed_routing.execution.cpu import build
+from informed_routing.execution.cpu.cache import is_packed
+from informed_routing.execution.cpu.engine import FAMILIES, CpuEngine, Rows
+from informed_routing.execution.cpu.packing import FORMATS, Packer, Weights
+from informed_routing.execution.cpu.prices import ROWS, PriceTable
+from informed_routing.routing.decision import AlwaysExecute, Threshold
+
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "int8": 3e-2, "int4": 3e-2}
+"""Of logits with a standard deviation of about 0.8. Only float32 weights have a float32 cache, too."""
+
+
+class Replay:
+    """Gates of a whole forward [units, B, N], given out unit by unit."""
+
+    def __init__(self, gates: Tensor) -> None:
+        self.gates: Iterator[Tensor] = iter(gates)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return next(self.gates)
+
+
+def native(model: Any, weights: Weights = "float32", policy: Any = "exact") -> CpuEngine:
+    model.set_execution("native", weights=weights, policy=policy)
+    return cast(CpuEngine, model.routing_state.native.of(model))
+
+
+def rounded(model: Any, weights: Weights) -> Any:
+    """A copy of the model whose matrices hold what the packed format really stands for."""
+    model = copy.deepcopy(model)
+    packer = Packer(build.library(), weights, 1)
+
+    def replace(linear: nn.Linear, kind: int) -> None:
+        packed = packer.linear(linear.weight, None, kind)
+        out = torch.empty(packed.n, packed.k)
+        packer.library.ir_unpack(
+            packed.type, ctypes.c_void_p(packed.data), packed.n, packed.k, ctypes.c_void_p(out.data_ptr())
+        )
+        linear.weight = nn.Parameter(out)
+
+    for layer in model.decoder.layers:
+        for unit in (layer.attention_routing, layer.ffn_routing):
+            for module in unit.unit.module(layer).modules():
+                if isinstance(module, nn.Linear):
+                    replace(module, packer.body)
+            replace(unit.forecaster.inner, packer.forecaster)
+            replace(unit.forecaster.outer, packer.forecaster)
+    replace(model.get_output_embeddings(), packer.head)
+    return model.eval()
+
+
+@pytest.mark.parametrize("weights", list(FORMATS))
+def test_two_hundred_random_selections_agree_with_the_masked_reference(weights: Weights) -> None:
+    model = make_routed("llama", vocab_size=96, tie_word_embeddings=False)
+    reference = rounded(model, weights)
+    reference.set_execution("masked")
+    engine = native(model, weights)
+    generator = torch.Generator().manual_seed(5)
+    worst = 0.0
+    with torch.inference_mode():
+        for trial in range(200):
+            batch, length = 1 + trial % 3, 1 + (7 * trial) % 41
+            ids = torch.randint(3, 96, (batch, length), generator=generator)
+            share = torch.rand((), generator=generator)
+            gates = torch.rand(engine.units, batch, length, generator=generator) < share
+            model.set_decision(Threshold(0.0))
+            reference.set_decision(Replay(gates))
+            expected = reference(input_ids=ids, use_cache=False).logits
+            embeddings = model.decoder.embed_tokens(ids)
+            rope = model.decoder.rotary_emb(embeddings, position_ids=torch.arange(length)[None])
+            rows = Rows(torch.zeros(batch, dtype=torch.int32), None)
+            found = engine.forward(
+                embeddings, rope, rows, None, model.routing_state, model.stats, keep=length, forced=gates
+            )
+            worst = max(worst, float((found - expected).abs().max()))
+    assert worst < TOLERANCE[weights]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("router", ["linear", "low-rank", "mlp"])
+def test_families_routers_and_padding(family: str, router: str) -> None:
+    model = make_routed(family, router=router)
+    ids = random_ids(3, 90)
+    for mask in (None, left_padded(ids, (0, 5, 40))):
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        for decision in (AlwaysExecute(), Threshold(-0.5), Threshold(0.0), Threshold(1e9)):
+            logits, counts = [], []
+            for execution in ("sparse", "native"):
+                if execution == "native":
+                    native(model)
+                else:
+                    model.set_execution("sparse")
+                model.set_decision(decision)
+                with torch.inference_mode():
+                    logits.append(model(input_ids=ids, attention_mask=mask).logits[real])
+                counts.append(model.routing_stats())
+            torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+            assert counts[0]["per_unit"] == counts[1]["per_unit"]
+            assert counts[0]["macs"] == pytest.approx(counts[1]["macs"])
+
+
+@pytest.mark.parametrize("fallback", ["forecaster", "zero"])
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}])
+def test_generate_gives_the_text_of_the_torch_back_end(fallback: str, settings: dict[str, Any]) -> None:
+    model = make_routed("qwen3", fallback=fallback, eos_token_id=None)
+    ids = random_ids(3, 20)
+    mask = left_padded(ids, (0, 5, 12))
+    texts = []
+    for execution in ("sparse", "native"):
+        if execution == "native":
+            native(model)
+        else:
+            model.set_execution("sparse")
+        model.set_decision(Threshold(0.0))
+        torch.manual_seed(3)
+        texts.append(model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=70, **settings))
+    assert torch.equal(*texts)
+
+
+def test_long_decode_splits_keys_and_grows_the_cache() -> None:
+    model = make_routed("mistral", max_position_embeddings=2048, sliding_window=700)
+    ids = random_ids(1, 1100)
+    with torch.inference_mode():
+        logits = []
+        for execution in ("sparse", "native"):
+            if execution == "native":
+                native(model)
+            else:
+                model.set_execution("sparse")
+            model.set_decision(Threshold(0.0))
+            output = model(input_ids=ids[:, :600], use_cache=True)
+            rows = [output.logits[:, -1]]
+            for place in range(600, 1100, 100):
+                output = model(input_ids=ids[:, place : place + 99], past_key_values=output.past_key_values)
+                step = ids[:, place + 99 : place + 100]
+                output = model(input_ids=step, past_key_values=output.past_key_values)
+                rows.append(output.logits[:, -1])
+            logits.append(torch.cat(rows))
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
+def test_calls_that_the_engine_does_not_do_go_to_torch_with_the_same_cache() -> None:
+    model = make_routed("llama")
+    native(model)
+    model.set_decision(Threshold(0.0))
+    ids = random_ids(1, 12)
+    with torch.inference_mode():
+        whole = model(input_ids=ids).logits[:, -1]
+        output = model(input_ids=ids[:, :-1], use_cache=True)
+        assert is_packed(output.past_key_values)
+        last = model(input_ids=ids[:, -1:], past_key_values=output.past_key_values, output_hidden_states=True)
+    assert len(last.hidden_states) == 4
+    assert not is_packed(last.past_key_values)
+    torch.testing.assert_close(last.logits[:, -1], whole, atol=1e-4, rtol=1e-4)
+    # with a gradient, torch too
+    assert model(input_ids=ids).logits.requires_grad
+
+
+def test_masks_with_holes_go_to_torch() -> None:
+    real = torch.ones(1, 8, dtype=torch.long)
+    real[0, 3] = 0
+    assert Rows.from_mask(real, 1, 8) is None
+    assert Rows.from_mask(real, 1, 2) is None
+    right = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]])
+    rows = Rows.from_mask(right, 2, 5)
+    assert rows is not None
+    assert rows.start.tolist() == [0, 1]
+
+
+def test_changed_weights_are_packed_again_and_copies_are_independent() -> None:
+    model = make_routed("llama")
+    first = native(model)
+    ids = random_ids(1, 8)
+    twin = copy.deepcopy(model)
+    with torch.inference_mode():
+        before = model(input_ids=ids).logits
+    with torch.no_grad():
+        model.decoder.layers[0].mlp.down_proj.weight.mul_(3)
+    with torch.inference_mode():
+        after = model(input_ids=ids).logits
+        torch.testing.assert_close(twin(input_ids=ids).logits, before)
+    assert model.routing_state.native.engine is not first
+    assert (after - before).abs().max() > 0.1
+
+
+def test_policy_executes_whole_calls_where_skipping_costs_more() -> None:
+    model = make_routed("llama")
+    ids = random_ids(1, 20)
+    model.set_decision(Threshold(0.0))
+    flat, dear = (1.0,) * len(ROWS), (2.0,) * len(ROWS)
+    free = (0.0,) * len(ROWS)
+    with torch.inference_mode():
+        engine = native(model)
+        exact = model(input_ids=ids).logits
+        assert 0.1 < model.routing_stats()["units"] < 0.9
+        for price, units in ((dear, 0.0), (free, None)):
+            engine.use_prices(PriceTable(ROWS, flat, flat, price, 1e10, 1e10))
+            model.reset_routing_stats()
+            found = model(input_ids=ids).logits
+            if units == 0.0:
+                assert model.routing_stats()["units"] == 0.0
+                assert model.stats.calls[:, 3].sum() > 0
+                model.set_decision(AlwaysExecute())
+                torch.testing.assert_close(found, model(input_ids=ids).logits)
+                model.set_decision(Threshold(0.0))
+        # an all-or-nothing price is what a flat one is: skipping one of two rows saves nothing
+        assert model.routing_stats()["units"] == pytest.approx(0.0) or torch.allclose(found, exact, atol=1e-4)
+
+
+def test_measured_prices_are_kept(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from informed_routing.execution.cpu import prices
+
+    model = make_routed("llama")
+    monkeypatch.setattr(prices, "cache_dir", lambda: tmp_path)
+    first = native(model, policy="auto").table
+    assert first is not None
+    assert min(first.attention + first.ffn + first.forecaster) > 0
+    monkeypatch.setattr(prices, "measure", lambda engine: pytest.fail("measured twice"))
+    model.routing_state.native.engine = None
+    assert native(model, policy="auto").table == first
+    rows = first.per_row(first.ffn)
+    assert rows[0] == 0
+    assert rows[64] == pytest.approx(first.ffn[-1])
+    assert rows[5] == pytest.approx((first.ffn[3] + first.ffn[4]) / 2)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "olmo2"])
+def test_other_families_are_refused_with_the_reason(family: str) -> None:
+    with pytest.raises(InputError, match=family):
+        make_routed(family).set_execution("native")
+
+
+def test_unmerged_adapters_and_unknown_formats_are_refused() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    with pytest.raises(InputError, match="int3"):
+        make_routed("llama").set_execution("native", weights="int3")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="native"):
+        make_routed("llama").set_execution("sparse", weights="int8")
+    model = make_routed("llama")
+    get_peft_model(cast(Any, model), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(InputError, match="merge adapters"):
+        model.set_execution("native")
+
+
+def test_without_a_compiler_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "compiler", lambda: None)
+    build.library.cache_clear()
+    build.library_path.cache_clear()
+    try:
+        with pytest.raises(InputError, match="compiler"):
+            make_routed("llama").set_execution("native")
+    finally:
+        build.library.cache_clear()
+        build.library_path.cache_clear()
+
+
+@pytest.mark.parametrize("weights", list(FORMATS))
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 13, 200])
+def test_products_of_every_format_and_number_of_rows(weights: Weights, rows: int) -> None:
+    packer = Packer(build.library(), weights, 2)
+    generator = torch.Generator().manual_seed(rows)
+    weight, bias = torch.randn(70, 96, generator=generator), torch.randn(70, generator=generator)
+    x = torch.randn(rows, 96, generator=generator)
+    packed = packer.linear(weight, bias, packer.body)
+    stands_for, found = torch.empty(70, 96), torch.empty(rows, 70)
+    at = ctypes.c_void_p
+    packer.library.ir_unpack(packed.type, at(packed.data), 70, 96, at(stands_for.data_ptr()))
+    packer.library.ir_linear(ctypes.byref(packed), at(x.data_ptr()), rows, at(found.data_ptr()), 2)
+    torch.testing.assert_close(found, x @ stands_for.T + bias, atol=1e-4, rtol=1e-4)
+    step = {"float32": 0.0, "bfloat16": 2**-8 * 4, "int8": 4 / 127, "int4": 8 / 15 / 1.5}[weights]
+    assert (stands_for - weight).abs().max() <= step
+
+
+def test_four_bits_are_lossless_for_weights_that_have_four_bits() -> None:
+    """Files of 4-bit weights (scale and minimum of 32 inputs in half precision) keep their values exactly."""
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.randint(0, 16, (48, 3, 32), generator=generator)
+    levels[..., 0], levels[..., 1] = 0, 15
+    scale = (torch.rand(48, 3, 1, generator=generator) * 0.1 + 0.01).half().float()
+    weight = (levels * scale - (7 * scale).half().float()).reshape(48, 96)
+    packer = Packer(build.library(), "int4", 1)
+    packed = packer.linear(weight, None, FORMATS["int4"])
+    found = torch.empty(48, 96)
+    packer.library.ir_unpack(packed.type, ctypes.c_void_p(packed.data), 48, 96, ctypes.c_void_p(found.data_ptr()))
+    torch.testing.assert_close(found, weight, atol=1e-6, rtol=1e-5)
