@@ -107,7 +107,7 @@ def batches() -> Any:
     return few + both_budgets(FORMATS, lambda _: [], prompt_tokens=(32,), batches=(32,), **settings)
 
 
-def perplexity(model: Any, limit: int = 32) -> dict[str, float]:
+def perplexity(model: Any, limit: int = 16) -> dict[str, float]:
     """Perplexity and realised shares on the first held-out sequences of 512 tokens of each text."""
     tokenizer, found = load_tokenizer(BASE), {}
     for name in TEXTS:
@@ -260,7 +260,7 @@ class AtSpeed(RoutedEngine):
         self.model.set_decision(Threshold(sparsity) if sparsity > -1e8 else AlwaysExecute())
 
 
-def prefill_seconds(engines: dict[str, tuple[Engine, float]], ids: Tensor, repeats: int = 9) -> dict[str, float]:
+def prefill_seconds(engines: dict[str, tuple[Engine, float]], ids: Tensor, repeats: int = 5) -> dict[str, float]:
     """Median seconds of one prefill of `ids` [1, N] for each (engine, setting), taken in turns."""
     PROGRESS.stage("prefill in turns", repeats + 1)
     work = {
@@ -277,7 +277,7 @@ def sequence() -> Tensor:
     return torch.cat(parts)[None]
 
 
-def curve(model: Any, dense: tuple[Engine, float], points: int = 9) -> list[tuple[float, float]]:
+def curve(model: Any, dense: tuple[Engine, float], points: int = 6) -> list[tuple[float, float]]:
     """(speed-up, threshold) of thresholds spread over the table of a routed model."""
     table = sorted(row.threshold for row in model.routing_config.thresholds)
     lowest = next(row.threshold for row in model.routing_config.thresholds if row.units > 0.015)
@@ -407,19 +407,20 @@ def lengths() -> Any:
     """Prefill seconds and peak memory from 128 to 8,192 tokens; each memory figure from a process of its own."""
     model = routed()
     rows = benchmark_rows(
-        [*natives(model, ("float32",)), RoutedEngine(model), Engine(load_model(BASE, dtype=torch.float32)[0])],
+        [*natives(model, ("float32",)), Engine(load_model(BASE, dtype=torch.float32)[0])],
         text(),
-        sparsities=(0.25, 0.4),
+        sparsities=(0.4,),
         budget="units",
         prompt_tokens=LENGTHS,
         phases=("prefill",),
         repeats=3,
+        warmup=0,
         progress=PROGRESS,
     )
     del model
     gc.collect()
     memory = []
-    for engine in ("native", "torch", "transformers"):
+    for engine in ("native", "transformers"):
         for target in (0.0,) if engine == "transformers" else (0.0, 0.4):
             for length in LENGTHS:
                 command = [sys.executable, __file__, "--peak", engine, str(target), str(length)]

@@ -120,7 +120,7 @@ def formats(rows: list[Row]) -> list[str]:
         body.append([row["weights"], f"{row['megabytes']:.0f}", name, *cells])
     return [
         "## Quantised weights under routing: `python benchmarks/speed.py formats`",
-        "Perplexity on 32 held-out sequences of 512 tokens of each text, and its ratio to dense float32; speeds are in "
+        "Perplexity on 16 held-out sequences of 512 tokens of each text, and its ratio to dense float32; speeds are in "
         "the tables above. Forecasters and routers stay in bfloat16 and float32.",
         markdown(["weights", "MB packed", "units", "Wikipedia", "C4"], body),
     ]

@@ -119,6 +119,20 @@ def test_benchmark_of_a_dense_model(run: Run, tiny_folder: Path) -> None:
     assert "not a routing folder" in run("benchmark", tiny_folder).one_line_error()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["benchmark", "--engine", "warp"], "warp"),
+        (["benchmark", "--weights", "int3"], "int3"),
+        (["generate", "--prompt", "x", "--execution", "sparse", "--weights", "int8"], "int8"),
+        (["generate", "--prompt", "x", "--execution", "native", "--kv", "drop"], "drop"),
+    ],
+)
+def test_engines_that_cannot_be(run: Run, routing_folder: Path, arguments: list[str], named: str) -> None:
+    command, *rest = arguments
+    assert named in run(command, routing_folder, *rest, "-q").one_line_error()
+
+
 def test_prompt_that_is_empty(run: Run, tiny_folder: Path) -> None:
     assert "prompt is empty" in run("generate", tiny_folder, "--prompt", " ").one_line_error()
 

@@ -127,6 +127,30 @@ def test_generate_options(run: Run, routing_folder: Path, options: list[object])
     assert outcome.code == 0, outcome.err
 
 
+def test_engines_and_formats_generate_and_score(run: Run, routing_folder: Path, small: list[object]) -> None:
+    texts = {}
+    for options in (["--execution", "masked"], ["--execution", "sparse"], ["--execution", "native"], []):
+        arguments = ["generate", routing_folder, "--prompt", "the river", "-n", 12, *options, "--json", "-", "-q"]
+        texts[" ".join(map(str, options))] = run(*arguments).json["result"]["samples"][0]["text"]
+    assert len(set(texts.values())) == 1, texts
+    scores = []
+    for weights in ([], ["--weights", "float32"], ["--weights", "int8"]):
+        outcome = run("evaluate", routing_folder, *small, "-s", 0, "-s", 0.25, *weights, "--json", "-", "-q")
+        assert outcome.code == 0, outcome.err
+        runs = outcome.json["result"]["runs"]
+        scores.append([next(iter(one["tasks"].values()))["token_perplexity"] for one in runs])
+    assert scores[1] == pytest.approx(scores[0], rel=1e-3)
+    assert scores[2] == pytest.approx(scores[0], rel=0.05)
+
+
+def test_profile_says_where_the_time_goes(run: Run, routing_folder: Path, text_file: Path) -> None:
+    sizes = ["--prompt-tokens", 16, "--new-tokens", 2, "--repeats", 1, "--engine", "native", "--weights", "int8"]
+    outcome = run("benchmark", routing_folder, *sizes, "-s", 0.25, "--data", text_file, "--profile", "-q")
+    assert outcome.code == 0, outcome.err
+    assert "gate_up" in outcome.out
+    assert "native int8" in outcome.out
+
+
 def test_generate_reads_stdin(run: Run, routing_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import io
 
@@ -171,7 +195,8 @@ def test_benchmark_rows(run: Run, routing_folder: Path, text_file: Path) -> None
         dense = [row for row in group if row["sparsity"]["target"] == 0]
         # the fastest dense engine is the measure
         assert max(row["speedup_vs_dense"] for row in dense) == pytest.approx(1)
-        routed = next(row for row in group if row["sparsity"]["target"])
+        # with so few rows the native engine may find that executing all is faster
+        routed = next(row for row in group if row["sparsity"]["target"] and row["engine"] == "torch")
         assert routed["sparsity"]["units"] > 0
 
 

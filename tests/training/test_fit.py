@@ -380,6 +380,41 @@ def test_every_setting_runs_to_the_end(recipe: Recipe, tmp_path: Path, overrides
         assert torch.isfinite(model(ids).logits).all()
 
 
+def test_latency_budget_measures_once_and_keeps_its_table(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from informed_routing.config import LatencyGains
+    from informed_routing.training import fit as module
+
+    measured = []
+    table = {"attention": 0.2, "ffn": 0.5, "overhead": 0.01, "seconds": 1.0, "tokens": 32, "engine": "e", "cpu": "c"}
+
+    def fake(*_: object, **__: object) -> LatencyGains:
+        measured.append(1)
+        return LatencyGains(**table)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "measure_latency", fake)
+    chosen = recipe.with_overrides({"route.budget": "latency", "stages": ["forecast", "route"]})
+    with pytest.raises(KeyboardInterrupt):
+        fit(chosen, tmp_path / "out", progress=_StopAt("route", 4))
+    fit(chosen, tmp_path / "out", resume=True)
+    assert len(measured) == 1
+    model = RoutedModelForCausalLM.from_pretrained(tmp_path / "out")
+    config = model.routing_config
+    assert config.budget == "latency"
+    assert config.latency == LatencyGains(**table)  # type: ignore[arg-type]
+    for row in config.thresholds:
+        assert row.latency == pytest.approx(config.latency.saved(row.attention, row.ffn))
+    model.set_sparsity(0.2)
+    model.set_sparsity(0.2, "units")
+
+
+def test_other_budgets_have_no_latency_table(recipe: Recipe, whole: dict[str, Any]) -> None:
+    model = RoutedModelForCausalLM.from_pretrained(_uninterrupted(whole, recipe))
+    with pytest.raises(InputError, match="latency"):
+        model.set_sparsity(0.2, "latency")
+
+
 def test_api_of_the_contract(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     import informed_routing as ir
 

@@ -50,9 +50,9 @@ def unsupported(model: Any) -> str | None:
         return "rotary embeddings cover only part of a head"
     for layer in model.decoder.layers:
         for unit in (layer.attention_routing, layer.ffn_routing):
-            for child in unit.unit.module(layer).modules():
+            for child in unit.unit.module(layer).children():
                 plain = type(child) is nn.Linear or type(child).__name__.endswith("RMSNorm")
-                if not plain and next(child.parameters(recurse=False), None) is not None:
+                if not plain and next(child.parameters(), None) is not None:
                     return f"a {type(child).__name__} in layer {unit.index // 2} (merge adapters first)"
     return None
 
@@ -241,6 +241,7 @@ class CpuEngine:
         forced = None
         if choices is not None:
             forced = choices.repeat(self.units // 2)[:, None, None].expand(-1, batch, length)
+        model.stats.add_tokens(length, 0, rows.start, None, routed=choices is not None)
         return self.forward(embeddings, rope, rows, None, model.routing_state, model.stats, forced=forced)
 
     def _room(self, cache: Cache | None, batch: int, length: int) -> tuple[int, Sequence[PackedLayer]]:

@@ -69,7 +69,8 @@ def price_table(engine: CpuEngine) -> PriceTable:
     path = cache_dir() / "native" / f"prices-{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        return PriceTable(**{name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()})
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
+        return PriceTable(**values)
     except (OSError, ValueError, TypeError):
         table = measure(engine)
         write_json(path, asdict(table))
