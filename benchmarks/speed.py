@@ -139,6 +139,31 @@ def formats() -> Any:
     return rows
 
 
+def torchao() -> Any:
+    """torchao's int8 weight-only under the torch back end: speed and perplexity of the four combinations."""
+    from torchao import __version__ as version
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    def units_only(module: torch.nn.Module, name: str) -> bool:
+        return isinstance(module, torch.nn.Linear) and (".self_attn." in name or ".mlp." in name)
+
+    plain, quantised = routed(), routed()
+    quantize_(quantised, Int8WeightOnlyConfig(), filter_fn=units_only)
+    engines: list[Engine] = []
+    for name, model in (("torch float32", plain), ("torch int8 (torchao)", quantised)):
+        engine = RoutedEngine(model)
+        engine.name = engine.weights = name  # each is compared with its own dense
+        engines.append(engine)
+    settings: dict[str, Any] = {"sparsities": (0.25,), "budget": "units", "repeats": 5, "progress": PROGRESS}
+    found = benchmark_rows(engines, text(), prompt_tokens=(256,), new_tokens=(16,), **settings)
+    scores = []
+    for engine in engines:
+        for target in (0.0, 0.25):
+            engine.use(target, "units")
+            scores.append({"engine": engine.name, "target": target, "perplexity": perplexity(engine.model, 8)})
+    return {"torchao": version, "rows": found, "scores": scores}
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Agreement with the masked reference
 # ---------------------------------------------------------------------------------------------------------
@@ -413,7 +438,7 @@ def lengths() -> Any:
         budget="units",
         prompt_tokens=LENGTHS,
         phases=("prefill",),
-        repeats=3,
+        repeats=2,
         warmup=0,
         progress=PROGRESS,
     )
@@ -422,7 +447,7 @@ def lengths() -> Any:
     memory = []
     for engine in ("native", "transformers"):
         for target in (0.0,) if engine == "transformers" else (0.0, 0.4):
-            for length in LENGTHS:
+            for length in LENGTHS[::2]:
                 command = [sys.executable, __file__, "--peak", engine, str(target), str(length)]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 memory.append(
@@ -467,7 +492,7 @@ def peak(name: str, target: float, length: int) -> float:
 
 
 SECTIONS: dict[str, Callable[[], Any]] = {
-    f.__name__: f for f in (prefill, decode, batches, formats, agreement, budgets, depth, lengths)
+    f.__name__: f for f in (prefill, decode, batches, formats, torchao, agreement, budgets, depth, lengths)
 }
 
 

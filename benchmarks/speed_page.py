@@ -28,7 +28,9 @@ def main() -> None:
     ]
     for name, section in SECTIONS.items():
         if name in records:
-            parts += [*section(records[name]["result"]), machine(records[name]["environment"])]
+            record = records[name]
+            parts += section(record.get("result", record))
+            parts += [machine(record["environment"])] if "environment" in record else []
     (ROOT / "docs" / "benchmarks.md").write_text("\n\n".join(parts) + "\n")
     if "lengths" in records:
         plot(records["lengths"]["result"])
@@ -161,6 +163,39 @@ def depth(result: Row) -> list[str]:
     ]
 
 
+def torchao(result: Row) -> list[str]:
+    body = [
+        [
+            row["engine"],
+            f"{100 * row['target']:.0f} %" if row["target"] else "dense",
+            f"{row['perplexity']['wiki']:.2f}",
+            f"{row['perplexity']['c4']:.2f}",
+        ]
+        for row in result["scores"]
+    ]
+    return [
+        "## torchao under the torch back end: `python benchmarks/speed.py torchao`",
+        f"Int8 weight-only of torchao {result['torchao']}, not compiled, on the units' matrices; speed-ups against the "
+        "same weights dense. Perplexity on 8 sequences of 512 tokens of each text.",
+        speed(result["rows"], per_token=False),
+        markdown(["engine", "units", "Wikipedia", "C4"], body),
+    ]
+
+
+def openvino(result: Row) -> list[str]:
+    body = []
+    for row in result["rows"]:
+        error = "" if row["logit_error"] is None else f"{row['logit_error']:.1e}"
+        cells = [row["weights"], row["phase"], row["target"], f"{1e3 * row['median']:.1f}"]
+        body.append([*cells, f"{row['tokens_per_second']:.0f}", f"{row['speedup_vs_dense']:.2f}x", error])
+    return [
+        "## The routed model as an OpenVINO graph: `python benchmarks/openvino_routed.py`",
+        f"OpenVINO {result['openvino']}, `If` on each unit's margin in decode, gather and scatter in prefill, weights "
+        f"by NNCF; a prompt of {result['prompt_tokens']} tokens. Error: of the last logits against the torch back end.",
+        markdown(["weights", "phase", "units", "ms (decode: a token)", "tokens/s", "speed-up", "logit error"], body),
+    ]
+
+
 def agreement(rows: list[Row]) -> list[str]:
     body = [
         [row["path"], f"{row['largest']:.2e}", f"{row['median']:.2e}", f"{row['texts_equal']} of {row['texts']}"]
@@ -191,7 +226,8 @@ def lengths(result: Row) -> list[str]:
 
 
 SECTIONS: dict[str, Callable[[Any], list[str]]] = {
-    f.__name__: f for f in (prefill, decode, batches, others, formats, agreement, budgets, depth, lengths)
+    f.__name__: f
+    for f in (prefill, decode, batches, others, openvino, formats, torchao, agreement, budgets, depth, lengths)
 }
 
 

@@ -198,7 +198,7 @@ class RoutedModelForCausalLM(PreTrainedModel):
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Last hidden states [B, N, d] without the LM head, which training and evaluation apply in chunks."""
-        if self.routing_state.native is not None:
+        if self.runs_native:
             from .execution.cpu import dispatch
 
             native = dispatch.hidden_states(self, input_ids, attention_mask)
@@ -206,6 +206,15 @@ class RoutedModelForCausalLM(PreTrainedModel):
                 return native
         output = self.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return cast(Tensor, output.last_hidden_state)
+
+    @property
+    def runs_native(self) -> bool:
+        """Whether a forward would now go to the native engine: chosen, in evaluation mode, without gradients."""
+        if self.routing_state.native is None:
+            return False
+        from .execution.cpu import dispatch
+
+        return dispatch.may_run(self)
 
     # -- the dial ---------------------------------------------------------------------------------------
 

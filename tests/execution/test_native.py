@@ -272,6 +272,22 @@ def test_without_a_compiler_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -
         build.library_path.cache_clear()
 
 
+def test_a_failing_compiler_leaves_nothing_and_falls_back(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from informed_routing.evaluation.engines import native_reason
+
+    monkeypatch.setenv("INFORMED_ROUTING_CACHE", str(tmp_path))
+    monkeypatch.setenv(build.FLAGS_VARIABLE, "--no-such-flag")
+    build.library.cache_clear()
+    build.library_path.cache_clear()
+    try:
+        assert not build.is_built()
+        assert "did not compile" in str(native_reason(make_routed("llama")))
+        assert not any((tmp_path / "native").iterdir())
+    finally:
+        build.library.cache_clear()
+        build.library_path.cache_clear()
+
+
 @pytest.mark.parametrize("weights", list(FORMATS))
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 13, 200])
 def test_products_of_every_format_and_number_of_rows(weights: Weights, rows: int) -> None:

@@ -84,7 +84,7 @@ def benchmark(
         for target in targets:
             loaded.model.set_sparsity(target, budget)  # a value out of range is refused before anything is timed
         names: list[str] = list(engine or ["native", "torch", "transformers"])
-        reason = native_reason(loaded.model) if kv != "drop" else "kv='drop' needs the torch engine"
+        reason = native_reason(loaded.model, run.progress) if kv != "drop" else "kv='drop' needs the torch engine"
         if reason is not None and "native" in names:
             if engine:
                 raise InputError(f"the native engine cannot run {folder}: {reason}", "Leave out --engine native")

@@ -158,7 +158,7 @@ def _speed(run: Session, loaded: Loaded, targets: Sequence[float], repeats: int)
 
     from .loading import load_base_of, prompt_text
 
-    names = ["torch" if native_reason(loaded.model) else "native", "transformers"]
+    names = ["torch" if native_reason(loaded.model, run.progress) else "native", "transformers"]
     weights = "bfloat16" if dtype_name(loaded.model) == "bfloat16" else "float32"
     engines = make_engines(load_base_of(loaded, run), loaded.model, names, [weights])
     text = prompt_text(PROMPT_TEXTS, loaded.tokenizer, _PREFILL)

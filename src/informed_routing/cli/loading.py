@@ -56,7 +56,7 @@ def choose_execution(run: Session, model: Any, execution: str, weights: str | No
 
     kv = kv or model.routing_config.kv
     if execution == "auto":
-        reason = "kv='drop'" if kv == "drop" else native_reason(model)
+        reason = "kv='drop'" if kv == "drop" else native_reason(model, run.progress)
         if reason and weights:
             raise InputError(f"--weights {weights} needs the native engine, which cannot run: {reason}", "Leave it out")
         execution = "sparse" if reason else "native"

@@ -234,6 +234,9 @@ def _summed(logits: Tensor, targets: Tensor) -> float:
 
 def _hidden_states(model: Any, inputs: Tensor) -> tuple[Tensor | None, Tensor]:
     """Last hidden states `[b, L, d]` and the model's own logits `[b, vocabulary]` of the last position."""
+    if getattr(model, "runs_native", False):
+        hidden = model.hidden_states(inputs)
+        return hidden, _head(model, hidden[:, -1])
     kept: list[Tensor] = []
 
     def keep(_module: torch.nn.Module, _arguments: Any, output: Any) -> None:
@@ -251,6 +254,8 @@ def _hidden_states(model: Any, inputs: Tensor) -> tuple[Tensor | None, Tensor]:
 
 def _head(model: Any, hidden: Tensor) -> Tensor:
     """Logits of hidden states `[rows, d]`, with Gemma 2's soft cap (other tails are found by comparison)."""
+    if getattr(model, "runs_native", False):
+        return cast(Tensor, model.routing_state.native.of(model).head(hidden))
     logits: Tensor = model.get_output_embeddings()(hidden)
     cap = getattr(model.config, "final_logit_softcapping", None)
     return torch.tanh(logits / cap) * cap if cap else logits

@@ -195,6 +195,7 @@ class RoutingStats:
                 "layer": i // 2 if layers else 0,
                 "kind": self.kinds[i],
                 "executed": float(self.executed[i]) / self.tokens if self.tokens else 1.0,
+                "rounded_up": float(self.calls[i, 3] / self.calls[i].sum().clamp(min=1)),
             }
             for i in range(len(self.costs))
         ]

@@ -179,7 +179,7 @@ class _Fit:
                 length = self.recipe.route.sequence_length
                 ids = self.rows("calibration", length)[:1].to(self.model.device)
                 half = self.base.dtype == torch.bfloat16
-                weights = None if native_reason(self.model) else "bfloat16" if half else "float32"
+                weights = None if native_reason(self.model, self.progress) else "bfloat16" if half else "float32"
                 found = [measure_latency(self.model, ids, weights=weights, progress=self.progress)]
             gains = broadcast_object_list(found)[0]
         self.model.routing_config = self.model.routing_config.model_copy(update={"latency": gains})

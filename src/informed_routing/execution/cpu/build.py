@@ -13,10 +13,13 @@ import tempfile
 from importlib import resources
 from pathlib import Path
 
-from ...assets.cache import cache_dir
+from ...assets.cache import cache_dir, disk_errors
 from ...errors import InputError
 
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
+FLAGS_VARIABLE = "INFORMED_ROUTING_CXXFLAGS"
+"""Further compiler flags, such as -DINFORMED_ROUTING_WIDE (the layout of AVX-512 on any machine)."""
+
 _SOURCES = ("vec.h", "linear.h", "attention.h", "engine.cpp")
 
 
@@ -28,18 +31,33 @@ def compiler() -> str | None:
     return None
 
 
+def _target(found: str) -> tuple[Path, list[str], dict[str, str]]:
+    """Where the engine of this machine, compiler and source is or will be; flags; the sources by name."""
+    folder = resources.files(__package__) / "source"
+    texts = {name: (folder / name).read_text(encoding="utf-8") for name in _SOURCES}
+    flags = [*_FLAGS, *os.environ.get(FLAGS_VARIABLE, "").split()]
+    key = hashlib.sha256("\0".join([*texts.values(), *flags, found, _machine()]).encode()).hexdigest()[:20]
+    return cache_dir() / "native" / f"engine-{key}.so", flags, texts
+
+
+def is_built() -> bool:
+    """Whether the engine need not be compiled first, which takes some seconds."""
+    found = compiler()
+    return found is not None and _target(found)[0].is_file()
+
+
 @functools.cache
 def library_path() -> Path:
     """The compiled engine, made now if need be. Raises InputError when there is no compiler or it fails."""
     found = compiler()
     if found is None:
-        raise InputError("the native engine needs a C++ compiler and found none", "Install g++, or use --engine torch")
-    folder = resources.files(__package__) / "source"
-    texts = {name: (folder / name).read_text(encoding="utf-8") for name in _SOURCES}
-    key = hashlib.sha256("\0".join([*texts.values(), *_FLAGS, found, _machine()]).encode()).hexdigest()[:20]
-    target = cache_dir() / "native" / f"engine-{key}.so"
+        raise InputError(
+            "the native engine needs a C++ compiler and found none", "Install g++, or use the torch engine"
+        )
+    target, flags, texts = _target(found)
     if not target.is_file():
-        _compile(found, texts, target)
+        with disk_errors("compiling the native engine"):
+            _compile(found, flags, texts, target)
     return target
 
 
@@ -52,18 +70,18 @@ def library() -> ctypes.CDLL:
     return lib
 
 
-def _compile(found: str, texts: dict[str, str], target: Path) -> None:
+def _compile(found: str, flags: list[str], texts: dict[str, str], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         for name, text in texts.items():
             (Path(folder) / name).write_text(text, encoding="utf-8")
         made = Path(folder) / target.name
         done = subprocess.run(
-            [found, *_FLAGS, "-o", str(made), str(Path(folder) / "engine.cpp")], capture_output=True, text=True
+            [found, *flags, "-o", str(made), str(Path(folder) / "engine.cpp")], capture_output=True, text=True
         )
         if done.returncode:
             first = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
-            raise InputError(f"the native engine did not compile: {first}", "Use --engine torch and report this")
+            raise InputError(f"the native engine did not compile: {first}", "Use the torch engine, and report this")
         made.replace(target)  # two processes may compile at once: the last one wins, whole
 
 

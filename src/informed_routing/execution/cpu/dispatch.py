@@ -37,7 +37,7 @@ class NativeExecution:
 def causal_lm(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CausalLMOutputWithPast | None:
     """The forward of a routed causal LM by the engine, or None when a torch back end must do it."""
     wanted = kwargs.get("logits_to_keep", 0)
-    if args or kwargs.get("labels") is not None or not isinstance(wanted, int) or not _may_run(model):
+    if args or kwargs.get("labels") is not None or not isinstance(wanted, int) or not may_run(model):
         return None
     plan = _plan(model, kwargs)
     if plan is None:
@@ -49,7 +49,7 @@ def causal_lm(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Caus
 
 def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
     """Normed last hidden states [B, N, d] by the engine, or None."""
-    if not _may_run(model):
+    if not may_run(model):
         return None
     plan = _plan(model, {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False})
     return None if plan is None else plan.run(model).to(model.dtype)
@@ -61,7 +61,7 @@ def give_back(cache: Any) -> None:
         use_plain(cache)
 
 
-def _may_run(model: Any) -> bool:
+def may_run(model: Any) -> bool:
     """Inference with hard decisions and nobody watching."""
     state: RoutingState = model.routing_state
     if state.execution != "native" or model.training or torch.is_grad_enabled():

@@ -40,11 +40,13 @@ def unsupported(model: Any) -> str | None:
     if model.device.type != "cpu":
         return f"the model is on {model.device}"
     attention = model.units[0].unit.module(model.decoder.layers[0])
-    widths = {"head size": attention.head_dim, "hidden size": config.hidden_size}
     panel = int(library().ir_panel())
-    for name, width in widths.items():
-        if width % panel:
-            return f"{name} {width} is no multiple of {panel}"
+    for name, width, step in (
+        ("head size", attention.head_dim, panel // 2),
+        ("hidden size", config.hidden_size, panel),
+    ):
+        if width % step:
+            return f"{name} {width} is no multiple of {step}"
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         return "rotary embeddings cover only part of a head"
@@ -231,6 +233,16 @@ class CpuEngine:
         state.valid = None if rows.valid is None else rows.valid.bool()
         state.gates = {} if state.dense else GateBlock(gates)
         return output
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits float32 [rows, vocabulary] of normed hidden states [rows, d], by the packed head."""
+        x = hidden.float().contiguous()
+        out = torch.empty(len(x), self.vocabulary)
+        at = ctypes.c_void_p
+        self.library.ir_linear(
+            ctypes.byref(self.model.head), at(x.data_ptr()), len(x), at(out.data_ptr()), self.threads
+        )
+        return out
 
     def forced_forward(self, model: Any, ids: Tensor, choices: Tensor | None) -> Tensor:
         """Hidden states of ids [B, N] with the same choice (attention, ffn) in all layers, no cache; None is dense."""

@@ -90,7 +90,8 @@ static void attend(
                 const float* a[M];
                 for (int r = 0; r < M; r++) a[r] = scores + (i0 + r) * KEY_BLOCK;
                 const T* v = kv.values + (size_t)start * hd;
-                for (int c = 0; c < hd; c += NR) {
+                int c = 0;
+                for (; c + NR <= hd; c += NR) {
                     vf acc[M][2];
                     for (int r = 0; r < M; r++) {
                         acc[r][0] = load(out + (i0 + r) * hd + c);
@@ -101,6 +102,12 @@ static void attend(
                         store(out + (i0 + r) * hd + c, acc[r][0]);
                         store(out + (i0 + r) * hd + c + VL, acc[r][1]);
                     }
+                }
+                if (c < hd) {
+                    vf acc[M];
+                    for (int r = 0; r < M; r++) acc[r] = load(out + (i0 + r) * hd + c);
+                    tile_half<M>(used, a, v + c, acc, hd);
+                    for (int r = 0; r < M; r++) store(out + (i0 + r) * hd + c, acc[r]);
                 }
             });
         }

@@ -136,6 +136,16 @@ INLINE void tile_plain(int k, const float* const* a, const T* b, vf acc[M][2], s
         for (int r = 0; r < M; r++) acc[r][0] += part[u][r][0], acc[r][1] += part[u][r][1];
 }
 
+// As above for the last VL columns of a b whose width is no multiple of NR.
+template <int M, class T>
+INLINE void tile_half(int k, const float* const* a, const T* b, vf acc[M], size_t ld) {
+    for (int c = 0; c < k; c++) {
+        vf b0 = load(b + c * ld);
+#pragma GCC unroll 12
+        for (int r = 0; r < M; r++) acc[r] += b0 * a[r][c];
+    }
+}
+
 template <int M>
 INLINE void tile_int8(int k, const float* const* a, const char* src, vf acc[M][2]) {
     constexpr int U = M == 1 ? 2 : 1;  // more accumulators than registers would be slower

@@ -6,7 +6,7 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(INFORMED_ROUTING_WIDE)  // the latter: test the wide layout on any machine
 constexpr int VL = 16;  // floats in a vector
 #else
 constexpr int VL = 8;
@@ -38,7 +38,7 @@ INLINE vf load(const bf16* p) {
 INLINE vi widen(const int8_t* p) { return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 INLINE vi widen(const uint8_t* p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 INLINE vf load(const _Float16* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-#elif defined(__AVX2__) && defined(__F16C__)
+#elif defined(__AVX2__) && defined(__F16C__) && !defined(INFORMED_ROUTING_WIDE)
 INLINE vi widen(const int8_t* p) { return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
 INLINE vi widen(const uint8_t* p) { return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
 INLINE vf load(const _Float16* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
