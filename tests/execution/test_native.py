@@ -42,6 +42,14 @@ def native(model: Any, weights: Weights = "float32", policy: Any = "exact") -> C
     return cast(CpuEngine, model.routing_state.native.of(model))
 
 
+def choose(model: Any, execution: str) -> None:
+    """`native` as the routers say, or a torch back end."""
+    if execution == "native":
+        native(model)
+    else:
+        model.set_execution(execution)
+
+
 def rounded(model: Any, weights: Weights) -> Any:
     """A copy of the model whose matrices hold what the packed format really stands for."""
     model = copy.deepcopy(model)
@@ -97,16 +105,13 @@ def test_two_hundred_random_selections_agree_with_the_masked_reference(weights: 
 @pytest.mark.parametrize("router", ["linear", "low-rank", "mlp"])
 def test_families_routers_and_padding(family: str, router: str) -> None:
     model = make_routed(family, router=router)
-    ids = random_ids(3, 90)
-    for mask in (None, left_padded(ids, (0, 5, 40))):
+    ids = random_ids(3, 140)
+    for mask in (None, left_padded(ids, (0, 5, 130))):
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         for decision in (AlwaysExecute(), Threshold(-0.5), Threshold(0.0), Threshold(1e9)):
             logits, counts = [], []
             for execution in ("sparse", "native"):
-                if execution == "native":
-                    native(model)
-                else:
-                    model.set_execution("sparse")
+                choose(model, execution)
                 model.set_decision(decision)
                 with torch.inference_mode():
                     logits.append(model(input_ids=ids, attention_mask=mask).logits[real])
@@ -124,10 +129,7 @@ def test_generate_gives_the_text_of_the_torch_back_end(fallback: str, settings: 
     mask = left_padded(ids, (0, 5, 12))
     texts = []
     for execution in ("sparse", "native"):
-        if execution == "native":
-            native(model)
-        else:
-            model.set_execution("sparse")
+        choose(model, execution)
         model.set_decision(Threshold(0.0))
         torch.manual_seed(3)
         texts.append(model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=70, **settings))
@@ -140,10 +142,7 @@ def test_long_decode_splits_keys_and_grows_the_cache() -> None:
     with torch.inference_mode():
         logits = []
         for execution in ("sparse", "native"):
-            if execution == "native":
-                native(model)
-            else:
-                model.set_execution("sparse")
+            choose(model, execution)
             model.set_decision(Threshold(0.0))
             output = model(input_ids=ids[:, :600], use_cache=True)
             rows = [output.logits[:, -1]]

@@ -378,7 +378,9 @@ struct Forward {
             attend(kv, n, q.data(), first.data(), last.data(), since, until, local.data(), state.data(), scores.data());
             for (int r = 0; r < n; r++) {
                 float* out = mixed + (size_t)(from + r / shared) * width + (size_t)(h * shared + r % shared) * hd;
-                for (int e = 0; e < hd; e += VL) store(out + e, load(local.data() + r * hd + e) / state[r].mass);
+                // Padding may see no key at all; what it gets only must be a number.
+                const float inverse = state[r].mass > 0 ? 1.0f / state[r].mass : 0.0f;
+                for (int e = 0; e < hd; e += VL) store(out + e, load(local.data() + r * hd + e) * inverse);
             }
         }
         if (splits == 1) return;
@@ -398,7 +400,8 @@ struct Forward {
                     for (int e = 0; e < hd; e += VL)
                         store(out + e, load(out + e) + load(s.partial.store.data() + at(p) * hd + e) * w);
                 }
-                for (int e = 0; e < hd; e += VL) store(out + e, load(out + e) / mass);
+                const float inverse = mass > 0 ? 1.0f / mass : 0.0f;
+                for (int e = 0; e < hd; e += VL) store(out + e, load(out + e) * inverse);
             }
         }
     }
