@@ -172,6 +172,24 @@ def test_calls_that_the_engine_does_not_do_go_to_torch_with_the_same_cache() -> 
     assert model(input_ids=ids).logits.requires_grad
 
 
+def test_prefill_may_be_left_to_torch_and_decode_goes_on_with_its_cache() -> None:
+    model = make_routed("llama", eos_token_id=None)
+    engine = native(model)
+    model.set_decision(Threshold(0.0))
+    ids = random_ids(2, 150)
+    texts = []
+    for faster in (False, True):
+        engine.torch_prefill = faster
+        texts.append(model.generate(input_ids=ids, max_new_tokens=20, do_sample=False))
+    assert torch.equal(*texts)
+    with torch.inference_mode():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        assert not is_packed(cache)
+        model(input_ids=ids[:, :1], past_key_values=cache)
+    assert is_packed(cache)
+    assert cache.get_seq_length() == 151
+
+
 def test_masks_with_holes_go_to_torch() -> None:
     real = torch.ones(1, 8, dtype=torch.long)
     real[0, 3] = 0
@@ -210,7 +228,7 @@ def test_policy_executes_whole_calls_where_skipping_costs_more() -> None:
         exact = model(input_ids=ids).logits
         assert 0.1 < model.routing_stats()["units"] < 0.9
         for price, units in ((dear, 0.0), (free, None)):
-            engine.use_prices(PriceTable(ROWS, flat, flat, price, 1e10, 1e10))
+            engine.use_prices(PriceTable(ROWS, flat, flat, price, 1e10, 1e10, 1e10))
             model.reset_routing_stats()
             found = model(input_ids=ids).logits
             if units == 0.0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 BLOCK = 64
@@ -41,6 +42,19 @@ class PackedLayer(DynamicLayer):
             self.values[:, :, : old_values.shape[2]] = old_values
         self.is_initialized = True
 
+    def take(self, keys: Tensor, values: Tensor) -> None:
+        """Fill an empty layer with keys and values [B, heads, S, head_dim] as transformers keeps them."""
+        batch, _, length, _ = keys.shape
+        self.reserve(batch, length + 1)
+        assert self.keys is not None
+        assert self.values is not None
+        heads, head_dim, panel = self.shape
+        rows = torch.zeros_like(self.values)
+        rows[:, :, :length] = keys
+        self.keys.copy_(rows.view(batch, heads, -1, panel, head_dim).transpose(3, 4))
+        self.values[:, :, :length] = values
+        self.length = length
+
     def get_seq_length(self) -> int:
         return self.length
 
@@ -69,7 +83,10 @@ def is_packed(cache: Any) -> bool:
 
 
 def use_packed(cache: Cache, layers: list[PackedLayer]) -> None:
-    """Make an empty dynamic cache, in place, one of the engine."""
+    """Make a dynamic cache, in place, one of the engine, with what it holds."""
+    for old, new in zip(cache.layers, layers, strict=False):
+        if old.get_seq_length() and old.keys is not None and old.values is not None:  # type: ignore[union-attr]
+            new.take(old.keys, old.values)  # type: ignore[union-attr]
     cache.layers = list(layers)
 
 

@@ -106,6 +106,8 @@ def _plan(model: Any, kwargs: dict[str, Any]) -> _Plan | None:
     native: NativeExecution = model.routing_state.native
     # Weights do not change between the tokens of one generation: comparing them once a prompt is enough.
     engine = native.engine if native.engine is not None and past and length == 1 else native.of(model)
+    if engine.leaves_to_torch(batch * length):
+        return None
     use_cache = kwargs.get("use_cache")
     if cache is None and (config.use_cache if use_cache is None else use_cache):
         cache = DynamicCache(config=config)

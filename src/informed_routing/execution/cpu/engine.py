@@ -27,6 +27,12 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3")
 Policy = Literal["auto", "exact"]
 """auto: execute a unit's whole call where that is faster than skipping; exact: always as the routers say."""
 
+MANY_ROWS = 128
+"""Rows from which arithmetic, not memory, decides."""
+
+TORCH_ADVANTAGE = 2.0
+"""How much faster torch's products must be before a prefill goes there: its other operations are slower."""
+
 PHASES = ("route", "project", "cache", "attend", "out", "gate_up", "down", "head")
 
 
@@ -132,6 +138,7 @@ class CpuEngine:
         )
         self.vocabulary = head.weight.shape[0]
         self.prices = Prices()
+        self.torch_prefill = False
         self.table: PriceTable | None = None
         if policy == "auto":
             self.use_prices(price_table(self))
@@ -145,6 +152,8 @@ class CpuEngine:
     def use_prices(self, table: PriceTable) -> None:
         """Execute whole calls of a unit where, by this table, skipping some of its rows would take longer."""
         self.table = table
+        faster = table.torch_macs_per_second > TORCH_ADVANTAGE * table.macs_per_second
+        self.torch_prefill = faster and self.weights in ("float32", "bfloat16")
         execute = [table.per_row(seconds) for seconds in (table.attention, table.ffn)]
         approximate = table.per_row(table.forecaster)
         self.prices = Prices(limit=len(approximate))
@@ -170,11 +179,21 @@ class CpuEngine:
 
     @staticmethod
     def accepts(cache: Any) -> bool:
-        """Whether a cache is the engine's own, or an empty one that can become so."""
+        """Whether a cache is the engine's own, or a plain one that can become so."""
         if cache is None or is_packed(cache):
             return True
-        plain = type(cache) is DynamicCache and cache.get_seq_length() == 0
-        return plain and all(isinstance(layer, DynamicLayer) for layer in cache.layers)
+        if type(cache) is not DynamicCache:
+            return False
+        # Sliding layers that hold something have forgotten keys: their places are not those of the engine.
+        empty = cache.get_seq_length() == 0
+        return all(isinstance(layer, DynamicLayer) if empty else type(layer) is DynamicLayer for layer in cache.layers)
+
+    def leaves_to_torch(self, rows: int) -> bool:
+        """Whether torch's own products would do a call of so many rows faster, having matrix instructions for it.
+
+        Only for formats that torch has, too; the cache goes back and forth.
+        """
+        return self.torch_prefill and rows >= MANY_ROWS
 
     def forward(
         self,

@@ -44,6 +44,8 @@ class PriceTable:
     forecaster: tuple[float, ...]
     bytes_per_second: float
     macs_per_second: float
+    torch_macs_per_second: float
+    """Of torch's own products of many rows, in the format of the model: higher where it has matrix instructions."""
 
     @property
     def balance(self) -> Balance:
@@ -122,4 +124,18 @@ def measure(engine: CpuEngine) -> PriceTable:
         forecaster=prices["forecaster"],
         bytes_per_second=stored / prices["ffn"][0],
         macs_per_second=weights * MANY / seconds("ffn", MANY),
+        torch_macs_per_second=_torch_rate(groups["ffn"][0][0], engine.weights),
     )
+
+
+def _torch_rate(layer: Any, weights: str) -> float:
+    """MACs per second of torch's product of the shape of a packed layer with many rows."""
+    dtype = torch.bfloat16 if weights == "bfloat16" else torch.float32
+    x, w = torch.zeros(MANY, layer.k, dtype=dtype), torch.zeros(layer.n, layer.k, dtype=dtype)
+    runs = []
+    with torch.inference_mode():
+        for _ in range(4):
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, w)
+            runs.append(time.perf_counter() - start)
+    return layer.n * layer.k * MANY / statistics.median(runs[1:])
