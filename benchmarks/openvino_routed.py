@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "out" / "openvino"
-PROMPT, NEW, REPEATS = 256, 32, 5
+PROMPT, NEW, REPEATS = 128, 32, 3
 TARGETS = (0.25, 0.4)
 
 
@@ -140,7 +140,7 @@ class Graph:
     def branch(self, condition: Any, then: Any, otherwise: Any, inputs: list[Any]) -> Any:
         """`If` over two functions of the same inputs (shapes kept)."""
         op, ov = self.op, self.ov
-        chosen = op.if_op(op.squeeze(condition))
+        chosen = op.if_op(op.reshape(condition, self.constant([1], self.np.int64), False).output(0))
         bodies = []
         for function in (then, otherwise):
             parameters = [op.parameter(x.get_partial_shape(), ov.Type.f32) for x in inputs]
@@ -158,7 +158,8 @@ class Graph:
         cos = op.parameter([1, 1, length, self.head_dim], ov.Type.f32, "cos")
         sin = op.parameter([1, 1, length, self.head_dim], ov.Type.f32, "sin")
         hidden = op.gather(self.constant(self.w["model.embed_tokens.weight"]), ids, self.constant(0, i64)).output(0)
-        causal = self.constant(self.np.triu(self.np.full((PROMPT, PROMPT), -1e9), 1))
+        mask = self.np.triu(self.np.full((PROMPT, PROMPT), -1e4, self.np.float32), 1)
+        causal = op.constant(mask, name="keep/causal")  # not a weight, though NNCF would take it for one
         sinks: list[Any] = []
         for layer in range(self.layers):
             hidden = self.attention_unit(hidden, layer, cos, sin, causal, sinks)
@@ -279,7 +280,7 @@ def run() -> None:
 
     def prefill(engine: Any) -> tuple[float, Any]:
         request = engine.create_infer_request()
-        feed = {"ids": ids[None, :PROMPT], "cos": cos[:, :, :PROMPT], "sin": sin[:, :, :PROMPT]}
+        feed = {0: ids[None, :PROMPT], 1: cos[:, :, :PROMPT], 2: sin[:, :, :PROMPT]}
         start = time.perf_counter()
         logits = next(iter(request.infer(feed).values()))
         return time.perf_counter() - start, logits[0, 0]
@@ -291,7 +292,7 @@ def run() -> None:
             if place == PROMPT:
                 start = time.perf_counter()
             rope = (table[:, :, place : place + 1] for table in (cos, sin))
-            feed = dict(zip(("ids", "cos", "sin"), (ids[None, place : place + 1], *rope), strict=True))
+            feed = dict(enumerate((ids[None, place : place + 1], *rope)))
             logits = next(iter(request.infer(feed).values()))[0, 0]
             logits.argmax()
         return (time.perf_counter() - start) / NEW, logits
@@ -303,7 +304,7 @@ def run() -> None:
             took, logits = prefill(engine) if name.endswith("prefill") else decode(engine)
             if turn:
                 seconds[name].append(took)
-            if name in ("float32 dense prefill", "float32 25 % prefill"):
+            if name.endswith(("dense prefill", "25 % prefill")):  # quantised paths can be fast and wrong
                 wanted = arrays["dense_logits" if "dense" in name else "routed_logits"]
                 errors[name] = float(abs(logits - wanted).max())
         print(f"round {turn} of {REPEATS}", flush=True)

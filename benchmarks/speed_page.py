@@ -205,7 +205,8 @@ def agreement(rows: list[Row]) -> list[str]:
         "## Agreement with the masked reference: `python benchmarks/speed.py agreement`",
         "Largest and median error of a logit over 200 random selections of the real model's units (logits have a "
         "standard deviation of about 3), and greedy continuations of 32 tokens that are the reference's own. The "
-        "reference computes both branches in float32, with the weights that the format stands for.",
+        "reference computes both branches in float32, with the weights that the format stands for, and a float32 "
+        "cache: what bfloat16, int8 and int4 differ by is their bfloat16 cache.",
         markdown(["path", "largest error", "median of largest", "same text"], body),
     ]
 
