@@ -151,9 +151,9 @@ def torchao() -> Any:
     quantize_(quantised, Int8WeightOnlyConfig(), filter_fn=units_only)
     engines: list[Engine] = []
     for name, model in (("torch float32", plain), ("torch int8 (torchao)", quantised)):
-        engine = RoutedEngine(model)
-        engine.name = engine.weights = name  # each is compared with its own dense
-        engines.append(engine)
+        own = RoutedEngine(model)
+        own.name = own.weights = name  # each is compared with its own dense
+        engines.append(own)
     settings: dict[str, Any] = {"sparsities": (0.25,), "budget": "units", "repeats": 5, "progress": PROGRESS}
     found = benchmark_rows(engines, text(), prompt_tokens=(256,), new_tokens=(16,), **settings)
     scores = []
