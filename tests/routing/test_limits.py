@@ -55,13 +55,3 @@ def test_arithmetic_bound_limit_is_that_of_the_macs() -> None:
     found = limit_speedup(model.stats, STORAGE["float32"], ARITHMETIC_BOUND, head, 2, decode=False)
     assert found == pytest.approx(expected)
     assert found > 1
-
-
-def test_formats_take_the_bytes_that_the_engine_packs() -> None:
-    from informed_routing.execution.cpu import build
-    from informed_routing.execution.cpu.packing import FORMATS
-
-    if build.compiler() is None:
-        pytest.skip("no C++ compiler")
-    for name, kind in FORMATS.items():
-        assert build.library().ir_packed_bytes(kind, 64, 96) == 64 * 96 * STORAGE[name].body

@@ -100,8 +100,10 @@ def _plan(model: Any, kwargs: dict[str, Any]) -> _Plan | None:
         embeddings = model.decoder.embed_tokens(kwargs["input_ids"])
     batch, length = embeddings.shape[:2]
     past = 0 if cache is None else cache.get_seq_length()
+    if mask is not None and tuple(mask.shape) != (batch, past + length):
+        return None
     rows = Rows.from_mask(mask, batch, length)
-    if rows is None or (mask is not None and mask.shape[1] != past + length):
+    if rows is None:
         return None
     native: NativeExecution = model.routing_state.native
     # Weights do not change between the tokens of one generation: comparing them once a prompt is enough.

@@ -17,7 +17,7 @@ from ...models.families import family_of
 from ...routing.decision import AlwaysExecute, Threshold
 from ...routing.routed_unit import GateBlock, RoutingState
 from .build import library
-from .cache import PackedLayer, is_packed, use_packed
+from .cache import PackedLayer, is_packed, use_packed, use_plain
 from .packing import FORMATS, Call, Layer, Model, Packer, Prices, Weights
 from .prices import PriceTable, price_table
 
@@ -211,15 +211,21 @@ class CpuEngine:
 
         `embeddings` [B, N, d] are read, not changed; `rope` is (cos, sin), each [B or 1, N, head_dim]. `cache` must
         be accepted (see `accepts`); it gets the new keys. `forced` bool [units, B, N] replaces the routers' choices.
+        Raises InputError for a cache of another batch size and tables of another length: C++ would not notice.
         """
         batch, length, d = embeddings.shape
         hidden = embeddings.to(torch.float32, copy=True).contiguous()
         cos, sin = (part.float().expand(batch, -1, -1).contiguous() for part in rope)
+        if cos.shape != (batch, length, self.model.head_dim) or len(rows.start) != batch:
+            raise InputError(f"{tuple(cos.shape)} are no positions of {batch} x {length} tokens", "Give one for each")
         past, layers = self._room(cache, batch, length)
         gates = torch.empty(self.units, batch, length, dtype=torch.bool)
         output = torch.empty(batch, keep, self.vocabulary) if keep else torch.empty(batch, length, d)
         forced = None if forced is None else forced.to(torch.uint8).contiguous()
         pointers = ctypes.c_void_p * len(layers)
+        # Named, so that they live as long as the call.
+        keys = pointers(*[cast(Tensor, layer.keys).data_ptr() for layer in layers])
+        values = pointers(*[cast(Tensor, layer.values).data_ptr() for layer in layers])
         decision = state.decision
         call = Call(
             hidden=hidden.data_ptr(),
@@ -227,8 +233,8 @@ class CpuEngine:
             sin=sin.data_ptr(),
             valid=None if rows.valid is None else rows.valid.data_ptr(),
             start=rows.start.data_ptr(),
-            keys=ctypes.cast(pointers(*[cast(Tensor, layer.keys).data_ptr() for layer in layers]), ctypes.c_void_p),
-            values=ctypes.cast(pointers(*[cast(Tensor, layer.values).data_ptr() for layer in layers]), ctypes.c_void_p),
+            keys=ctypes.addressof(keys),
+            values=ctypes.addressof(values),
             forced=None if forced is None else forced.data_ptr(),
             gates=gates.data_ptr(),
             executed=stats.executed.data_ptr(),
@@ -282,8 +288,16 @@ class CpuEngine:
             return 0, [layer] * (self.units // 2)
         if not is_packed(cache):
             use_packed(cache, self.fresh_layers())
+        elif cast(PackedLayer, cache.layers[0]).dtype != self.kv_dtype:  # begun with another format of weights
+            use_plain(cache)
+            use_packed(cache, self.fresh_layers())
         layers = cast(list[PackedLayer], cache.layers)
-        past = layers[0].length
+        past, stored = layers[0].length, layers[0].values
+        if stored is not None and len(stored) != batch:
+            if past:
+                raise InputError(f"the cache holds {len(stored)} sequences, the call has {batch}", "Use a fresh cache")
+            for layer in layers:
+                layer.reset()
         if not layers[0].has_room(past + length):
             for layer in layers:
                 layer.reserve(batch, past + length + 1)
