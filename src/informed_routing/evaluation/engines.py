@@ -9,8 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from informed_routing.errors import InformedRoutingError, InputError
-from informed_routing.progress import Progress
+from informed_routing.errors import InputError
 from informed_routing.routing.limits import STORAGE, Balance, Storage
 
 EngineName = Literal["native", "torch", "transformers", "compiled"]
@@ -115,19 +114,6 @@ def make_engines(dense: Any, routed: Any, names: Sequence[str], weights: Sequenc
         else:
             raise InputError(f"engine {name!r} is not known", f"Choose some of {', '.join(ENGINES)}")
     return engines
-
-
-def native_reason(routed: Any, progress: Progress | None = None) -> str | None:
-    """Why there is no native engine for a model here; None when there is. Compiles it if need be."""
-    try:
-        from informed_routing.execution.cpu.build import compiler, is_built
-        from informed_routing.execution.cpu.engine import unsupported
-
-        if progress is not None and compiler() and not is_built():
-            progress.message("compiling the native engine for this machine (once)")
-        return unsupported(routed)
-    except InformedRoutingError as error:
-        return str(error)
 
 
 @functools.cache

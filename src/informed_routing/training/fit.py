@@ -17,9 +17,9 @@ from .. import __version__
 from ..assets import load_model, load_texts, pack
 from ..config import LatencyGains, Recipe
 from ..errors import InputError
-from ..evaluation.engines import native_reason
 from ..evaluation.environment import environment
 from ..evaluation.latency import measure_latency
+from ..execution.cpu.availability import native_reason
 from ..files import disk_error, write_json, write_several, write_text
 from ..model_card import model_card
 from ..persistence import (

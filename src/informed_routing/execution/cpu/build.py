@@ -20,7 +20,7 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trappin
 FLAGS_VARIABLE = "INFORMED_ROUTING_CXXFLAGS"
 """Further compiler flags, such as -DINFORMED_ROUTING_WIDE (the layout of AVX-512 on any machine)."""
 
-_SOURCES = ("vec.h", "linear.h", "attention.h", "engine.cpp")
+_SOURCES = ("vec.h", "linear.h", "attention.h", "interface.h", "engine.cpp")
 
 
 def compiler() -> str | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -16,13 +16,11 @@ from ...errors import InputError
 from ...models.families import family_of
 from ...routing.decision import AlwaysExecute, Threshold
 from ...routing.routed_unit import GateBlock, RoutingState
+from .availability import unsupported
 from .build import library
 from .cache import PackedLayer, is_packed, use_packed, use_plain
 from .packing import FORMATS, Call, Layer, Model, Packer, Prices, Weights
 from .prices import PriceTable, price_table
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3")
-"""Families whose decoder is: embed, then pre-norm layers with gated FFNs, then a norm and a plain head."""
 
 Policy = Literal["auto", "exact"]
 """auto: execute a unit's whole call where that is faster than skipping; exact: always as the routers say."""
@@ -34,35 +32,6 @@ TORCH_ADVANTAGE = 2.0
 """How much faster torch's products must be before a prefill goes there: its other operations are slower."""
 
 PHASES = ("route", "project", "cache", "attend", "out", "gate_up", "down", "head")
-
-
-def unsupported(model: Any) -> str | None:
-    """Why the engine cannot run this routed model; None when it can."""
-    config = model.config
-    if config.model_type not in FAMILIES:
-        return f"model family {config.model_type!r} is not one of {', '.join(FAMILIES)}"
-    if config.hidden_act not in ("silu", "swish", "gelu_pytorch_tanh"):
-        return f"activation {config.hidden_act!r}"
-    if model.device.type != "cpu":
-        return f"the model is on {model.device}"
-    attention = model.units[0].unit.module(model.decoder.layers[0])
-    panel = int(library().ir_panel())
-    for name, width, step in (
-        ("head size", attention.head_dim, panel // 2),
-        ("hidden size", config.hidden_size, panel),
-    ):
-        if width % step:
-            return f"{name} {width} is no multiple of {step}"
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        return "rotary embeddings cover only part of a head"
-    for layer in model.decoder.layers:
-        for unit in (layer.attention_routing, layer.ffn_routing):
-            for child in unit.unit.module(layer).children():
-                plain = type(child) is nn.Linear or type(child).__name__.endswith("RMSNorm")
-                if not plain and next(child.parameters(), None) is not None:
-                    return f"a {type(child).__name__} in layer {unit.index // 2} (merge adapters first)"
-    return None
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""From a routed model's modules to the structures that the engine reads (see the declarations in engine.cpp)."""
+"""From a routed model's modules to the structures that the engine reads (see source/interface.h)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,61 @@
+// What Python passes: the same fields in the same order are in packing.py.
+#pragma once
+#include "linear.h"
+
+struct Routing {
+    Linear router_in;         // hidden layer of an mlp or low-rank router; n = 0 for a linear one
+    const float* router_out;  // [d or width]: row "execute" minus row "approximate"
+    float router_bias;
+    int32_t router_relu, router_residual;
+    Linear forecast_in, forecast_out;  // n = 0: approximated tokens get nothing
+    int32_t forecast_silu;
+    int32_t pad;
+};
+
+struct Layer {
+    const float *attention_norm, *ffn_norm, *q_norm, *k_norm;
+    Linear q, kv, o, gate_up, down;
+    Routing attention, ffn;
+    float residual;
+    int32_t window, rope, gelu;
+};
+
+struct Model {
+    const Layer* layers;
+    const float* final_norm;
+    Linear head;
+    int32_t n_layers, d, heads, kv_heads, head_dim, ff, threads, kv_type;
+    float eps, scale, qk_eps;
+};
+
+// What executing or approximating n rows costs, in seconds, n = 0 .. limit - 1: see policy.py.
+struct Prices {
+    const float* execute[2];
+    const float* approximate[2];
+    int32_t limit;
+};
+
+struct Call {
+    float* hidden;           // [B N, d]: embeddings in, last hidden states out (before the final norm)
+    const float *cos, *sin;  // [B N, head_dim]
+    const uint8_t* valid;    // [B N] or null
+    const int32_t* start;    // [B]: first key that is no padding
+    void** keys;             // per layer: [B, kv_heads, capacity / NR, head_dim, NR]
+    void** values;           // per layer: [B, kv_heads, capacity, head_dim]
+    const uint8_t* forced;   // [units, B N] gates to use whatever the routers say, or null
+    uint8_t* gates;          // [units, B N] or null
+    float* margins;          // [units, B N] or null
+    double* executed;        // [units]: counts are added
+    double* executed_keys;   // [units]
+    double* calls;           // [units, 4]: calls by outcome, see enum Outcome
+    float* normed;           // [B N, d] or null: the final norm of all rows
+    float* logits;           // [B keep, vocabulary] or null
+    double* seconds;         // [PHASES] or null
+    Prices prices;
+    int32_t batch, length, past, capacity, keep, dense;
+    float threshold;
+};
+
+// What became of a unit in one call: all rows executed, some, none, or all because skipping would cost more.
+enum Outcome { ALL, SOME, NONE, ROUNDED_UP, OUTCOMES };
+enum Phase { ROUTE, PROJECT, CACHE, ATTEND, OUT, GATE_UP, DOWN, HEAD, PHASES };
