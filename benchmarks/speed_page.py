@@ -136,7 +136,7 @@ def budgets(result: Row) -> list[str]:
         body.append([row["budget"], f"{row['measured']:.3f}x", f"{found['wiki']:.2f}", f"{found['c4']:.2f}", *shares])
     dense = result["dense"]
     return [
-        "## MAC budget against unit budget at equal measured speed: `python benchmarks/speed.py budgets`",
+        "## MAC budget against unit budget at equal measured speed: `python benchmarks/equal_speed.py budgets`",
         f"Thresholds chosen so that a prefill of 1,024 tokens takes equally long. Dense: {dense['wiki']:.2f} and "
         f"{dense['c4']:.2f}.",
         markdown(["budget", "speed-up", "Wikipedia", "C4", "units", "MACs saved"], body),
@@ -156,7 +156,7 @@ def depth(result: Row) -> list[str]:
         for row in result["rows"]
     ]
     return [
-        "## Against static depth pruning at equal latency: `python benchmarks/speed.py depth`",
+        "## Against static depth pruning at equal latency: `python benchmarks/equal_speed.py depth`",
         "Layers with the least ShortGPT score deleted, base weights untrained on both sides; the native engine runs "
         "all, a prefill of 1,024 tokens in turns.",
         markdown(["method", "speed-up", "ms", "Wikipedia", "C4", "layers deleted"], body),
@@ -202,11 +202,11 @@ def agreement(rows: list[Row]) -> list[str]:
         for row in rows
     ]
     return [
-        "## Agreement with the masked reference: `python benchmarks/speed.py agreement`",
+        "## Agreement with the masked reference: `python benchmarks/agreement.py agreement`",
         "Largest and median error of a logit over 200 random selections of the real model's units (logits have a "
         "standard deviation of about 3), and greedy continuations of 32 tokens that are the reference's own. The "
         "reference computes both branches in float32, with the weights that the format stands for, and a float32 "
-        "cache: what bfloat16, int8 and int4 differ by is their bfloat16 cache.",
+        "cache.",
         markdown(["path", "largest error", "median of largest", "same text"], body),
     ]
 

@@ -80,8 +80,7 @@ class CpuEngine:
         decoder, config = model.decoder, model.config
         family = family_of(config.model_type)
         attention = decoder.layers[0].attention_routing.unit.module(decoder.layers[0])
-        self.kv_dtype = torch.float32 if weights == "float32" else torch.bfloat16
-        self.kv_shape = (config.num_key_value_heads, attention.head_dim, self.packer.panel, self.kv_dtype)
+        self.kv_shape = (config.num_key_value_heads, attention.head_dim, self.packer.panel)
         self.units = 2 * len(decoder.layers)
         layers = [
             self.packer.layer(layer, family, layer.attention_routing, layer.ffn_routing, model.costs[2 * i])
@@ -100,11 +99,11 @@ class CpuEngine:
             head_dim=attention.head_dim,
             ff=config.intermediate_size,
             threads=self.threads,
-            kv_type=FORMATS["float32" if weights == "float32" else "bfloat16"],
             eps=decoder.norm.variance_epsilon,
             scale=attention.scaling,
             qk_eps=getattr(getattr(attention, "q_norm", None), "variance_epsilon", 1e-6),
         )
+        self.keep_cache_in(torch.float32 if weights == "float32" else torch.bfloat16)
         self.vocabulary = head.weight.shape[0]
         self.prices = Prices()
         self.torch_prefill = False
@@ -117,6 +116,11 @@ class CpuEngine:
     def __del__(self) -> None:
         if getattr(self, "_scratch", None):
             self.library.ir_free(self._scratch)
+
+    def keep_cache_in(self, dtype: torch.dtype) -> None:
+        """Keep keys and values in float32 or bfloat16 from now on (bfloat16 is the default below float32 weights)."""
+        self.kv_dtype = dtype
+        self.model.kv_type = FORMATS["float32" if dtype == torch.float32 else "bfloat16"]
 
     def use_prices(self, table: PriceTable) -> None:
         """Execute whole calls of a unit where, by this table, skipping some of its rows would take longer."""
@@ -144,7 +148,7 @@ class CpuEngine:
         return {} if self.seconds is None else dict(zip(PHASES, self.seconds.tolist(), strict=True))
 
     def fresh_layers(self) -> list[PackedLayer]:
-        return [PackedLayer(*self.kv_shape) for _ in range(self.units // 2)]
+        return [PackedLayer(*self.kv_shape, self.kv_dtype) for _ in range(self.units // 2)]
 
     @staticmethod
     def accepts(cache: Any) -> bool:
@@ -252,7 +256,7 @@ class CpuEngine:
 
     def _room(self, cache: Cache | None, batch: int, length: int) -> tuple[int, Sequence[PackedLayer]]:
         if cache is None:  # nothing is kept: one layer's room serves all
-            layer = PackedLayer(*self.kv_shape)
+            layer = PackedLayer(*self.kv_shape, self.kv_dtype)
             layer.reserve(batch, length)
             return 0, [layer] * (self.units // 2)
         if not is_packed(cache):
