@@ -62,7 +62,8 @@ def decode() -> Any:
 
     def others(model: Any) -> list[Engine]:
         dense, half = (load_model(BASE, dtype=kind)[0] for kind in (torch.float32, torch.bfloat16))
-        return [Engine(dense), CompiledEngine(dense), Engine(half, "transformers bfloat16")]
+        eager = [Engine(dense), Engine(half, "transformers bfloat16")]
+        return [*eager, CompiledEngine(dense), CompiledEngine(half, "compiled bfloat16")]
 
     return both_budgets(
         FORMATS, others, prompt_tokens=(256,), new_tokens=(32,), phases=("decode",), repeats=7, profile=True
@@ -71,9 +72,9 @@ def decode() -> Any:
 
 def batches() -> Any:
     """Decode of 8 and 32 sequences."""
-    settings: dict[str, Any] = {"new_tokens": (16,), "phases": ("decode",), "repeats": 7}
-    few = both_budgets(FORMATS, lambda _: [], prompt_tokens=(64,), batches=(8,), **settings)
-    return few + both_budgets(FORMATS, lambda _: [], prompt_tokens=(32,), batches=(32,), **settings)
+    settings: dict[str, Any] = {"new_tokens": (16,), "phases": ("decode",)}
+    few = both_budgets(FORMATS, lambda _: [], prompt_tokens=(32,), batches=(8,), repeats=15, **settings)
+    return few + both_budgets(FORMATS, lambda _: [], prompt_tokens=(32,), batches=(32,), repeats=7, **settings)
 
 
 def formats() -> Any:

@@ -50,8 +50,8 @@ class Engine:
 class CompiledEngine(Engine):
     """Transformers' model through torch.compile with frozen weights and a static cache: its fastest dense path."""
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model, "compiled")
+    def __init__(self, model: Any, name: str = "compiled") -> None:
+        super().__init__(model, name)
         import torch._inductor.config as inductor
 
         inductor.freezing = True
