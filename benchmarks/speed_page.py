@@ -13,6 +13,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "docs" / "data" / "speed"
 
+PHASES = ("prefill", "decode")
+
 Row = dict[str, Any]
 
 
@@ -99,7 +101,7 @@ def others(result: Row) -> list[str]:
             f"{row['prefill']['tokens_per_second']:.0f}",
             f"{row['decode']['tokens_per_second']:.1f}",
             f"{1e3 * row['decode']['median'] / result['new_tokens']:.1f}",
-            f"`{row['text'][:60]!r}`",
+            f"`{row['text'][:60]!r}`".replace("|", "\\|"),
         ]
         for row in result["rows"]
     ]
@@ -176,8 +178,8 @@ def torchao(result: Row) -> list[str]:
     return [
         "## torchao under the torch back end: `python benchmarks/speed.py torchao`",
         f"Int8 weight-only of torchao {result['torchao']}, not compiled, on the units' matrices; speed-ups against the "
-        "same weights dense. Perplexity on 8 sequences of 512 tokens of each text.",
-        speed(result["rows"], per_token=False),
+        "same weights dense (prefill, then decode). Perplexity on 8 sequences of 512 tokens of each text.",
+        *(speed([row for row in result["rows"] if row["phase"] == phase], phase == "decode") for phase in PHASES),
         markdown(["engine", "units", "Wikipedia", "C4"], body),
     ]
 

@@ -87,7 +87,7 @@ def evaluate(
 
         loaded = load_any(model, run, base)
         if loaded.routed:
-            choose_execution(run, loaded.model, "native" if weights else execution, weights)
+            choose_execution(run, loaded.model, "native" if weights and execution == "sparse" else execution, weights)
         elif weights or execution != "sparse":
             raise InputError(f"{model} is a dense model, it has no engine", "Give a routing folder, and --sparsity 0")
         if not targets:
