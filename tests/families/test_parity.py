@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +81,15 @@ def test_a_routed_model_is_an_ordinary_transformers_model() -> None:
     # Pipelines and the Trainer's label smoothing look the class up by name.
     assert type(routed).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     assert "Routed" in repr(type(routed))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_static_cache_gives_the_same_text(family: str, batch: int) -> None:
+    routed = make_routed(family, eos_token_id=None)
+    routed.set_decision(Threshold(0.0))
+    settings: dict[str, Any] = {"input_ids": random_ids(batch, 12), "max_new_tokens": 10, "do_sample": False}
+    assert torch.equal(routed.generate(**settings), routed.generate(**settings, cache_implementation="static"))
 
 
 def test_copies_do_not_share_their_state() -> None:

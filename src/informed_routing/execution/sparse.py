@@ -65,20 +65,24 @@ def _keep_attention(
     family, attention = routed.unit.family, routed.unit.module(layer)
     rope: Rope = kwargs.get("position_embeddings")
     keys, values = keys_values(family, attention, x, rope)
-    cache = kwargs.get("past_key_values")
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    batch, length = gate.shape
+    past = 0
     if cache is not None:
+        if mask is None and length > 1:
+            past = int(cache.get_seq_length(attention.layer_idx))
         keys, values = cache.update(keys, values, attention.layer_idx)
     if not executed.numel():
         return x
-    mask = kwargs.get("attention_mask")
-    batch, length = gate.shape
     if length == 1:  # decode: only the sequences that execute
         if batch > 1:
             x, keys, values = x[executed], keys[executed], values[executed]
             mask = mask[executed] if mask is not None and mask.shape[0] > 1 else mask
             rope = _take_batch(rope, executed)
         return attend(attention, queries(family, attention, x, rope), keys, values, mask).transpose(0, 1)
-    first = keys.shape[-2] - length
+    # The place of the call's first token among the keys, which matters without a mask: behind the call's own tokens a
+    # static cache has room for later ones, and a sliding one has dropped early ones.
+    first = min(keys.shape[-2] - length, past)
     if batch == 1:
         q = queries(family, attention, x[:, executed], _take(rope, executed))
         rows = None if mask is None else mask[:, :, executed]
