@@ -12,6 +12,10 @@ import pytest
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is defined: CI checks kernels without a GPU
+
 from tests.tiny import make_tiny
 
 from informed_routing.assets import DEMO_MODEL, load_model, load_texts, load_tokenizer

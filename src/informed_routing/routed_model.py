@@ -31,8 +31,8 @@ from .routing.decision import AlwaysExecute, DecisionRule, Threshold
 from .routing.routed_unit import Execution, KeyValues, RoutedUnit, RoutingState
 
 if TYPE_CHECKING:
-    from .execution.cpu.engine import Policy
-    from .execution.cpu.packing import Weights
+    from .execution.call import Policy
+    from .execution.native import Weights
 
 KINDS: tuple[UnitKind, UnitKind] = ("attention", "ffn")
 
@@ -199,11 +199,11 @@ class RoutedModelForCausalLM(PreTrainedModel):
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Last hidden states [B, N, d] without the LM head, which training and evaluation apply in chunks."""
         if self.runs_native:
-            from .execution.cpu import dispatch
+            from .execution import native
 
-            native = dispatch.hidden_states(self, input_ids, attention_mask)
-            if native is not None:
-                return native
+            hidden = native.hidden_states(self, input_ids, attention_mask)
+            if hidden is not None:
+                return hidden
         output = self.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return cast(Tensor, output.last_hidden_state)
 
@@ -212,9 +212,9 @@ class RoutedModelForCausalLM(PreTrainedModel):
         """Whether a forward would now go to the native engine: chosen, in evaluation mode, without gradients."""
         if self.routing_state.native is None:
             return False
-        from .execution.cpu import dispatch
+        from .execution import native
 
-        return dispatch.may_run(self)
+        return native.may_run(self)
 
     # -- the dial ---------------------------------------------------------------------------------------
 
@@ -263,11 +263,12 @@ class RoutedModelForCausalLM(PreTrainedModel):
     ) -> None:
         """Choose how routed units are computed.
 
-        `sparse` really skips, in torch. `masked` computes both branches (reference, training). `native` is the CPU
-        engine: inference without gradients runs in it, all else as with `sparse`; `weights` (`float32`, `bfloat16`,
-        `int8`, `int4`; default the model's dtype) is the format of its packed copy of the base model's matrices. Its
-        policy `auto` executes all rows of a unit's call where this machine's price table says that skipping some of
-        them would take longer (small batches); `exact` always does what the routers say.
+        `sparse` really skips, in torch. `masked` computes both branches (reference, training). `native` is the engine
+        made for the device that the model is on: inference without gradients runs in it, all else as with `sparse`.
+        On a CPU, `weights` (`float32`, `bfloat16`, `int8`, `int4`; default the model's dtype) is the format of its
+        packed copy of the base model's matrices; on a GPU it reads the model's own (also torchao's). The policy `auto`
+        executes all rows of a unit's call where skipping some of them would take longer (small batches); `exact`
+        always does what the routers say.
         Raises InputError for unknown values, or when the engine cannot run this model here.
         """
         if execution not in ("sparse", "masked", "native"):
@@ -278,10 +279,9 @@ class RoutedModelForCausalLM(PreTrainedModel):
             raise InputError(f"weights {weights!r} need the native engine", "Use execution='native'")
         self.routing_state.native = None
         if execution == "native":
-            from .execution.cpu.dispatch import NativeExecution
+            from .execution.native import NativeExecution
 
-            default: Weights = "bfloat16" if self.dtype == torch.bfloat16 else "float32"
-            native = NativeExecution(weights or default, policy=policy)
+            native = NativeExecution(weights, policy=policy)
             native.of(self)
             self.routing_state.native = native
         self.routing_state.execution = execution
@@ -304,7 +304,9 @@ class RoutedModelForCausalLM(PreTrainedModel):
     @property
     def stats(self) -> RoutingStats:
         """Raw counts since the last reset."""
-        return cast(RoutingStats, self.decoder.routing_stats_counter)
+        counter: RoutingStats = self.decoder.routing_stats_counter
+        counter.settle()
+        return counter
 
     def routing_stats(self) -> dict[str, Any]:
         """Realised sparsity since the last reset: units, attention, ffn, macs, tokens, per unit. Pads excluded."""
@@ -375,12 +377,12 @@ def _forward_of(base: type[PreTrainedModel]) -> Any:
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.routing_state.native is not None:
-            from .execution.cpu import dispatch
+            from .execution import native
 
-            output = dispatch.causal_lm(self, args, kwargs)
+            output = native.causal_lm(self, args, kwargs)
             if output is not None:
                 return output
-            dispatch.give_back(kwargs.get("past_key_values"))
+            native.give_back(kwargs.get("past_key_values"))
         return base.forward(self, *args, **kwargs)
 
     return forward

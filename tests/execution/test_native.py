@@ -14,12 +14,13 @@ from tests.tiny import random_ids
 from torch import Tensor, nn
 
 from informed_routing.errors import InputError
+from informed_routing.execution.call import Rows
 from informed_routing.execution.cpu import build
 from informed_routing.execution.cpu.availability import FAMILIES
-from informed_routing.execution.cpu.cache import is_packed
-from informed_routing.execution.cpu.engine import CpuEngine, Rows
+from informed_routing.execution.cpu.engine import CpuEngine
 from informed_routing.execution.cpu.packing import FORMATS, Packer, Weights
 from informed_routing.execution.cpu.prices import ROWS, PriceTable
+from informed_routing.execution.engine_cache import is_packed
 from informed_routing.routing.decision import AlwaysExecute, Threshold
 from informed_routing.routing.limits import STORAGE
 
@@ -305,7 +306,7 @@ def test_without_a_compiler_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_failing_compiler_leaves_nothing_and_falls_back(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from informed_routing.execution.cpu.availability import native_reason
+    from informed_routing.execution.native import native_reason
 
     monkeypatch.setenv("INFORMED_ROUTING_CACHE", str(tmp_path))
     monkeypatch.setenv(build.FLAGS_VARIABLE, "--no-such-flag")

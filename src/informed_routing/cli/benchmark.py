@@ -75,7 +75,7 @@ def benchmark(
         from informed_routing.evaluation.engines import make_engines
         from informed_routing.evaluation.environment import environment
         from informed_routing.evaluation.speed import benchmark_rows
-        from informed_routing.execution.cpu.availability import native_reason
+        from informed_routing.execution.native import native_reason
 
         from .loading import load_base_of, load_routed, prompt_text
         from .tables import phase_table, speed_table

@@ -155,7 +155,7 @@ def _speed(run: Session, loaded: Loaded, targets: Sequence[float], repeats: int)
     """Prefill at 512 tokens and batch-1 decode; the decode starts from a shorter prompt."""
     from informed_routing.evaluation.engines import make_engines
     from informed_routing.evaluation.speed import benchmark_rows
-    from informed_routing.execution.cpu.availability import native_reason
+    from informed_routing.execution.native import native_reason
 
     from .loading import load_base_of, prompt_text
 

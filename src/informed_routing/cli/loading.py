@@ -52,7 +52,7 @@ def load_routed(ref: str, run: Session, base: str | None = None) -> Loaded:
 
 def choose_execution(run: Session, model: Any, execution: str, weights: str | None, kv: str | None = None) -> None:
     """Set a routed model's execution; `auto` is the native engine where it runs. InputError where it was asked for."""
-    from informed_routing.execution.cpu.availability import native_reason
+    from informed_routing.execution.native import native_reason
 
     kv = kv or model.routing_config.kv
     if execution == "auto":

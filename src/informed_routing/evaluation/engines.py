@@ -77,7 +77,7 @@ class RoutedEngine(Engine):
         super().__init__(model, "torch" if weights is None else f"native {weights}")
         self.holder: Any = None
         if weights is not None:
-            from informed_routing.execution.cpu.dispatch import NativeExecution
+            from informed_routing.execution.native import NativeExecution
 
             self.weights = weights
             self.holder = NativeExecution(weights)  # type: ignore[arg-type]
@@ -85,7 +85,7 @@ class RoutedEngine(Engine):
 
     @property
     def balance(self) -> Balance:
-        table = None if self.holder is None else self.holder.of(self.model).table
+        table = None if self.holder is None else getattr(self.holder.of(self.model), "table", None)
         return super().balance if table is None else table.balance
 
     def use(self, sparsity: float, budget: str | None) -> None:

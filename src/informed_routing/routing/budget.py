@@ -6,7 +6,7 @@ of approximated tokens, every router, and the forecasts that were used are charg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -97,6 +97,13 @@ class RoutingStats:
     calls: Tensor = field(default_factory=lambda: torch.zeros(0))
     """[units, 4]: forwards in which a unit executed all tokens, some, none, or all because skipping costs more."""
     routed: bool = False
+    elsewhere: Callable[[RoutingStats], None] | None = None
+    """Adds what an engine has counted on its device since it was last called."""
+
+    def settle(self) -> None:
+        """Take in what was counted on a device; waits for it."""
+        if self.elsewhere is not None:
+            self.elsewhere(self)
 
     @classmethod
     def empty(cls, costs: list[UnitCost], kinds: list[str]) -> RoutingStats:

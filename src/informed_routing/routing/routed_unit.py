@@ -72,7 +72,7 @@ class RoutingState:
     execution: Execution = "sparse"
     kv: KeyValues = "keep"
     native: Any = None
-    """The CPU engine's holder (execution/cpu/dispatch.py) where execution is `native`."""
+    """The native engine's holder (execution/native.py) where execution is `native`."""
     observer: Observer | None = None
     record_margins: bool = False
     valid: Tensor | None = None

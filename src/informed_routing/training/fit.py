@@ -19,7 +19,7 @@ from ..config import LatencyGains, Recipe
 from ..errors import InputError
 from ..evaluation.environment import environment
 from ..evaluation.latency import measure_latency
-from ..execution.cpu.availability import native_reason
+from ..execution.native import native_reason
 from ..files import disk_error, write_json, write_several, write_text
 from ..model_card import model_card
 from ..persistence import (

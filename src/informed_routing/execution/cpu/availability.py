@@ -1,4 +1,4 @@
-"""Which routed models the native engine can run here, and why not the others."""
+"""Which routed models the CPU engine can run here, and why not the others."""
 
 from __future__ import annotations
 

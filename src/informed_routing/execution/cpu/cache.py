@@ -1,27 +1,24 @@
-"""The engine's KV cache: a transformers cache whose layers keep keys in the panels that the engine reads."""
+"""Layers of the CPU engine's KV cache, with keys in the panels that it reads."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
+
+from ..engine_cache import EngineLayer
 
 BLOCK = 64
 """Keys are read in blocks of this many: capacities are multiples of it."""
 
 
-class PackedLayer(DynamicLayer):
+class PackedLayer(EngineLayer):
     """Keys [B, heads, S / panel, head_dim, panel] and values [B, heads, S, head_dim]; the first `length` are real."""
-
-    is_croppable = True
 
     def __init__(self, heads: int, head_dim: int, panel: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.shape = (heads, head_dim, panel)
         self.dtype, self.device = dtype, torch.device("cpu")
-        self.length = 0
 
     def has_room(self, length: int) -> bool:
         return self.is_initialized and self.values is not None and self.values.shape[2] >= length
@@ -43,7 +40,6 @@ class PackedLayer(DynamicLayer):
         self.is_initialized = True
 
     def take(self, keys: Tensor, values: Tensor) -> None:
-        """Fill an empty layer with keys and values [B, heads, S, head_dim] as transformers keeps them."""
         batch, _, length, _ = keys.shape
         self.reserve(batch, length + 1)
         assert self.keys is not None
@@ -55,19 +51,7 @@ class PackedLayer(DynamicLayer):
         self.values[:, :, :length] = values
         self.length = length
 
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens."""
-        self.length = max(self.length + min(tokens_to_remove, 0), 0)
-
-    def reset(self) -> None:
-        super().reset()
-        self.length = 0
-
     def plain(self) -> DynamicLayer:
-        """The same content as transformers keeps it."""
         layer = DynamicLayer()
         if self.length and self.keys is not None and self.values is not None:
             heads, head_dim, _ = self.shape
@@ -76,20 +60,3 @@ class PackedLayer(DynamicLayer):
             layer.keys = keys[:, :, : self.length].contiguous()
             layer.values = self.values[:, :, : self.length].contiguous()
         return layer
-
-
-def is_packed(cache: Any) -> bool:
-    return isinstance(cache, Cache) and bool(cache.layers) and isinstance(cache.layers[0], PackedLayer)
-
-
-def use_packed(cache: Cache, layers: list[PackedLayer]) -> None:
-    """Make a dynamic cache, in place, one of the engine, with what it holds."""
-    for old, new in zip(cache.layers, layers, strict=False):
-        if old.get_seq_length() and old.keys is not None and old.values is not None:  # type: ignore[union-attr]
-            new.take(old.keys, old.values)  # type: ignore[union-attr]
-    cache.layers = list(layers)
-
-
-def use_plain(cache: Cache) -> None:
-    """Give a packed cache back to transformers, in place: for calls that the engine does not do."""
-    cache.layers = [layer.plain() if isinstance(layer, PackedLayer) else layer for layer in cache.layers]

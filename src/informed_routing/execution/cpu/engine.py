@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from ...errors import InputError
 from ...models.families import family_of
 from ...routing.decision import AlwaysExecute, Threshold
 from ...routing.routed_unit import GateBlock, RoutingState
+from ..call import Policy, Rows, versions
+from ..engine_cache import is_packed, use_packed, use_plain
 from .availability import unsupported
 from .build import library
-from .cache import PackedLayer, is_packed, use_packed, use_plain
+from .cache import PackedLayer
 from .packing import FORMATS, Call, Layer, Model, Packer, Prices, Weights
 from .prices import PriceTable, price_table
-
-Policy = Literal["auto", "exact"]
-"""auto: execute a unit's whole call where that is faster than skipping; exact: always as the routers say."""
 
 MANY_ROWS = 128
 """Rows from which arithmetic, not memory, decides."""
@@ -32,30 +29,6 @@ TORCH_ADVANTAGE = 2.0
 """How much faster torch's products must be before a prefill goes there: its other operations are slower."""
 
 PHASES = ("route", "project", "cache", "attend", "out", "gate_up", "down", "head")
-
-
-@dataclass
-class Rows:
-    """Where the real tokens of a batch are: first visible key per sequence, and padding of this call, if any."""
-
-    start: Tensor
-    valid: Tensor | None
-
-    @classmethod
-    def from_mask(cls, mask: Tensor | None, batch: int, length: int) -> Rows | None:
-        """None when the mask [B, past + N] has holes, which the engine does not do."""
-        if mask is None or bool(mask.all()):
-            return cls(torch.zeros(batch, dtype=torch.int32), None)
-        real = mask.bool()
-        start = real.int().argmax(1)
-        seen = torch.arange(real.shape[1])[None] >= start[:, None]
-        gaps = seen & ~real
-        if bool(gaps[:, : real.shape[1] - length].any()):
-            return None
-        new = real[:, -length:]
-        if bool((gaps[:, -length:-1] & new[:, 1:]).any()):
-            return None
-        return cls(start.int(), new.to(torch.uint8).contiguous())
 
 
 class CpuEngine:
@@ -149,17 +122,6 @@ class CpuEngine:
 
     def fresh_layers(self) -> list[PackedLayer]:
         return [PackedLayer(*self.kv_shape, self.kv_dtype) for _ in range(self.units // 2)]
-
-    @staticmethod
-    def accepts(cache: Any) -> bool:
-        """Whether a cache is the engine's own, or a plain one that can become so."""
-        if cache is None or is_packed(cache):
-            return True
-        if type(cache) is not DynamicCache:
-            return False
-        # Sliding layers that hold something have forgotten keys: their places are not those of the engine.
-        empty = cache.get_seq_length() == 0
-        return all(isinstance(layer, DynamicLayer) if empty else type(layer) is DynamicLayer for layer in cache.layers)
 
     def leaves_to_torch(self, rows: int) -> bool:
         """Whether torch's own products would do a call of so many rows faster, having matrix instructions for it.
@@ -275,8 +237,3 @@ class CpuEngine:
             for layer in layers:
                 layer.reserve(batch, past + length + 1)
         return past, layers
-
-
-def versions(model: Any) -> int:
-    """A number that changes when any weight is replaced or changed in place: packed copies would be stale."""
-    return hash(tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()))

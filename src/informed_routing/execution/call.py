@@ -1,0 +1,72 @@
+"""What a native engine is, and what it is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from ..routing.routed_unit import RoutingState
+
+Policy = Literal["auto", "exact"]
+"""auto: execute a unit's whole call where that is faster than skipping; exact: always as the routers say."""
+
+
+@dataclass
+class Rows:
+    """Where the real tokens of a batch are: first visible key per sequence, and padding of this call, if any."""
+
+    start: Tensor
+    """[B] int32, on the host."""
+    valid: Tensor | None
+    """[B, N] uint8, on the host; None when all are real."""
+
+    @classmethod
+    def from_mask(cls, mask: Tensor | None, batch: int, length: int) -> Rows | None:
+        """None when the mask [B, past + N] has holes, which the engines do not do."""
+        if mask is None or bool(mask.all()):
+            return cls(torch.zeros(batch, dtype=torch.int32), None)
+        real = mask.bool().cpu()
+        start = real.int().argmax(1)
+        seen = torch.arange(real.shape[1])[None] >= start[:, None]
+        gaps = seen & ~real
+        if bool(gaps[:, : real.shape[1] - length].any()):
+            return None
+        new = real[:, -length:]
+        if bool((gaps[:, -length:-1] & new[:, 1:]).any()):
+            return None
+        return cls(start.int(), None if bool(new.all()) else new.to(torch.uint8).contiguous())
+
+
+class NativeEngine(Protocol):
+    """An engine of one routed model that does whole forwards."""
+
+    version: int
+    """`versions(model)` when it was made."""
+
+    def leaves_to_torch(self, rows: int) -> bool:
+        """Whether a torch back end should do a call of so many rows."""
+        ...
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        rope: tuple[Tensor, Tensor],
+        rows: Rows,
+        cache: Cache | None,
+        state: RoutingState,
+        stats: Any,
+        *,
+        keep: int = 0,
+        forced: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, keep, vocabulary] of the last `keep` positions, or normed hidden states [B, N, d]."""
+        ...
+
+
+def versions(model: Any) -> int:
+    """A number that changes when any weight is replaced or changed in place: packed copies would be stale."""
+    return hash(tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()))

@@ -1,0 +1,68 @@
+"""KV caches of the native engines: a transformers cache whose layers keep keys as an engine reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+class EngineLayer(DynamicLayer):
+    """Keys and values with room for more; the first `length` are real."""
+
+    is_croppable = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length = 0
+
+    def take(self, keys: Tensor, values: Tensor) -> None:
+        """Fill an empty layer with keys and values [B, heads, S, head_dim] as transformers keeps them."""
+        raise NotImplementedError
+
+    def plain(self) -> DynamicLayer:
+        """The same content as transformers keeps it."""
+        raise NotImplementedError
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens."""
+        self.length = max(self.length + min(tokens_to_remove, 0), 0)
+
+    def reset(self) -> None:
+        super().reset()
+        self.length = 0
+
+
+def is_packed(cache: Any) -> bool:
+    return isinstance(cache, Cache) and bool(cache.layers) and isinstance(cache.layers[0], EngineLayer)
+
+
+def use_packed(cache: Cache, layers: Sequence[EngineLayer]) -> None:
+    """Make a dynamic cache, in place, one of an engine, with what it holds."""
+    for old, new in zip(cache.layers, layers, strict=False):
+        if old.get_seq_length() and old.keys is not None and old.values is not None:  # type: ignore[union-attr]
+            new.take(old.keys, old.values)  # type: ignore[union-attr]
+    cache.layers = list(layers)
+
+
+def use_plain(cache: Cache) -> None:
+    """Give a packed cache back to transformers, in place: for calls that the engine does not do."""
+    cache.layers = [layer.plain() if isinstance(layer, EngineLayer) else layer for layer in cache.layers]
+
+
+def accepts(cache: Any) -> bool:
+    """Whether a cache is an engine's own, or a plain one that can become so."""
+    from transformers import DynamicCache
+
+    if cache is None or is_packed(cache):
+        return True
+    if type(cache) is not DynamicCache:
+        return False
+    # Sliding layers that hold something have forgotten keys: their places are not those of an engine.
+    empty = cache.get_seq_length() == 0
+    return all(isinstance(layer, DynamicLayer) if empty else type(layer) is DynamicLayer for layer in cache.layers)

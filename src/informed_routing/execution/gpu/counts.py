@@ -1,0 +1,71 @@
+"""Counts of what was executed, kept on the device and read only when somebody asks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...routing.budget import OUTCOMES, RoutingStats, UnitCost
+
+ALL, SOME, NONE, ROUNDED_UP = range(len(OUTCOMES))
+
+
+class DeviceCounts:
+    """Executed tokens, keys read by them, and outcomes of calls, per unit; see RoutingStats."""
+
+    def __init__(self, costs: Sequence[UnitCost], device: torch.device) -> None:
+        units = len(costs)
+        self.executed = torch.zeros(units, dtype=torch.float64, device=device)
+        self.keys = torch.zeros(units, dtype=torch.float64, device=device)
+        self.calls = torch.zeros(units, len(OUTCOMES), dtype=torch.float64, device=device)
+        windows = [cost.window or 2**62 for cost in costs]
+        self.windows = torch.tensor(windows, device=device)[:, None]
+        self.limited = min(windows) < 2**62
+        self.owner: RoutingStats | None = None
+
+    def add(self, gates: Tensor, contexts: Tensor, rounded_up: Tensor) -> None:
+        """Count a forward: gates [units, T] bool, keys visible to each token [T] (0 for padding), forced units [units].
+
+        Does not wait for the device.
+        """
+        real = contexts > 0
+        gates = gates & real
+        executed = gates.sum(1)
+        seen = torch.minimum(contexts[None], self.windows) if self.limited else contexts[None]
+        self.executed += executed
+        self.keys += (gates * seen).sum(1)
+        outcome = torch.where(executed >= real.sum(), ALL, torch.where(executed > 0, SOME, NONE))
+        outcome = torch.where(rounded_up, ROUNDED_UP, outcome)
+        self.calls += torch.nn.functional.one_hot(outcome, len(OUTCOMES))
+
+    def belong_to(self, stats: RoutingStats) -> None:
+        """Count for `stats` from now on."""
+        if self.owner is not stats:
+            if self.owner is not None:
+                self.owner.settle()
+                self.owner.elsewhere = None
+            self.owner = stats
+            stats.elsewhere = self.move_to
+
+    def move_to(self, stats: RoutingStats) -> None:
+        """Add what was counted to `stats` and begin anew."""
+        for mine, theirs in self._pairs(stats):
+            theirs += mine.cpu()
+            mine.zero_()
+
+    def state(self) -> list[Tensor]:
+        """A copy of the counts, to go back to."""
+        return [part.clone() for part in (self.executed, self.keys, self.calls)]
+
+    def restore(self, state: list[Tensor]) -> None:
+        for mine, before in zip((self.executed, self.keys, self.calls), state, strict=True):
+            mine.copy_(before)
+
+    def _pairs(self, stats: RoutingStats) -> tuple[tuple[Tensor, Tensor], ...]:
+        return (
+            (self.executed, stats.executed),
+            (self.keys, stats.executed_keys),
+            (self.calls, stats.calls),
+        )

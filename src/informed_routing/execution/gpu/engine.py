@@ -1,0 +1,292 @@
+"""The GPU engine of one routed model: a forward without a wait for the host inside, dense or routed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+
+from ...errors import InputError
+from ...models.families import family_of
+from ...routing.decision import AlwaysExecute
+from ...routing.routed_unit import GateBlock, RoutingState
+from ..call import Policy, Rows, versions
+from ..engine_cache import is_packed, use_packed, use_plain
+from ..kernels import attention as attention_kernels
+from ..kernels import matmul
+from ..kernels.attention import Keys, Rotation
+from ..kernels.route import Selection, route, select
+from . import weights as packed
+from .availability import unsupported
+from .cache import RoomLayer
+from .counts import DeviceCounts
+from .graph import Recorded
+from .tuner import tune_for
+
+UNION = 256
+"""With 2 to this many rows, an FFN's weights are almost always read for some row: its whole call executes."""
+
+
+@dataclass
+class _Inputs:
+    """Everything that one call's kernels read besides weights; a recorded step keeps its own."""
+
+    hidden: Tensor
+    """[T, d]: embeddings; copied before it is changed."""
+    cos: Tensor
+    """[T, head_dim] float32."""
+    sin: Tensor
+    past: Tensor
+    """[1] int32."""
+    start: Tensor
+    """[B] int32."""
+    valid: Tensor | None
+    """[T] int8."""
+    threshold: Tensor
+    """[1] float32."""
+    forced: Tensor | None
+    """[units, T] bool."""
+    batch: int
+
+    @property
+    def length(self) -> int:
+        return len(self.hidden) // self.batch
+
+
+class GpuEngine:
+    """Runs the decoder of `model` on its own weights, in the model's dtype; router margins and sums are float32.
+
+    `weights` other than the model's dtype is refused: quantise the base model with torchao instead. Raises InputError,
+    saying why, for models that it cannot run.
+    """
+
+    def __init__(self, model: Any, weights: str | None = None, policy: Policy = "auto") -> None:
+        if reason := unsupported(model):
+            raise InputError(f"the GPU engine cannot run this model: {reason}", "Use execution='sparse'")
+        self.dtype, self.device = model.dtype, model.device
+        if weights is not None and weights != str(self.dtype).removeprefix("torch."):
+            raise InputError(
+                f"weights {weights!r} are not the model's ({self.dtype})",
+                "Load it with that dtype, or quantise its linear layers with torchao, before set_execution",
+            )
+        self.policy, self.version = policy, versions(model)
+        decoder, config = model.decoder, model.config
+        family, costs = family_of(config.model_type), model.costs
+        block = decoder.layers[0].attention_routing.unit.module(decoder.layers[0])
+        self.kv_shape, self.scale = (config.num_key_value_heads, block.head_dim), block.scaling
+        self.layers = [
+            (
+                packed.attention(layer, family, layer.attention_routing, costs[2 * i], self.dtype),
+                packed.ffn(layer, family, layer.ffn_routing, self.dtype),
+            )
+            for i, layer in enumerate(decoder.layers)
+        ]
+        self.units = 2 * len(self.layers)
+        self.final_norm, self.eps = decoder.norm.weight.detach(), decoder.norm.variance_epsilon
+        self.head_matrix = packed.matrix(model.get_output_embeddings())
+        self.counts = DeviceCounts(costs, self.device)
+        self.records = self.device.type == "cuda"
+        self._steps: dict[tuple[Any, ...], tuple[Recorded, _Inputs, list[Any]]] = {}
+        self._singles: dict[int, Selection] = {}
+        self._constants: dict[tuple[bool, ...], Tensor] = {}
+
+    # -- what the dispatcher asks -------------------------------------------------------------------------
+
+    def leaves_to_torch(self, rows: int) -> bool:
+        return False
+
+    def fresh_layers(self) -> list[RoomLayer]:
+        return [RoomLayer(*self.kv_shape, self.dtype, self.device) for _ in self.layers]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits float32 [rows, vocabulary] of normed hidden states [rows, d]."""
+        return self.head_matrix(hidden.to(self.dtype)).float()
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        rope: tuple[Tensor, Tensor],
+        rows: Rows,
+        cache: Cache | None,
+        state: RoutingState,
+        stats: Any,
+        *,
+        keep: int = 0,
+        forced: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, keep, vocabulary] of the last `keep` positions, or normed hidden states [B, N, d].
+
+        `embeddings` [B, N, d]; `rope` is (cos, sin), each [B or 1, N, head_dim]; `cache` must be accepted and gets the
+        new keys. `forced` bool [units, B, N] replaces the routers' choices, which are computed all the same. Single
+        tokens are replayed as a CUDA graph. Raises InputError for a cache of another batch size.
+        """
+        batch, length, d = embeddings.shape
+        if len(rows.start) != batch:
+            raise InputError(f"{len(rows.start)} sequences are described, {batch} given", "Give one start for each")
+        past, layers = self._room(cache, batch, length)
+        dense = isinstance(state.decision, AlwaysExecute)
+        self.counts.belong_to(stats)
+        tune_for(self, batch * length)
+        given = _Inputs(
+            hidden=embeddings.to(self.dtype).reshape(-1, d),
+            cos=rope[0].float().expand(batch, -1, -1).reshape(batch * length, -1),
+            sin=rope[1].float().expand(batch, -1, -1).reshape(batch * length, -1),
+            past=torch.full((1,), past, dtype=torch.int32, device=self.device),
+            start=rows.start.to(self.device, torch.int32),
+            valid=None if rows.valid is None else rows.valid.to(self.device).reshape(-1).to(torch.int8),
+            threshold=torch.full((1,), getattr(state.decision, "value", 0.0), device=self.device),
+            forced=None if forced is None else forced.to(self.device).reshape(self.units, -1),
+            batch=batch,
+        )
+        if length == 1 and cache is not None and rows.valid is None and self.records:
+            hidden, gates = self._replayed(given, layers, dense)
+        else:
+            hidden, gates = self._run(given, layers, dense)
+        for layer in layers:
+            layer.length = past + length
+        state.valid = None if given.valid is None else given.valid.view(batch, length).bool()
+        state.gates = {} if gates is None else GateBlock(gates.view(self.units, batch, length).clone())
+        hidden = hidden.view(batch, length, d)
+        return self.head_matrix(hidden[:, -keep:]) if keep else hidden.clone()
+
+    # -- one forward ----------------------------------------------------------------------------------------
+
+    def _run(self, given: _Inputs, layers: Sequence[RoomLayer], dense: bool) -> tuple[Tensor, Tensor | None]:
+        """(normed hidden states [T, d], gates [units, T] or None when dense), counts taken."""
+        hidden = given.hidden.clone()
+        gates = None
+        if not dense:
+            gates = torch.ones(self.units, len(hidden), dtype=torch.bool, device=self.device)
+        for i, (attention, ffn) in enumerate(self.layers):
+            keys = Keys(cast(Tensor, layers[i].keys), cast(Tensor, layers[i].values), given.past, given.start)
+            keys.window = attention.window
+            tables = (given.cos, given.sin) if attention.rope else (None, None)
+            rotation = Rotation(*tables, attention.query_norm, attention.key_norm, attention.norm_eps)
+            for j, unit in enumerate((attention, ffn)):
+                index = 2 * i + j
+                routed = gates is not None and not self.rounds_up(j, len(hidden))
+                if routed:
+                    assert gates is not None
+                    x, chosen = self._route(hidden, unit, given, gates[index], index)
+                else:
+                    x, chosen = F.rms_norm(hidden, hidden.shape[1:], unit.norm, unit.eps), None
+                if isinstance(unit, packed.Attention):
+                    self._attention(hidden, x, chosen, unit, rotation, keys)
+                elif isinstance(unit, packed.Ffn):
+                    self._ffn(hidden, x, chosen, unit)
+        self._count(given, gates)
+        return F.rms_norm(hidden, hidden.shape[1:], self.final_norm, self.eps), gates
+
+    def rounds_up(self, kind: int, rows: int) -> bool:
+        """Whether a unit (0 attention, 1 FFN) executes all of so many rows whatever its router would say."""
+        return self.policy == "auto" and kind == 1 and 1 < rows <= UNION
+
+    def _route(
+        self, hidden: Tensor, unit: packed.Unit, given: _Inputs, gate: Tensor, index: int
+    ) -> tuple[Tensor, Selection]:
+        """Normed rows and the selection, whose gate is written to `gate` [T]."""
+        into = Selection.empty(given.batch, given.length, self.device)
+        into.gate = gate
+        x, chosen = route(hidden, unit.norm, unit.eps, unit.router, given.threshold, given.valid, given.batch, into)
+        if given.forced is not None:
+            chosen = select(given.forced[index], given.batch, into)
+        return x, chosen
+
+    def _attention(
+        self,
+        hidden: Tensor,
+        x: Tensor,
+        chosen: Selection | None,
+        unit: packed.Attention,
+        rotation: Rotation,
+        keys: Keys,
+    ) -> None:
+        if chosen is None:
+            q, key, value = unit.query(x), unit.key(x), unit.value(x)
+            attention_kernels.store(key, value, rotation, keys)
+            everyone = self._everyone(len(keys.keys), len(x) // len(keys.keys))
+            hidden += unit.out(attention_kernels.attend(q, everyone, rotation, keys, self.scale))
+            return
+        q, key, value, z = matmul.project(x, chosen, unit.query, unit.key, unit.value, unit.forecaster)
+        attention_kernels.store(key, value, rotation, keys)
+        out = attention_kernels.attend(q, chosen, rotation, keys, self.scale)
+        matmul.finish(hidden, out, chosen, unit.out, z, unit.forecaster)
+
+    def _ffn(self, hidden: Tensor, x: Tensor, chosen: Selection | None, unit: packed.Ffn) -> None:
+        if chosen is None:
+            gate = unit.gate(x)
+            act = F.gelu(gate, approximate="tanh") if unit.gelu else F.silu(gate)
+            hidden += unit.down(act * unit.up(x))
+            return
+        inner, z = matmul.gated(x, chosen, unit.gate, unit.up, unit.gelu, unit.forecaster)
+        matmul.finish(hidden, inner, chosen, unit.down, z, unit.forecaster)
+
+    def _everyone(self, batch: int, length: int) -> Selection:
+        """All rows. Kept for good where steps are recorded: they read these addresses."""
+        if length > 1:
+            return Selection.all(batch, length, self.device)
+        if batch not in self._singles:
+            self._singles[batch] = Selection.all(batch, 1, self.device)
+        return self._singles[batch]
+
+    def _count(self, given: _Inputs, gates: Tensor | None) -> None:
+        places = torch.arange(given.length, dtype=torch.int32, device=self.device)[None]
+        contexts = (places + given.past[:, None] + 1 - given.start[:, None]).reshape(-1)
+        if given.valid is not None:
+            contexts = contexts * given.valid
+        up = torch.tensor([gates is not None and self.rounds_up(i % 2, len(contexts)) for i in range(self.units)])
+        if gates is None:
+            gates = torch.ones(1, 1, dtype=torch.bool, device=self.device).expand(self.units, len(contexts))
+        self.counts.add(gates, contexts, self._constant(up))
+
+    def _constant(self, values: Tensor) -> Tensor:
+        """The same values on the device, copied there once: a copy from the host cannot be recorded."""
+        key = tuple(values.tolist())
+        if key not in self._constants:
+            self._constants[key] = values.to(self.device)
+        return self._constants[key]
+
+    # -- recorded steps -------------------------------------------------------------------------------------
+
+    def _replayed(self, given: _Inputs, layers: Sequence[RoomLayer], dense: bool) -> tuple[Tensor, Tensor | None]:
+        place = tuple(cast(Tensor, layer.keys).data_ptr() for layer in layers)
+        key = (given.batch, dense, self.policy, given.forced is not None, layers[0].capacity, place)
+        if key not in self._steps:
+            # A cache that is gone frees its addresses: steps recorded on other caches are of no more use.
+            self._steps = {k: v for k, v in self._steps.items() if k[-1] == place}
+            counts = self.counts.state()
+            own = _Inputs(**{k: v.clone() if isinstance(v, Tensor) else v for k, v in vars(given).items()})
+            recorded = Recorded(lambda: self._run(own, layers, dense), self.device)
+            self.counts.restore(counts)
+            self._steps[key] = (recorded, own, [layer.keys for layer in layers])
+        recorded, own, _ = self._steps[key]
+        for name, value in vars(given).items():
+            if isinstance(value, Tensor):
+                getattr(own, name).copy_(value)
+        return recorded()
+
+    def _room(self, cache: Cache | None, batch: int, length: int) -> tuple[int, Sequence[RoomLayer]]:
+        if cache is None:  # nothing is kept: one layer's room serves all
+            layer = RoomLayer(*self.kv_shape, self.dtype, self.device)
+            layer.reserve(batch, length)
+            return 0, [layer] * len(self.layers)
+        if not is_packed(cache):
+            use_packed(cache, self.fresh_layers())
+        elif not isinstance(cache.layers[0], RoomLayer):  # begun on another device
+            use_plain(cache)
+            use_packed(cache, self.fresh_layers())
+        layers = cast(list[RoomLayer], cache.layers)
+        past, stored = layers[0].length, layers[0].keys
+        if stored is not None and len(stored) != batch:
+            if past:
+                raise InputError(f"the cache holds {len(stored)} sequences, the call has {batch}", "Use a fresh cache")
+            for layer in layers:
+                layer.reset()
+        for layer in layers:
+            layer.reserve(batch, past + length + 1)
+        return past, layers

@@ -1,0 +1,152 @@
+"""From a routed model's modules to what the kernels read: the model's own weights, copied only where small."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import InputError
+from ...models.families import Family
+from ...routing.budget import UnitCost
+from ...routing.routed_unit import RoutedUnit
+from ..kernels.matmul import ForecasterWeights, Matrix
+from ..kernels.route import RouterWeights
+
+ALIGNMENT = 16
+"""Ranks and router widths are filled up to multiples of this: tensor cores take no less."""
+
+
+@dataclass
+class Unit:
+    """What both kinds of unit have."""
+
+    norm: Tensor
+    eps: float
+    router: RouterWeights
+    forecaster: ForecasterWeights | None
+
+
+@dataclass
+class Attention(Unit):
+    query: Matrix
+    key: Matrix
+    value: Matrix
+    out: Matrix
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    norm_eps: float
+    rope: bool
+    window: int
+
+
+@dataclass
+class Ffn(Unit):
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+    gelu: bool
+
+
+def matrix(linear: nn.Module) -> Matrix:
+    """A linear layer's weights as they are, torchao's int8 and float8 (one scale for each row) included."""
+    weight: Any = linear.weight
+    bias = None if linear.bias is None else linear.bias.detach()  # type: ignore[operator]
+    data, scale = getattr(weight, "qdata", None), getattr(weight, "scale", None)
+    if data is None:
+        return Matrix(weight.detach(), bias)  # type: ignore[arg-type]
+    if data.dtype not in (torch.int8, torch.float8_e4m3fn) or scale.numel() != data.shape[0]:
+        raise InputError(
+            f"quantised weights of {data.dtype} with {scale.numel()} scales cannot be read",
+            "Use weight-only int8 or float8 with one scale for each row",
+        )
+    return Matrix(data, bias, scale.float().reshape(-1))
+
+
+def _split(linear: nn.Module, sizes: tuple[int, ...]) -> list[Matrix]:
+    """The parts of a fused projection, by rows."""
+    whole, at, parts = matrix(linear), 0, []
+    for size in sizes:
+        rows = slice(at, at + size)
+        bias, scale = (None if part is None else part[rows] for part in (whole.bias, whole.scale))
+        parts.append(Matrix(whole.weight[rows], bias, scale))
+        at += size
+    return parts
+
+
+def _filled(weight: Tensor, bias: Tensor, dtype: torch.dtype, dim: int) -> Matrix:
+    """Weights in `dtype` with zeros up to the alignment along `dim` (0: outputs, 1: inputs)."""
+    missing = -weight.shape[dim] % ALIGNMENT
+    by_dim = (0, missing) if dim == 1 else (0, 0, 0, missing)
+    bias = bias if dim == 1 else nn.functional.pad(bias, (0, missing))
+    return Matrix(nn.functional.pad(weight.detach(), by_dim).to(dtype).contiguous(), bias.detach().float())
+
+
+def router_weights(unit: RoutedUnit, dtype: torch.dtype) -> RouterWeights:
+    router = unit.router
+    outer = (router.outer.weight[1] - router.outer.weight[0]).detach().float().contiguous()
+    bias = (router.outer.bias[1:] - router.outer.bias[:1]).detach().float()
+    if router.inner is None:
+        return RouterWeights(None, None, outer, bias, False, unit.reads_residual)
+    inner = _filled(router.inner.weight, router.inner.bias, dtype, 0)
+    outer = nn.functional.pad(outer, (0, inner.rows - len(outer)))
+    return RouterWeights(inner.weight, inner.bias, outer, bias, router.kind == "mlp", unit.reads_residual)
+
+
+def forecaster_weights(unit: RoutedUnit, dtype: torch.dtype) -> ForecasterWeights | None:
+    if unit.forecaster is None:
+        return None
+    inner, outer = unit.forecaster.inner, unit.forecaster.outer
+    return ForecasterWeights(
+        _filled(inner.weight, inner.bias, dtype, 0),
+        _filled(outer.weight, outer.bias, dtype, 1),
+        unit.forecaster.activation == "silu",
+    )
+
+
+def attention(layer: Any, family: Family, routed: RoutedUnit, cost: UnitCost, dtype: torch.dtype) -> Attention:
+    block: Any = routed.unit.module(layer)
+    if family.projections == "fused":
+        kv = block.config.num_key_value_heads * block.head_dim
+        query, key, value = _split(block.qkv_proj, (block.config.num_attention_heads * block.head_dim, kv, kv))
+    else:
+        query, key, value = (matrix(part) for part in (block.q_proj, block.k_proj, block.v_proj))
+    norm: Any = getattr(layer, str(family.attention_in_norm))
+    by_head = family.qk_norm == "head"
+    return Attention(
+        norm=norm.weight.detach(),
+        eps=norm.variance_epsilon,
+        router=router_weights(routed, dtype),
+        forecaster=forecaster_weights(routed, dtype),
+        query=query,
+        key=key,
+        value=value,
+        out=matrix(block.o_proj),
+        query_norm=block.q_norm.weight.detach() if by_head else None,
+        key_norm=block.k_norm.weight.detach() if by_head else None,
+        norm_eps=block.q_norm.variance_epsilon if by_head else 1e-6,
+        rope=bool(getattr(block, "use_rope", True)),
+        window=cost.window or 0,
+    )
+
+
+def ffn(layer: Any, family: Family, routed: RoutedUnit, dtype: torch.dtype) -> Ffn:
+    mlp: Any = routed.unit.module(layer)
+    if hasattr(mlp, "gate_up_proj"):
+        half = mlp.gate_up_proj.out_features // 2
+        gate, up = _split(mlp.gate_up_proj, (half, half))
+    else:
+        gate, up = matrix(mlp.gate_proj), matrix(mlp.up_proj)
+    norm: Any = getattr(layer, str(family.ffn_in_norm))
+    return Ffn(
+        norm=norm.weight.detach(),
+        eps=norm.variance_epsilon,
+        router=router_weights(routed, dtype),
+        forecaster=forecaster_weights(routed, dtype),
+        gate=gate,
+        up=up,
+        down=matrix(mlp.down_proj),
+        gelu=layer.self_attn.config.hidden_act == "gelu_pytorch_tanh",
+    )

@@ -1,0 +1,218 @@
+"""The GPU engine does what the masked reference does: by Triton's interpreter on a CPU, or on a GPU."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+import torch
+from tests.routed import left_padded, make_routed
+from tests.tiny import random_ids
+from torch import Tensor
+
+from informed_routing.errors import InputError
+from informed_routing.execution.cpu.availability import FAMILIES
+from informed_routing.execution.engine_cache import is_packed
+from informed_routing.execution.gpu import tuner
+from informed_routing.execution.gpu.engine import GpuEngine
+from informed_routing.execution.kernels import tuning
+from informed_routing.execution.native import NativeExecution
+from informed_routing.routing.decision import AlwaysExecute, Threshold
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def gpu(model: Any, policy: Any = "exact", *, records: bool = True) -> GpuEngine:
+    """Let the model run in the GPU engine wherever it is; by default with its recorded steps."""
+    holder = NativeExecution(policy=policy)
+    holder.engine = GpuEngine(model.to(DEVICE), policy=policy)
+    holder.engine.records = records
+    model.routing_state.native, model.routing_state.execution = holder, "native"
+    return holder.engine
+
+
+def pair(family: str = "llama", **settings: Any) -> tuple[Any, Any]:
+    """(engine's, reference) model of the same weights; head size 32 on a GPU, where 16 is too narrow."""
+    settings = {"num_hidden_layers": 2, **settings}
+    if DEVICE == "cuda":
+        settings = {"head_dim": 32, "hidden_size": 128, **settings}
+    model = make_routed(family, **settings)
+    reference = copy.deepcopy(model).to(DEVICE)
+    reference.set_execution("masked")
+    return model, reference
+
+
+def logits(model: Any, **inputs: Any) -> Tensor:
+    with torch.inference_mode():
+        return model(**inputs).logits.cpu()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_routers_and_padding(family: str) -> None:
+    model, reference = pair(family, router="linear" if family in ("llama", "qwen3") else "mlp")
+    gpu(model)
+    ids = random_ids(2, 17).to(DEVICE)
+    for mask in (None, left_padded(ids, (0, 12))):
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        for decision in (AlwaysExecute(), Threshold(0.0), Threshold(1e9)):
+            found, counts = [], []
+            for one in (model, reference):
+                one.set_decision(decision)
+                found.append(logits(one, input_ids=ids, attention_mask=mask)[real.cpu()])
+                counts.append(one.routing_stats())
+            torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=2e-3)
+            assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(("fallback", "records"), [("forecaster", True), ("zero", False)])
+def test_generated_text_of_a_padded_batch(fallback: str, records: bool) -> None:
+    model, reference = pair("qwen2", fallback=fallback)
+    engine = gpu(model, records=records)
+    ids = random_ids(2, 9).to(DEVICE)
+    mask = left_padded(ids, (0, 4))
+    texts = []
+    for one in (model, reference):
+        one.set_decision(Threshold(0.0))
+        texts.append(one.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None))
+    assert torch.equal(texts[0], texts[1])
+    assert model.routing_stats() == reference.routing_stats()
+    assert bool(engine._steps) == records
+
+
+@pytest.mark.parametrize(
+    "settings", [{"num_beams": 3}, {"do_sample": True}, {"num_beams": 2, "num_return_sequences": 2}]
+)
+def test_beams_and_samples(settings: dict[str, Any]) -> None:
+    model, reference = pair()
+    gpu(model)
+    ids, texts = random_ids(1, 7).to(DEVICE), []
+    for one in (model, reference):
+        one.set_decision(Threshold(0.0))
+        torch.manual_seed(3)
+        texts.append(one.generate(ids, max_new_tokens=5, eos_token_id=None, **settings))
+    assert torch.equal(texts[0], texts[1])
+
+
+def test_a_cache_that_grows_and_one_that_changes_hands() -> None:
+    model, reference = pair()
+    gpu(model)
+    model.set_decision(Threshold(0.0))
+    reference.set_decision(Threshold(0.0))
+    ids = random_ids(1, 300).to(DEVICE)
+    found, expected = (one(input_ids=ids[:, :254], use_cache=True) for one in _inferring(model, reference))
+    assert is_packed(found.past_key_values)
+    for i in range(254, 258):  # over the first 256 places
+        one, two = ids[:, i : i + 1], {"use_cache": True}
+        found = _infer(model, one, found.past_key_values, **two)
+        expected = _infer(reference, one, expected.past_key_values, **two)
+    torch.testing.assert_close(found.logits.cpu(), expected.logits.cpu(), rtol=1e-3, atol=2e-3)
+    model.set_execution("sparse")  # the torch back end goes on with what the engine stored
+    following = _infer(model, ids[:, 258:264], found.past_key_values)
+    expected = _infer(reference, ids[:, 258:264], expected.past_key_values)
+    torch.testing.assert_close(following.logits.cpu(), expected.logits.cpu(), rtol=1e-3, atol=2e-3)
+
+
+def _infer(model: Any, ids: Tensor, cache: Any, **settings: Any) -> Any:
+    with torch.inference_mode():
+        return model(input_ids=ids, past_key_values=cache, **settings)
+
+
+def _inferring(*models: Any) -> list[Any]:
+    return [torch.inference_mode()(model.forward) for model in models]
+
+
+def test_given_selections_replace_the_routers() -> None:
+    model, reference = pair()
+    engine = gpu(model)
+    ids = random_ids(2, 19).to(DEVICE)
+    gates = torch.rand(engine.units, 2, 19, generator=torch.Generator().manual_seed(1)) < 0.5
+    given = iter(gates.to(DEVICE))
+    reference.set_decision(lambda scores: next(given))
+    expected = logits(reference, input_ids=ids, use_cache=False)
+    model.set_decision(Threshold(0.0))
+    embeddings = model.decoder.embed_tokens(ids)
+    rope = model.decoder.rotary_emb(embeddings, position_ids=torch.arange(19, device=DEVICE)[None])
+    from informed_routing.execution.call import Rows
+
+    rows = Rows(torch.zeros(2, dtype=torch.int32), None)
+    with torch.inference_mode():
+        found = engine.forward(embeddings, rope, rows, None, model.routing_state, model.stats, keep=19, forced=gates)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=2e-3)
+
+
+def test_rounding_up_is_counted_and_never_skips_more() -> None:
+    model, _ = pair()
+    gpu(model, policy="auto")
+    model.set_decision(Threshold(0.0))
+    logits(model, input_ids=random_ids(2, 12).to(DEVICE))
+    units = model.routing_stats()["per_unit"]
+    assert all(unit["rounded_up"] == (unit["kind"] == "ffn") for unit in units)
+    assert all(unit["executed"] == 1 for unit in units if unit["kind"] == "ffn")
+    logits(model, input_ids=random_ids(1, 1).to(DEVICE), use_cache=False)
+    assert any(unit["rounded_up"] < 1 for unit in model.routing_stats()["per_unit"] if unit["kind"] == "ffn")
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+def test_torchao_weights_are_read_as_they_are(kind: str) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    if kind == "float8" and DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no float8 on this device")
+    model, reference = pair()
+    plans = {
+        "int8": torchao.Int8WeightOnlyConfig(version=2),
+        "float8": torchao.Float8WeightOnlyConfig(),
+    }
+    for one in (model, reference):
+        one.to(DEVICE)
+        for layer in one.decoder.layers:
+            for part in (layer.self_attn, layer.mlp):
+                torchao.quantize_(part, plans[kind])
+        one.set_decision(Threshold(0.0))
+    engine = gpu(model)
+    assert engine.layers[0][0].query.scale is not None
+    ids = random_ids(2, 17).to(DEVICE)
+    torch.testing.assert_close(logits(model, input_ids=ids), logits(reference, input_ids=ids), rtol=2e-2, atol=2e-2)
+
+
+def test_tiles_are_timed_on_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_chosen", {})
+    model, _ = pair()
+    engine = gpu(model)
+    before = [parameter.clone() for parameter in model.parameters()]
+    assert tuner.tune(engine, 32, lambda launch: float(launch() is None)) == 4
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="gemma2"):
+        GpuEngine(make_routed("gemma2"))
+    with pytest.raises(InputError, match="int4"):
+        GpuEngine(make_routed("llama").to(DEVICE), "int4")
+    if DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "0")
+        with pytest.raises(InputError, match="made for NVIDIA"):
+            GpuEngine(make_routed("llama"))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_no_wait_for_the_host_inside_a_forward() -> None:
+    model, _ = pair()
+    engine = gpu(model)
+    model.set_decision(Threshold(0.0))
+    ids = random_ids(2, 40).to(DEVICE)
+    logits(model, input_ids=ids)  # compiles
+    run = engine._run
+
+    def strict(*arguments: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return run(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    engine._run = strict  # type: ignore[method-assign]
+    logits(model, input_ids=ids)
