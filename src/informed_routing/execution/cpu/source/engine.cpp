@@ -169,10 +169,10 @@ struct Forward {
         for (int i = 0; i < rows; i++) n += s.gate[i];
         const int kind = unit & 1;
         int outcome = n == rows ? ALL : n ? SOME : NONE;
-        // Executing more than the router asks never harms the text; it is done where skipping would cost more.
+        // Executing more than the router asks never harms the text; it is done where skipping saves nothing sure.
         if (decides && n < rows && rows < c.prices.limit) {
             const Prices& p = c.prices;
-            if (p.execute[kind][n] + p.approximate[kind][rows - n] >= p.execute[kind][rows]) {
+            if (p.execute[kind][n] + p.approximate[kind][rows - n] >= WORTH * p.execute[kind][rows]) {
                 for (int i = 0; i < rows; i++) s.gate[i] = c.valid ? c.valid[i] : 1;
                 outcome = ROUNDED_UP;
             }
