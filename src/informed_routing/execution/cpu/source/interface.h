@@ -56,9 +56,9 @@ struct Call {
     float threshold;
 };
 
-// What became of a unit in one call: all rows executed, some, none, or all because skipping would cost more.
 // Prices are good to a few percent: a smaller saving may be none, and the text is better without it.
 constexpr float WORTH = 0.95f;
 
+// What became of a unit in one call: all rows executed, some, none, or all because skipping would cost more.
 enum Outcome { ALL, SOME, NONE, ROUNDED_UP, OUTCOMES };
 enum Phase { ROUTE, PROJECT, CACHE, ATTEND, OUT, GATE_UP, DOWN, HEAD, PHASES };
