@@ -73,7 +73,7 @@ def decode() -> Any:
 def batches() -> Any:
     """Decode of 8 and 32 sequences."""
     settings: dict[str, Any] = {"new_tokens": (16,), "phases": ("decode",)}
-    few = both_budgets(FORMATS, lambda _: [], prompt_tokens=(32,), batches=(8,), repeats=15, **settings)
+    few = both_budgets(FORMATS, lambda _: [], prompt_tokens=(32,), batches=(8,), repeats=31, **settings)
     return few + both_budgets(FORMATS, lambda _: [], prompt_tokens=(32,), batches=(32,), repeats=7, **settings)
 
 
