@@ -90,8 +90,12 @@ def decode(rows: list[Row]) -> list[str]:
     ]
 
 
-def batches(rows: list[Row]) -> list[str]:
-    return ["## Decode of batches: `python benchmarks/speed.py batches`", speed(rows, per_token=True)]
+def batch_8(rows: list[Row]) -> list[str]:
+    return ["## Decode, batch 8: `python benchmarks/speed.py batch_8`", speed(rows, per_token=True)]
+
+
+def batch_32(rows: list[Row]) -> list[str]:
+    return ["## Decode, batch 32: `python benchmarks/speed.py batch_32`", speed(rows, per_token=True)]
 
 
 def others(result: Row) -> list[str]:
@@ -230,7 +234,20 @@ def lengths(result: Row) -> list[str]:
 
 SECTIONS: dict[str, Callable[[Any], list[str]]] = {
     f.__name__: f
-    for f in (prefill, decode, batches, others, openvino, formats, torchao, agreement, budgets, depth, lengths)
+    for f in (
+        prefill,
+        decode,
+        batch_8,
+        batch_32,
+        others,
+        openvino,
+        formats,
+        torchao,
+        agreement,
+        budgets,
+        depth,
+        lengths,
+    )
 }
 
 
