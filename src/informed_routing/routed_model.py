@@ -376,13 +376,17 @@ def _forward_of(base: type[PreTrainedModel]) -> Any:
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
         if self.routing_state.native is not None:
             from .execution import native
 
             output = native.causal_lm(self, args, kwargs)
             if output is not None:
                 return output
-            native.give_back(kwargs.get("past_key_values"))
+        if hasattr(cache, "first_keys"):  # an engine has written to it
+            from .execution import native
+
+            native.give_back(cache)
         return base.forward(self, *args, **kwargs)
 
     return forward
