@@ -15,7 +15,7 @@ from tests.tiny import random_ids
 from torch import Tensor
 
 from informed_routing.errors import InputError
-from informed_routing.execution.cpu.availability import FAMILIES
+from informed_routing.execution.architecture import FAMILIES
 from informed_routing.execution.engine_cache import is_packed
 from informed_routing.execution.gpu import tuner
 from informed_routing.execution.gpu.engine import GpuEngine
@@ -40,7 +40,7 @@ def pair(family: str = "llama", **settings: Any) -> tuple[Any, Any]:
     settings = {"num_hidden_layers": 2, **settings}
     if DEVICE == "cuda":
         settings = {"head_dim": 32, "hidden_size": 128, **settings}
-    model = make_routed(family, **settings)
+    model: Any = make_routed(family, **settings)
     reference = copy.deepcopy(model).to(DEVICE)
     reference.set_execution("masked")
     return model, reference
@@ -191,7 +191,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="gemma2"):
         GpuEngine(make_routed("gemma2"))
     with pytest.raises(InputError, match="int4"):
-        GpuEngine(make_routed("llama").to(DEVICE), "int4")
+        GpuEngine(pair()[0].to(DEVICE), "int4")
     if DEVICE == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "0")
         with pytest.raises(InputError, match="made for NVIDIA"):
@@ -214,5 +214,5 @@ def test_no_wait_for_the_host_inside_a_forward() -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    engine._run = strict  # type: ignore[method-assign]
+    engine._run = strict  # type: ignore[method-assign, assignment]
     logits(model, input_ids=ids)

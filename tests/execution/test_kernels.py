@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("triton")
@@ -173,8 +176,8 @@ def test_scaled_weights(scaled: str) -> None:
     count = int(chosen.count)
     found = matmul.project(x, chosen, *parts, None)
     expected = matmul.project_reference(x, chosen, *parts, None)
-    for i, rows in enumerate((count, 40, 40)):
-        close(found[i][:rows], expected[i][:rows], dtype)
+    for one, other, rows in zip(found[:3], expected[:3], (count, 40, 40), strict=True):
+        close(one[:rows], other[:rows], dtype)
     gate, up, down = (matrix(n, k, dtype, n, scaled=scaled) for n, k in ((72, D), (72, D), (D, 72)))
     inner, _ = matmul.gated(x, chosen, gate, up, False, None)
     close(inner[:count], matmul.gated_reference(x, chosen, gate, up, False, None)[0][:count], dtype)
@@ -191,10 +194,10 @@ def rotation_of(total: int, head_dim: int, dtype: torch.dtype, kind: str) -> Rot
     if kind == "none":
         return Rotation(None, None)
     angles = randn(total, head_dim // 2, seed=11).repeat(1, 2)
-    norms = [None, None]
+    norms: list[Tensor | None] = [None, None]
     if kind == "normed":
         norms = [1 + 0.1 * randn(head_dim, dtype=dtype, seed=seed) for seed in (12, 13)]
-    return Rotation(angles.cos(), angles.sin(), *norms)
+    return Rotation(angles.cos(), angles.sin(), norms[0], norms[1])
 
 
 def keys_of(batch: int, past: int, length: int, dtype: torch.dtype, window: int) -> Keys:
@@ -243,7 +246,7 @@ def test_padding_that_executes_gives_zero_and_no_nan() -> None:
 # -- tile shapes ---------------------------------------------------------------------------------------------
 
 
-def test_all_tile_shapes_agree_and_the_fastest_is_remembered(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_tile_shapes_agree_and_the_fastest_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_chosen", {})
     x, chosen = randn(200, D, dtype=torch.bfloat16), route.select_reference(gate_of("half", 1, 200), 1)
     gate, up = (matrix(72, D, torch.bfloat16, seed) for seed in (1, 2))
@@ -255,7 +258,7 @@ def test_all_tile_shapes_agree_and_the_fastest_is_remembered(tmp_path, monkeypat
         close(matmul.gated(x, chosen, gate, up, False, None, shape)[0][:count], expected, torch.bfloat16)
         tried.append(shape)
 
-    def time(call) -> float:
+    def time(call: Callable[[], None]) -> float:
         call()
         return -float(len(tried))
 

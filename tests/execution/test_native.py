@@ -14,9 +14,9 @@ from tests.tiny import random_ids
 from torch import Tensor, nn
 
 from informed_routing.errors import InputError
+from informed_routing.execution.architecture import FAMILIES
 from informed_routing.execution.call import Rows
 from informed_routing.execution.cpu import build
-from informed_routing.execution.cpu.availability import FAMILIES
 from informed_routing.execution.cpu.engine import CpuEngine
 from informed_routing.execution.cpu.packing import FORMATS, Packer, Weights
 from informed_routing.execution.cpu.prices import ROWS, PriceTable

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
+
+from ..errors import InputError
+
+Layer = TypeVar("Layer", bound="EngineLayer")
 
 
 class EngineLayer(DynamicLayer):
@@ -18,13 +23,13 @@ class EngineLayer(DynamicLayer):
         super().__init__()
         self.length = 0
 
+    @abstractmethod
     def take(self, keys: Tensor, values: Tensor) -> None:
         """Fill an empty layer with keys and values [B, heads, S, head_dim] as transformers keeps them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def plain(self) -> DynamicLayer:
         """The same content as transformers keeps it."""
-        raise NotImplementedError
 
     def get_seq_length(self) -> int:
         return self.length
@@ -53,6 +58,28 @@ def use_packed(cache: Cache, layers: Sequence[EngineLayer]) -> None:
 def use_plain(cache: Cache) -> None:
     """Give a packed cache back to transformers, in place: for calls that the engine does not do."""
     cache.layers = [layer.plain() if isinstance(layer, EngineLayer) else layer for layer in cache.layers]
+
+
+def engine_layers(
+    cache: Cache, batch: int, is_own: Callable[[Any], bool], fresh: Callable[[], list[Layer]]
+) -> list[Layer]:
+    """The layers of an accepted cache as one engine keeps them, converted if they are not its own.
+
+    Raises InputError when they hold another number of sequences than `batch`.
+    """
+    if not is_packed(cache):
+        use_packed(cache, fresh())
+    elif not is_own(cache.layers[0]):  # begun by another engine, or with another format of weights
+        use_plain(cache)
+        use_packed(cache, fresh())
+    layers = cast(list[Layer], cache.layers)
+    stored = layers[0].values
+    if stored is not None and len(stored) != batch:
+        if layers[0].length:
+            raise InputError(f"the cache holds {len(stored)} sequences, the call has {batch}", "Use a fresh cache")
+        for layer in layers:
+            layer.reset()
+    return layers
 
 
 def accepts(cache: Any) -> bool:

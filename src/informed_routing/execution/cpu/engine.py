@@ -15,7 +15,7 @@ from ...models.families import family_of
 from ...routing.decision import AlwaysExecute, Threshold
 from ...routing.routed_unit import GateBlock, RoutingState
 from ..call import Policy, Rows, versions
-from ..engine_cache import is_packed, use_packed, use_plain
+from ..engine_cache import engine_layers
 from .availability import unsupported
 from .build import library
 from .cache import PackedLayer
@@ -216,23 +216,16 @@ class CpuEngine:
         model.stats.add_tokens(length, 0, rows.start, None, routed=choices is not None)
         return self.forward(embeddings, rope, rows, None, model.routing_state, model.stats, forced=forced)
 
+    def _is_own(self, layer: Any) -> bool:
+        return isinstance(layer, PackedLayer) and layer.dtype == self.kv_dtype
+
     def _room(self, cache: Cache | None, batch: int, length: int) -> tuple[int, Sequence[PackedLayer]]:
         if cache is None:  # nothing is kept: one layer's room serves all
             layer = PackedLayer(*self.kv_shape, self.kv_dtype)
             layer.reserve(batch, length)
             return 0, [layer] * (self.units // 2)
-        if not is_packed(cache):
-            use_packed(cache, self.fresh_layers())
-        elif cast(PackedLayer, cache.layers[0]).dtype != self.kv_dtype:  # begun with another format of weights
-            use_plain(cache)
-            use_packed(cache, self.fresh_layers())
-        layers = cast(list[PackedLayer], cache.layers)
-        past, stored = layers[0].length, layers[0].values
-        if stored is not None and len(stored) != batch:
-            if past:
-                raise InputError(f"the cache holds {len(stored)} sequences, the call has {batch}", "Use a fresh cache")
-            for layer in layers:
-                layer.reset()
+        layers = engine_layers(cache, batch, self._is_own, self.fresh_layers)
+        past = layers[0].length
         if not layers[0].has_room(past + length):
             for layer in layers:
                 layer.reserve(batch, past + length + 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,7 @@ from ...models.families import family_of
 from ...routing.decision import AlwaysExecute
 from ...routing.routed_unit import GateBlock, RoutingState
 from ..call import Policy, Rows, versions
-from ..engine_cache import is_packed, use_packed, use_plain
+from ..engine_cache import engine_layers
 from ..kernels import attention as attention_kernels
 from ..kernels import matmul
 from ..kernels.attention import Keys, Rotation
@@ -165,8 +165,8 @@ class GpuEngine:
         for i, (attention, ffn) in enumerate(self.layers):
             keys = Keys(cast(Tensor, layers[i].keys), cast(Tensor, layers[i].values), given.past, given.start)
             keys.window = attention.window
-            tables = (given.cos, given.sin) if attention.rope else (None, None)
-            rotation = Rotation(*tables, attention.query_norm, attention.key_norm, attention.norm_eps)
+            cos, sin = (given.cos, given.sin) if attention.rope else (None, None)
+            rotation = Rotation(cos, sin, attention.query_norm, attention.key_norm, attention.norm_eps)
             for j, unit in enumerate((attention, ffn)):
                 index = 2 * i + j
                 routed = gates is not None and not self.rounds_up(j, len(hidden))
@@ -260,7 +260,8 @@ class GpuEngine:
             # A cache that is gone frees its addresses: steps recorded on other caches are of no more use.
             self._steps = {k: v for k, v in self._steps.items() if k[-1] == place}
             counts = self.counts.state()
-            own = _Inputs(**{k: v.clone() if isinstance(v, Tensor) else v for k, v in vars(given).items()})
+            copies: dict[str, Any] = {k: v.clone() for k, v in vars(given).items() if isinstance(v, Tensor)}
+            own = replace(given, **copies)
             recorded = Recorded(lambda: self._run(own, layers, dense), self.device)
             self.counts.restore(counts)
             self._steps[key] = (recorded, own, [layer.keys for layer in layers])
@@ -275,18 +276,8 @@ class GpuEngine:
             layer = RoomLayer(*self.kv_shape, self.dtype, self.device)
             layer.reserve(batch, length)
             return 0, [layer] * len(self.layers)
-        if not is_packed(cache):
-            use_packed(cache, self.fresh_layers())
-        elif not isinstance(cache.layers[0], RoomLayer):  # begun on another device
-            use_plain(cache)
-            use_packed(cache, self.fresh_layers())
-        layers = cast(list[RoomLayer], cache.layers)
-        past, stored = layers[0].length, layers[0].keys
-        if stored is not None and len(stored) != batch:
-            if past:
-                raise InputError(f"the cache holds {len(stored)} sequences, the call has {batch}", "Use a fresh cache")
-            for layer in layers:
-                layer.reset()
+        layers = engine_layers(cache, batch, lambda layer: isinstance(layer, RoomLayer), self.fresh_layers)
+        past = layers[0].length
         for layer in layers:
             layer.reserve(batch, past + length + 1)
         return past, layers

@@ -54,8 +54,8 @@ def matrix(linear: nn.Module) -> Matrix:
     """A linear layer's weights as they are, torchao's int8 and float8 (one scale for each row) included."""
     weight: Any = linear.weight
     bias = None if linear.bias is None else linear.bias.detach()  # type: ignore[operator]
-    data, scale = getattr(weight, "qdata", None), getattr(weight, "scale", None)
-    if data is None:
+    data, scale = (getattr(weight, name, None) for name in ("qdata", "scale"))
+    if data is None or scale is None:
         return Matrix(weight.detach(), bias)  # type: ignore[arg-type]
     if data.dtype not in (torch.int8, torch.float8_e4m3fn) or scale.numel() != data.shape[0]:
         raise InputError(

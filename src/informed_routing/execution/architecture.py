@@ -1,0 +1,29 @@
+"""Which decoders the native engines know, whatever they run on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3")
+"""Families whose decoder is: embed, then pre-norm layers with gated FFNs, then a norm and a plain head."""
+
+
+def unknown(model: Any) -> str | None:
+    """What of a routed model no native engine knows; None when they know all of it."""
+    config = model.config
+    if config.model_type not in FAMILIES:
+        return f"model family {config.model_type!r} is not one of {', '.join(FAMILIES)}"
+    if config.hidden_act not in ("silu", "swish", "gelu_pytorch_tanh"):
+        return f"activation {config.hidden_act!r}"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        return "rotary embeddings cover only part of a head"
+    for layer in model.decoder.layers:
+        for unit in (layer.attention_routing, layer.ffn_routing):
+            for child in unit.unit.module(layer).children():
+                plain = type(child) is nn.Linear or type(child).__name__.endswith("RMSNorm")
+                if not plain and next(child.parameters(), None) is not None:
+                    return f"a {type(child).__name__} in layer {unit.index // 2} (merge adapters first)"
+    return None
