@@ -120,10 +120,10 @@ def test_select(kind: str, batch: int, length: int) -> None:
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (4, 1), (3, 29)])
 def test_project(dtype: torch.dtype, kind: str, batch: int, length: int) -> None:
     x, chosen = randn(batch * length, D, dtype=dtype), route.select_reference(gate_of(kind, batch, length), batch)
-    parts = [matrix(n, D, dtype, n, bias=True) for n in (64, 32, 32)]
+    q, k, v = (matrix(n, D, dtype, n, bias=True) for n in (64, 32, 32))
     for forecaster in (None, forecaster_of(dtype, silu=length == 1)):
-        found = matmul.project(x, chosen, *parts, forecaster)
-        expected = matmul.project_reference(x, chosen, *parts, forecaster)
+        found = matmul.project(x, chosen, q, k, v, forecaster)
+        expected = matmul.project_reference(x, chosen, q, k, v, forecaster)
         count = int(chosen.count)
         close(found[0][:count], expected[0][:count], dtype)
         close(found[1], expected[1], dtype)
@@ -172,10 +172,10 @@ def test_scaled_weights(scaled: str) -> None:
         pytest.skip("no float8 on this device")
     dtype = torch.bfloat16
     x, chosen = randn(40, D, dtype=dtype), route.select_reference(gate_of("half", 1, 40), 1)
-    parts = [matrix(n, D, dtype, n, scaled=scaled) for n in (64, 32, 32)]
+    q, k, v = (matrix(n, D, dtype, n, scaled=scaled) for n in (64, 32, 32))
     count = int(chosen.count)
-    found = matmul.project(x, chosen, *parts, None)
-    expected = matmul.project_reference(x, chosen, *parts, None)
+    found = matmul.project(x, chosen, q, k, v, None)
+    expected = matmul.project_reference(x, chosen, q, k, v, None)
     for one, other, rows in zip(found[:3], expected[:3], (count, 40, 40), strict=True):
         close(one[:rows], other[:rows], dtype)
     gate, up, down = (matrix(n, k, dtype, n, scaled=scaled) for n, k in ((72, D), (72, D), (D, 72)))
