@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and docs/lengths.svg from what benchmarks/speed.py and benchmarks/others.py measured.
+"""docs/benchmarks.md and docs/lengths.svg from what the scripts beside this one measured, on CPUs and GPUs.
 
 python benchmarks/speed_page.py
 """
@@ -9,6 +9,8 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from gpu_page import gpu_sections
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "docs" / "data" / "speed"
@@ -33,6 +35,7 @@ def main() -> None:
             record = records[name]
             parts += section(record.get("result", record))
             parts += [machine(record["environment"])] if "environment" in record else []
+    parts += gpu_sections()
     (ROOT / "docs" / "benchmarks.md").write_text("\n\n".join(parts) + "\n")
     if "lengths" in records:
         plot(records["lengths"]["result"])

@@ -180,7 +180,9 @@ class Recipe(_Frozen):
     )
     seed: int = 17
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | None = Field(
+        None, description="recompute activations in the backward pass; default: on a GPU, where memory is what is short"
+    )
     kv: Literal["keep", "drop"] = Field("keep", description="drop: approximated tokens leave no keys (paper A.4)")
     forecaster: ForecasterConfig = ForecasterConfig()
     router: RouterConfig = RouterConfig()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +16,13 @@ from tests.routed import left_padded, make_routed
 from tests.tiny import random_ids
 from torch import Tensor
 
+from informed_routing.config import ThresholdRow
 from informed_routing.errors import InputError
 from informed_routing.execution.architecture import FAMILIES
 from informed_routing.execution.engine_cache import is_packed
 from informed_routing.execution.gpu import tuner
 from informed_routing.execution.gpu.engine import GpuEngine
+from informed_routing.execution.gpu.prices import Price, PriceBook, executed_shares, rounds_up
 from informed_routing.execution.kernels import tuning
 from informed_routing.execution.native import NativeExecution
 from informed_routing.routing.decision import AlwaysExecute, Threshold
@@ -156,6 +160,55 @@ def test_rounding_up_is_counted_and_never_skips_more() -> None:
     assert any(unit["rounded_up"] < 1 for unit in model.routing_stats()["per_unit"] if unit["kind"] == "ffn")
 
 
+def test_prices_decide_what_is_rounded_up(tmp_path: Path) -> None:
+    model, _ = pair()
+    engine = gpu(model, policy="auto")
+    engine.prices = PriceBook("here", tmp_path / "prices.json")
+
+    def seconds(launch: Any) -> float:
+        launch()
+        return 1.0 if gates[-1].any() else 0.1
+
+    gates: list[Any] = []
+    call = engine.call
+
+    def watched(hidden: Any, unit: Any, given: Any, rotation: Any, keys: Any, gate: Any, index: int) -> None:
+        call(hidden, unit, given, rotation, keys, gate, index)
+        gates.append(torch.ones(1) if gate is None else gate.clone())
+
+    engine.call = watched  # type: ignore[method-assign]
+    for decode in (True, False):
+        timer = functools.partial(tuner.price, engine, rows=16, decode=decode, time=seconds, context=7)
+        engine.prices.complete(16, decode, timer)
+    engine.call = call  # type: ignore[method-assign]
+    assert [bool(gate.all()) for gate in gates] == [True, False, True] * 4
+    assert not any(gate.any() for gate in gates[1::3])
+    assert PriceBook("here", tmp_path / "prices.json").find(1, 9, True) == Price(1.0, 0.1, 1.0)
+    assert PriceBook("elsewhere", tmp_path / "prices.json").find(1, 9, True) is None
+    engine.thresholds = ()
+    assert engine.whole(16, 1, 0.0) == (True, True)  # some row of 16 executes: a saving of 1 % is left alone
+    assert engine.whole(1, 1, 0.0) == (False, False)  # one size for 1 to 16 rows, but one row alone often skips
+
+
+@pytest.mark.parametrize(
+    ("rows", "share", "pays"), [(1, 0.75, True), (1, 1.0, False), (8, 0.75, False), (4096, 0.75, True)]
+)
+def test_a_routed_call_has_to_pay(rows: int, share: float, pays: bool) -> None:
+    price = Price(whole=1.0, none=0.05, all=1.1)
+    assert price.pays(rows, share) == pays
+    assert rounds_up(price, 1, rows, share) != pays
+
+
+def test_executed_shares_come_from_the_calibrated_table() -> None:
+    rows = [
+        ThresholdRow(threshold=t, units=0.0, attention=a, ffn=f, macs=0.0)
+        for t, a, f in ((1.0, 0.5, 0.3), (0.0, 0.3, 0.1))
+    ]
+    assert executed_shares(rows, 0.5) == pytest.approx((0.6, 0.8))
+    assert executed_shares(rows, 9.0) == pytest.approx((0.5, 0.7))
+    assert executed_shares((), 0.0) == (0.75, 0.75)
+
+
 @pytest.mark.parametrize("kind", ["int8", "float8"])
 def test_torchao_weights_are_read_as_they_are(kind: str) -> None:
     torchao = pytest.importorskip("torchao.quantization")
@@ -196,6 +249,20 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TRITON_INTERPRET", "0")
         with pytest.raises(InputError, match="made for NVIDIA"):
             GpuEngine(make_routed("llama"))
+
+
+def test_torch_compile_leaves_the_engine_as_it_is() -> None:
+    model, reference = pair()
+    gpu(model)
+    for one in (model, reference):
+        one.set_decision(Threshold(0.0))
+    ids = random_ids(2, 11).to(DEVICE)
+    expected = logits(reference, input_ids=ids)
+    compiled = torch.compile(model, backend="eager")  # the tracing is what could break
+    for _ in range(2):
+        with torch.inference_mode():
+            found = compiled(input_ids=ids).logits.cpu()
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

@@ -178,7 +178,7 @@ def in_stages(key: str, value: Any, stages: tuple[str, ...] = ("forecast", "rout
 def show_report(console: Console, report: Mapping[str, Any], out: Path) -> None:
     """A line per stage and the next command."""
     for name, stage in dict(report.get("stages", {})).items():
-        console.print(f"{name}: {total_seconds(stage):.1f} s")
+        console.print(f"{name}: {total_seconds(stage):.1f} s{_speed_of(stage)}")
     console.print(f"The routing folder is {out}. Next: informed-routing evaluate {out}", soft_wrap=True, markup=False)
 
 
@@ -188,6 +188,15 @@ def total_seconds(report: Any) -> float:
         return 0.0
     own = report.get("seconds")
     return float(own) if own is not None else sum(total_seconds(part) for part in report.values())
+
+
+def _speed_of(stage: Any) -> str:
+    """Steps a second and MFU of a stage that took gradient steps, in parentheses."""
+    if not isinstance(stage, Mapping):
+        return ""
+    if "mfu" in stage:
+        return f" ({stage['steps_per_second']:.3g} steps/s, MFU {100 * stage['mfu']:.1f} %)"
+    return next((text for part in stage.values() if (text := _speed_of(part))), "")
 
 
 def _dtype(report: Mapping[str, Any], recipe: Recipe) -> str:

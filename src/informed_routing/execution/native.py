@@ -57,6 +57,7 @@ class NativeExecution:
         return self.engine
 
 
+@torch.compiler.disable  # an engine is compiled already; tracing into it can only fail
 def causal_lm(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CausalLMOutputWithPast | None:
     """The forward of a routed causal LM by the engine, or None when a torch back end must do it."""
     wanted = kwargs.get("logits_to_keep", 0)
@@ -70,6 +71,7 @@ def causal_lm(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Caus
     return CausalLMOutputWithPast(logits=logits.to(model.dtype), past_key_values=plan.cache)  # type: ignore[arg-type]
 
 
+@torch.compiler.disable
 def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
     """Normed last hidden states [B, N, d] by the engine, or None."""
     if not may_run(model):

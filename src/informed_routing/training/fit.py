@@ -44,6 +44,7 @@ from .loop import run_stage
 from .lora import LoraObjective, add_lora, merge_lora, save_lora
 from .route import RouteObjective, freeze_all_but, learning_rates, router_parameters
 from .schedule import seed_of
+from .throughput import flops_per_token, throughput
 from .warm_start import warm_start
 
 LATENCY_FILE = "latency.json"
@@ -224,7 +225,8 @@ class _Fit:
     def run(self, keep_checkpoints: bool) -> dict[str, Any]:
         recipe = self.recipe
         try:
-            if recipe.activation_checkpointing:
+            wanted = recipe.activation_checkpointing
+            if self.model.device.type != "cpu" if wanted is None else wanted:
                 enable_checkpointing(self.model)
             if "forecast" in recipe.stages and recipe.forecaster.fallback == "forecaster":
                 self.report["forecast"] = self.forecast()
@@ -275,7 +277,7 @@ class _Fit:
         if config.target == "normalised":
             objective.scales = stage1.output_scales(self.model, rows.to(self.model.device))
         record = self.stage("forecast-gradient", objective, tensors, rows, stage)
-        return _summary(record)
+        return self.summary(record, stage.sequence_length, "forecast")
 
     def route(self) -> dict[str, Any]:
         """Stage 2: closed-form start, training, optional refit of the forecasters."""
@@ -290,7 +292,10 @@ class _Fit:
             rows_all = self.rows("train", length)
             objective = RouteObjective(self.model, config, self.meter)
             rates = learning_rates(config, tensors)
-            report["train"] = _summary(self.stage("route", objective, tensors, rows_all, config, rates))
+            record = self.stage("route", objective, tensors, rows_all, config, rates)
+            report["train"] = self.summary(
+                record, length, "route", objective=config.objective, train_forecasters=config.train_forecasters
+            )
         if self.refits and not config.train_forecasters:
             report["refit"] = self.phase("refit", stage1.forecaster_parameters(self.model), self.refit)
         return report
@@ -354,7 +359,16 @@ class _Fit:
         freeze_all_but(self.model, tensors)
         objective = LoraObjective(self.model, config, rule)
         record = self.stage("lora", objective, tensors, rows, config)
-        return {"rank": config.rank, "sparsity": sparsity, **_summary(record)}
+        adapters = sum(tensor.numel() for tensor in tensors.values())
+        summary = self.summary(
+            record,
+            config.sequence_length,
+            "lora",
+            objective=config.objective,
+            sparsity=sparsity,
+            adapter_weights=adapters,
+        )
+        return {"rank": config.rank, "sparsity": sparsity, **summary}
 
     def stage(
         self,
@@ -378,6 +392,20 @@ class _Fit:
             offenders=lambda batch: stage1.offenders(self.model, batch),
             rates=rates,
         )
+
+    def summary(self, record: StageRecord, length: int, stage: Any, **of_stage: Any) -> dict[str, Any]:
+        """What fit.json keeps of a trained stage."""
+        head = self.model.get_output_embeddings().weight.numel()
+        flops = flops_per_token(self.model.costs, head, (length + 1) / 2, stage, **of_stage)
+        device, dtype = self.model.device, self.base.dtype
+        found = {
+            "steps": record.step,
+            "tokens": record.tokens,
+            "seconds": round(record.seconds, 2),
+            "history": record.history,
+        }
+        processes = self.accelerator.num_processes
+        return {**found, **throughput(record.step, record.tokens, record.seconds, flops, device, dtype, processes)}
 
     def calibration(self) -> dict[str, Any]:
         """The threshold table, on its own split; after LoRA, since that moves the margins."""
@@ -429,13 +457,3 @@ def enable_checkpointing(model: Any) -> None:
     """Recompute activations in the backward pass; the method has two names across transformers versions."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-
-
-def _summary(record: StageRecord) -> dict[str, Any]:
-    """What fit.json keeps of a trained stage."""
-    return {
-        "steps": record.step,
-        "tokens": record.tokens,
-        "seconds": round(record.seconds, 2),
-        "history": record.history,
-    }

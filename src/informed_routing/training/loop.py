@@ -74,7 +74,7 @@ def run_stage(
         step = record.step
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(config, step)
-        metrics: dict[str, float] = {}
+        sums: dict[str, Tensor] = {}  # read once a step: every reading waits for a GPU
         for micro in range(config.gradient_accumulation):
             index = step * config.gradient_accumulation + micro
             batch = batches[index].to(accelerator.device)
@@ -84,8 +84,9 @@ def run_stage(
                 found = wrapped(batch, step)
                 accelerator.backward(found["loss"] / config.gradient_accumulation)
             for key, value in found.items():
-                metrics[key] = metrics.get(key, 0.0) + float(value.detach()) / config.gradient_accumulation
+                sums[key] = sums.get(key, 0.0) + value.detach().double() / config.gradient_accumulation
             record.tokens += batch.numel() * world
+        metrics = {key: float(value) for key, value in sums.items()}
         norm = torch.nn.utils.clip_grad_norm_(trainable.values(), config.gradient_clip)
         if not (math.isfinite(metrics["loss"]) and math.isfinite(float(norm))):
             units = ", ".join(offenders(batch)) or "none of the units alone"

@@ -26,14 +26,12 @@ from .availability import unsupported
 from .cache import RoomLayer
 from .counts import DeviceCounts
 from .graph import Recorded
-from .tuner import tune_for
-
-UNION = 256
-"""With 2 to this many rows, an FFN's weights are almost always read for some row: its whole call executes."""
+from .prices import executed_shares, rounds_up
+from .tuner import prepare, prices_of
 
 
 @dataclass
-class _Inputs:
+class Inputs:
     """Everything that one call's kernels read besides weights; a recorded step keeps its own."""
 
     hidden: Tensor
@@ -52,6 +50,8 @@ class _Inputs:
     forced: Tensor | None
     """[units, T] bool."""
     batch: int
+    whole: tuple[bool, bool] = (False, False)
+    """Kinds of unit (attention, FFN) whose calls execute all rows because skipping some costs more."""
 
     @property
     def length(self) -> int:
@@ -90,8 +90,10 @@ class GpuEngine:
         self.final_norm, self.eps = decoder.norm.weight.detach(), decoder.norm.variance_epsilon
         self.head_matrix = packed.matrix(model.get_output_embeddings())
         self.counts = DeviceCounts(costs, self.device)
+        self.thresholds = model.routing_config.thresholds
+        self.prices = prices_of(self)
         self.records = self.device.type == "cuda"
-        self._steps: dict[tuple[Any, ...], tuple[Recorded, _Inputs, list[Any]]] = {}
+        self._steps: dict[tuple[Any, ...], tuple[Recorded, Inputs, list[Any]]] = {}
         self._singles: dict[int, Selection] = {}
         self._constants: dict[tuple[bool, ...], Tensor] = {}
 
@@ -131,17 +133,19 @@ class GpuEngine:
         past, layers = self._room(cache, batch, length)
         dense = isinstance(state.decision, AlwaysExecute)
         self.counts.belong_to(stats)
-        tune_for(self, batch * length)
-        given = _Inputs(
+        prepare(self, batch, length)
+        threshold = getattr(state.decision, "value", 0.0)
+        given = Inputs(
             hidden=embeddings.to(self.dtype).reshape(-1, d),
             cos=rope[0].float().expand(batch, -1, -1).reshape(batch * length, -1),
             sin=rope[1].float().expand(batch, -1, -1).reshape(batch * length, -1),
             past=torch.full((1,), past, dtype=torch.int32, device=self.device),
             start=rows.start.to(self.device, torch.int32),
             valid=None if rows.valid is None else rows.valid.to(self.device).reshape(-1).to(torch.int8),
-            threshold=torch.full((1,), getattr(state.decision, "value", 0.0), device=self.device),
+            threshold=torch.full((1,), threshold, device=self.device),
             forced=None if forced is None else forced.to(self.device).reshape(self.units, -1),
             batch=batch,
+            whole=(False, False) if dense or self.policy == "exact" else self.whole(batch, length, threshold),
         )
         if length == 1 and cache is not None and rows.valid is None and self.records:
             hidden, gates = self._replayed(given, layers, dense)
@@ -156,7 +160,7 @@ class GpuEngine:
 
     # -- one forward ----------------------------------------------------------------------------------------
 
-    def _run(self, given: _Inputs, layers: Sequence[RoomLayer], dense: bool) -> tuple[Tensor, Tensor | None]:
+    def _run(self, given: Inputs, layers: Sequence[RoomLayer], dense: bool) -> tuple[Tensor, Tensor | None]:
         """(normed hidden states [T, d], gates [units, T] or None when dense), counts taken."""
         hidden = given.hidden.clone()
         gates = None
@@ -169,25 +173,40 @@ class GpuEngine:
             rotation = Rotation(cos, sin, attention.query_norm, attention.key_norm, attention.norm_eps)
             for j, unit in enumerate((attention, ffn)):
                 index = 2 * i + j
-                routed = gates is not None and not self.rounds_up(j, len(hidden))
-                if routed:
-                    assert gates is not None
-                    x, chosen = self._route(hidden, unit, given, gates[index], index)
-                else:
-                    x, chosen = F.rms_norm(hidden, hidden.shape[1:], unit.norm, unit.eps), None
-                if isinstance(unit, packed.Attention):
-                    self._attention(hidden, x, chosen, unit, rotation, keys)
-                elif isinstance(unit, packed.Ffn):
-                    self._ffn(hidden, x, chosen, unit)
+                self.call(hidden, unit, given, rotation, keys, None if gates is None else gates[index], index)
         self._count(given, gates)
         return F.rms_norm(hidden, hidden.shape[1:], self.final_norm, self.eps), gates
 
-    def rounds_up(self, kind: int, rows: int) -> bool:
-        """Whether a unit (0 attention, 1 FFN) executes all of so many rows whatever its router would say."""
-        return self.policy == "auto" and kind == 1 and 1 < rows <= UNION
+    def call(
+        self,
+        hidden: Tensor,
+        unit: packed.Unit,
+        given: Inputs,
+        rotation: Rotation,
+        keys: Keys,
+        gate: Tensor | None,
+        index: int,
+    ) -> None:
+        """One unit's call, in place; routed, with its decisions written to `gate` [T], unless that is None."""
+        if gate is not None and not given.whole[index % 2]:
+            x, chosen = self._route(hidden, unit, given, gate, index)
+        else:
+            x, chosen = F.rms_norm(hidden, hidden.shape[1:], unit.norm, unit.eps), None
+        if isinstance(unit, packed.Attention):
+            self._attention(hidden, x, chosen, unit, rotation, keys)
+        elif isinstance(unit, packed.Ffn):
+            self._ffn(hidden, x, chosen, unit)
+
+    def whole(self, batch: int, length: int, threshold: float) -> tuple[bool, bool]:
+        """Which kinds of unit (attention, FFN) execute all rows of such a call, whatever their routers would say."""
+        shares, rows = executed_shares(self.thresholds, threshold), batch * length
+        attention, ffn = (
+            rounds_up(self.prices.find(kind, rows, length == 1), kind, rows, shares[kind]) for kind in (0, 1)
+        )
+        return attention, ffn
 
     def _route(
-        self, hidden: Tensor, unit: packed.Unit, given: _Inputs, gate: Tensor, index: int
+        self, hidden: Tensor, unit: packed.Unit, given: Inputs, gate: Tensor, index: int
     ) -> tuple[Tensor, Selection]:
         """Normed rows and the selection, whose gate is written to `gate` [T]."""
         into = Selection.empty(given.batch, given.length, self.device)
@@ -234,12 +253,12 @@ class GpuEngine:
             self._singles[batch] = Selection.all(batch, 1, self.device)
         return self._singles[batch]
 
-    def _count(self, given: _Inputs, gates: Tensor | None) -> None:
+    def _count(self, given: Inputs, gates: Tensor | None) -> None:
         places = torch.arange(given.length, dtype=torch.int32, device=self.device)[None]
         contexts = (places + given.past[:, None] + 1 - given.start[:, None]).reshape(-1)
         if given.valid is not None:
             contexts = contexts * given.valid
-        up = torch.tensor([gates is not None and self.rounds_up(i % 2, len(contexts)) for i in range(self.units)])
+        up = torch.tensor([gates is not None and given.whole[i % 2] for i in range(self.units)])
         if gates is None:
             gates = torch.ones(1, 1, dtype=torch.bool, device=self.device).expand(self.units, len(contexts))
         self.counts.add(gates, contexts, self._constant(up))
@@ -253,9 +272,9 @@ class GpuEngine:
 
     # -- recorded steps -------------------------------------------------------------------------------------
 
-    def _replayed(self, given: _Inputs, layers: Sequence[RoomLayer], dense: bool) -> tuple[Tensor, Tensor | None]:
+    def _replayed(self, given: Inputs, layers: Sequence[RoomLayer], dense: bool) -> tuple[Tensor, Tensor | None]:
         place = tuple(cast(Tensor, layer.keys).data_ptr() for layer in layers)
-        key = (given.batch, dense, self.policy, given.forced is not None, layers[0].capacity, place)
+        key = (given.batch, dense, given.whole, given.forced is not None, layers[0].capacity, place)
         if key not in self._steps:
             # A cache that is gone frees its addresses: steps recorded on other caches are of no more use.
             self._steps = {k: v for k, v in self._steps.items() if k[-1] == place}

@@ -1,4 +1,4 @@
-"""Times the tile shapes of an engine's matmuls, once for each power of two of rows."""
+"""Times the tile shapes of an engine's matmuls and the prices of its calls, once for each power of two of rows."""
 
 from __future__ import annotations
 
@@ -6,28 +6,92 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
 
 from ...assets.cache import cache_dir
 from ..kernels import matmul, tuning
+from ..kernels.attention import Keys, Rotation
 from ..kernels.route import Selection
+from .prices import MOST_ROWS, Price, PriceBook
 
-FILE = "kernel-tiles.json"
-REPEATS = 5
+TILES, PRICES = "kernel-tiles.json", "gpu-prices.json"
+CONTEXT = 1024
+"""Keys that a priced decode step has seen."""
 
 
-def tune_for(engine: Any, rows: int) -> None:
-    """Make sure that tiles are chosen for calls of so many rows. Does nothing on devices that are not tuned for."""
-    size = tuning.bucket(rows)
+def prices_of(engine: Any) -> PriceBook:
+    """The price book of an engine: prices hold for one device, kernel compiler, shape and format."""
+    attention, ffn = engine.layers[0]
+    shapes = [m.weight.shape for m in (attention.query, attention.key, attention.out, ffn.gate, ffn.down)]
+    extras = [None if u.forecaster is None else u.forecaster.inner.rows for u in (attention, ffn)]
+    inner = attention.router.inner
+    device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
+    parts = [device, triton.__version__, engine.dtype, ffn.gate.weight.dtype, *map(tuple, shapes), *extras]
+    return PriceBook("|".join(map(str, [*parts, 0 if inner is None else len(inner)])), cache_dir() / PRICES)
+
+
+def prepare(engine: Any, batch: int, length: int) -> None:
+    """Make sure that tiles and prices are known for such calls. Does nothing on devices that are not tuned for."""
+    rows, decode = tuning.bucket(batch * length), length == 1
     done = engine.__dict__.setdefault("_tuned", set())
-    if size in done or engine.device.type != "cuda" or engine.dtype == torch.float32:
+    if (rows, decode) in done or engine.device.type != "cuda" or engine.dtype == torch.float32:
         return
     if torch.cuda.is_current_stream_capturing():
         return
-    done.add(size)
-    path = cache_dir() / FILE
+    done.add((rows, decode))
+    path = cache_dir() / TILES
     tuning.recall(path)
-    if tune(engine, size, seconds):
+    if tune(engine, rows, seconds):
         tuning.remember(path)
+    if engine.policy == "auto":
+        size = min(rows, MOST_ROWS)
+        engine.prices.complete(size, decode, lambda kind: price(engine, kind, size, decode, seconds))
+
+
+def price(
+    engine: Any, kind: int, rows: int, decode: bool, time: Callable[[Callable[[], Any]], float], context: int = CONTEXT
+) -> Price:
+    """Time a unit's call (0 attention, 1 FFN) of the first layer: whole, and routed with no and all rows executing.
+
+    Decode has `rows` sequences that have seen `context` keys, prefill one new sequence.
+    """
+    from .engine import Inputs
+
+    batch = rows if decode else 1
+    past = context if decode else 0
+    layer = engine.fresh_layers()[0]
+    layer.reserve(batch, past + rows // batch + 1)
+    unit = engine.layers[0][kind]
+    make = {"dtype": engine.dtype, "device": engine.device}
+    d = len(unit.norm)
+    hidden, gate = torch.randn(rows, d, **make), torch.ones(rows, dtype=torch.bool, device=engine.device)
+    turn = torch.ones(rows, engine.kv_shape[1], device=engine.device)
+    ints = {"dtype": torch.int32, "device": engine.device}
+    given = Inputs(
+        hidden=hidden,
+        cos=turn,
+        sin=torch.zeros_like(turn),
+        past=torch.full((1,), past, **ints),
+        start=torch.zeros(batch, **ints),
+        valid=None,
+        threshold=torch.zeros(1, device=engine.device),
+        forced=None,
+        batch=batch,
+    )
+    attention = engine.layers[0][0]
+    rotation = Rotation(turn, given.sin, attention.query_norm, attention.key_norm, attention.norm_eps)
+    keys = Keys(layer.keys, layer.values, given.past, given.start)
+    keys.window = attention.window
+
+    def timed(into: Any) -> float:
+        hidden.normal_()  # every call adds to it
+        return time(lambda: engine.call(hidden, unit, given, rotation, keys, into, kind))
+
+    whole = timed(None)
+    given.threshold.fill_(float("inf"))
+    none = timed(gate)
+    given.threshold.fill_(float("-inf"))
+    return Price(whole, none, timed(gate))
 
 
 def tune(engine: Any, rows: int, time: Callable[[Callable[[], Any]], float]) -> int:
@@ -60,14 +124,7 @@ def tune(engine: Any, rows: int, time: Callable[[Callable[[], Any]], float]) -> 
 
 
 def seconds(launch: Callable[[], Any]) -> float:
-    """Least time of a launch on the current CUDA device, compiled before."""
-    launch()
-    times = []
-    for _ in range(REPEATS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        launch()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return min(times)
+    """Time of a launch on the current CUDA device, from a graph of many: the host's own time is left out."""
+    from triton.testing import do_bench_cudagraph
+
+    return float(do_bench_cudagraph(launch, rep=5, return_mode="median")) / 1e3

@@ -18,6 +18,9 @@ from .arithmetic import dot, precision
 from .route import Selection
 from .tuning import Tiles, tiles
 
+GROUP = 8
+"""Row tiles that neighbouring programs share."""
+
 
 @dataclass
 class Matrix:
@@ -119,6 +122,14 @@ def finish_reference(
 
 
 @triton.jit
+def _place(row_blocks, blocks, GROUP: tl.constexpr):
+    """The (row, column) tile of this program. Neighbours share a few row tiles and one column tile, so that a long
+    prompt's rows and the weights are both read from the L2 cache."""
+    place = tl.program_id(0)
+    return tl.swizzle2d(place // blocks, place % blocks, row_blocks, blocks, GROUP)
+
+
+@triton.jit
 def _product(
     a, rows, some, w, scale, n, width, depth,
     SCALED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -181,15 +192,14 @@ def _project_kernel(
     x, listed, counts, total, depth,
     wq, bq, sq, q, nq, wk, bk, sk, keys, wv, bv, sv, values, nk, wz, bz, z, nz,
     SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, FORECAST: tl.constexpr, SILU: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Queries of executed rows, keys and values of all, bottleneck of approximated rows: one launch."""
-    row_block = tl.program_id(0)
-    block = tl.program_id(1)
-    count = tl.load(counts)
-    j = row_block * BM + tl.arange(0, BM)
     blocks_q = tl.cdiv(nq, BN)
     blocks_k = tl.cdiv(nk, BN)
+    row_block, block = _place(tl.cdiv(total, BM), blocks_q + 2 * blocks_k + tl.cdiv(nz, BN), GROUP)
+    count = tl.load(counts)
+    j = row_block * BM + tl.arange(0, BM)
     if block < blocks_q:
         if row_block * BM < count:
             some = j < count
@@ -218,13 +228,12 @@ def _project_kernel(
 def _gated_kernel(
     x, listed, counts, total, depth, wg, bg, sg, wu, bu, su, out, width, wz, bz, z, nz,
     SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, FORECAST: tl.constexpr, SILU: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """act(gate x) * up x of executed rows, bottleneck of approximated rows: one launch."""
-    row_block = tl.program_id(0)
-    block = tl.program_id(1)
-    count = tl.load(counts)
     blocks = tl.cdiv(width, BN)
+    row_block, block = _place(tl.cdiv(total, BM), blocks + tl.cdiv(nz, BN), GROUP)
+    count = tl.load(counts)
     if block < blocks:
         if row_block * BM < count:
             j = row_block * BM + tl.arange(0, BM)
@@ -274,11 +283,11 @@ def _add_tile(hidden, rows, some, n, width, sums):
 def _finish_kernel(
     hidden, compact, listed, counts, total, width, depth, w, bias, scale, z, wz, bz, rank,
     SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, FORECAST: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The residual update: output projection of executed rows, forecast of the others, in place."""
-    row_block = tl.program_id(0)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    row_block, block = _place(tl.cdiv(total, BM) + 1, tl.cdiv(width, BN), GROUP)
+    n = block * BN + tl.arange(0, BN)
     count = tl.load(counts)
     tiles = tl.cdiv(count, BM)
     if row_block < tiles:
@@ -340,13 +349,13 @@ def project(
     q, keys, values = (x.new_empty(total, m.rows) for m in (query, key, value))
     at_z, z, wz, bz, rank = _forecast_arguments(x, forecaster)
     blocks = sum(triton.cdiv(n, use.columns) for n in (query.rows, key.rows, value.rows, rank))
-    _project_kernel[(triton.cdiv(total, use.rows), blocks)](
+    _project_kernel[(triton.cdiv(total, use.rows) * blocks,)](
         x, selection.rows, selection.count, total, depth,
         *_pointers(query), q, query.rows, *_pointers(key), keys, *_pointers(value), values, key.rows,
         wz, bz, at_z, rank,
         SCALED=query.scale is not None, HAS_BIAS=query.bias is not None,
         FORECAST=forecaster is not None, SILU=forecaster is not None and forecaster.silu,
-        PRECISION=precision(x.dtype), BM=use.rows, BN=use.columns, BK=use.depth, **use.launch,
+        PRECISION=precision(x.dtype), BM=use.rows, BN=use.columns, BK=use.depth, GROUP=GROUP, **use.launch,
     )  # fmt: skip
     return q, keys, values, z
 
@@ -366,12 +375,12 @@ def gated(
     out = x.new_empty(total, gate.rows)
     at_z, z, wz, bz, rank = _forecast_arguments(x, forecaster)
     blocks = triton.cdiv(gate.rows, use.columns) + triton.cdiv(rank, use.columns)
-    _gated_kernel[(triton.cdiv(total, use.rows), blocks)](
+    _gated_kernel[(triton.cdiv(total, use.rows) * blocks,)](
         x, selection.rows, selection.count, total, depth, *_pointers(gate), *_pointers(up), out, gate.rows,
         wz, bz, at_z, rank,
         SCALED=gate.scale is not None, HAS_BIAS=gate.bias is not None, GELU=gelu,
         FORECAST=forecaster is not None, SILU=forecaster is not None and forecaster.silu,
-        PRECISION=precision(x.dtype), BM=use.rows, BN=use.columns, BK=use.depth, **use.launch,
+        PRECISION=precision(x.dtype), BM=use.rows, BN=use.columns, BK=use.depth, GROUP=GROUP, **use.launch,
     )  # fmt: skip
     return out, z
 
@@ -391,10 +400,10 @@ def finish(
     use = shape or tiles("finish", hidden, width, depth)
     outer = down if forecaster is None else forecaster.outer
     stand_in = down.weight
-    _finish_kernel[(triton.cdiv(total, use.rows) + 1, triton.cdiv(width, use.columns))](
+    _finish_kernel[((triton.cdiv(total, use.rows) + 1) * triton.cdiv(width, use.columns),)](
         hidden, compact, selection.rows, selection.count, total, width, depth, *_pointers(down),
         stand_in if z is None else z, outer.weight, stand_in if outer.bias is None else outer.bias,
         0 if z is None else z.shape[1],
         SCALED=down.scale is not None, HAS_BIAS=down.bias is not None, FORECAST=z is not None,
-        PRECISION=precision(hidden.dtype), BM=use.rows, BN=use.columns, BK=use.depth, **use.launch,
+        PRECISION=precision(hidden.dtype), BM=use.rows, BN=use.columns, BK=use.depth, GROUP=GROUP, **use.launch,
     )  # fmt: skip
