@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 
 from informed_routing.cli.progress import make_progress
-from informed_routing.config import ForecasterConfig, RouterConfig
+from informed_routing.config import ForecasterConfig, RouterConfig, ThresholdRow
 from informed_routing.evaluation.environment import environment
 from informed_routing.execution.call import Rows
 from informed_routing.execution.gpu.engine import GpuEngine
@@ -152,6 +152,10 @@ class Bench:
 
     def engine_contestant(self, name: str, engine: GpuEngine, case: Case, gates: Tensor | None) -> Contestant:
         """`gates` [units, batch, tokens or STEPS] or None for dense."""
+        if gates is not None:  # what calibration would say of these decisions
+            attention, ffn = (1 - gates[kind::2].float().mean().item() for kind in (0, 1))
+            row = ThresholdRow(threshold=0.0, units=(attention + ffn) / 2, attention=attention, ffn=ffn, macs=0.0)
+            engine.thresholds = (row,)
         current = None if gates is None else gates[..., :1].clone() if case.decode else gates
         recorded_forward = Recorded(self.forward(engine, case, current), self.device)
 
