@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_masks import TARGETS, for_batch, for_layers, random_like, recorded
+from gpu_masks import EVERY, TARGETS, for_batch, for_layers, random_like, recorded
 from gpu_roofline import CONTEXT, RANK, SHAPES, Shape
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
@@ -43,7 +43,7 @@ from informed_routing.routing.limits import STORAGE, Balance, limit_speedup
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "docs/data/gpu/bench.json"
 TINY = Shape(4, 64, 128, 4, 2, 16, 256)
-STEPS = 32
+STEPS = 64
 """Decode steps with decisions of their own that one timing runs through."""
 PROGRESS = make_progress(quiet=False)
 
@@ -227,7 +227,8 @@ class Bench:
                 for kind, gates in (("recorded", source), ("random", random_like(source))):
                     if kind == "random" and budget == "macs":
                         continue
-                    some = for_batch(gates, case.batch, case.length if case.decode else 0, tokens).to(self.device)
+                    start, every = (case.length, EVERY) if case.decode else (0, 1)
+                    some = for_batch(gates, case.batch, start, tokens, every).to(self.device)
                     one = self.engine_contestant(f"routed, {kind}", self.engine, case, some)
                     found.append(replace(one, details={"budget": budget, "target": target, **one.details}))
         for target in TARGETS:
