@@ -82,8 +82,8 @@ def estimated(record: Row) -> list[str]:
         f"{device['flops_per_second'] / 1e12:.0f} TFLOP/s dense bfloat16): every operand moved once, nothing for "
         "launches. *Limit* is the best speed-up that the decisions allow. *Executed whole*: kinds of unit whose routed "
         "call would take longer. `docs/data/gpu/roofline.json` has "
-        f"{' and '.join(other['name'] for other in record['devices'])}, random decisions with the same shares, and each "
-        "kernel of each case.",
+        f"{' and '.join(other['name'] for other in record['devices'])}, random decisions with the same shares, and "
+        "each kernel of each case.",
         markdown(header, body),
     ]
     for case in ("prefill 32768, recorded", "decode 1, recorded"):
