@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..assets import load_model, load_texts, pack
 from ..config import Recipe
+from ..persistence import is_routing_folder
 from ..progress import Progress
 from ..training.folder import CHECKPOINTS, RECIPE_FILE
 from ..training.schedule import seed_of
@@ -65,8 +66,11 @@ def _fit(stage: Stage, store: Store, device: str, progress: Progress) -> Record:
 
     folder = store.stage_folder(stage)
     started = (folder / CHECKPOINTS / RECIPE_FILE).is_file()
+    if is_routing_folder(folder) and not started:  # killed after the last step of all
+        report = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
+        return {"seconds": _seconds(report["stages"]), "fit": report["stages"]}
     if folder.is_dir() and not started:
-        shutil.rmtree(folder)  # killed before the first checkpoint, or after the last
+        shutil.rmtree(folder)
     start = None if stage.parent is None else str(store.stage_folder(stage.parent))
     recipe = Recipe.from_mapping({**stage.settings, "start": start})
     report = fit(recipe, folder, resume=started, device=device, progress=progress)
@@ -120,8 +124,3 @@ def _seconds(report: dict[str, Any]) -> dict[str, float]:
         return float(own) if own is not None else sum(total(inner) for inner in part.values())
 
     return {name: round(total(part), 2) for name, part in report.items()}
-
-
-def folder_of(cell: Cell, store: Store) -> Path | None:
-    """Where a cell's model is; None for the dense one."""
-    return None if cell.stage is None else store.stage_folder(cell.stage)

@@ -23,7 +23,8 @@ def content_id(reference: str) -> str:
         return _file_digest(path)
     if path.is_dir():
         return digest({file.relative_to(path).as_posix(): _file_digest(file) for file in _files(path)})
-    matches = sorted(glob.glob(str(path))) if glob.has_magic(reference) else []
+    # Path.glob takes no absolute patterns.
+    matches = sorted(glob.glob(str(path))) if glob.has_magic(reference) else []  # noqa: PTH207
     return digest([_file_digest(Path(match)) for match in matches]) if matches else reference
 
 

@@ -146,7 +146,9 @@ def _recipe(variant: Variant) -> Recipe:
         for key in ("sequence_length", "batch_size", "gradient_accumulation")
     }
     recovery = {} if joint else {f"lora.{key}": value for key, value in training.recovery.items()}
-    sparsities = method.sparsities or grid.sparsities
+    # Routers that are trained at one sparsity for all cells get a threshold for each.
+    shared_routers = "route.sparsity" in {**training.overrides, **method.overrides}
+    targets = list(method.sparsities or grid.sparsities) if shared_routers else [variant.sparsity]
     overrides = {
         "forecast.sequence_length": training.sequence_length,
         **shared,
@@ -155,7 +157,7 @@ def _recipe(variant: Variant) -> Recipe:
         **recovery,
         "calibration.tokens": training.calibration_tokens,
         "calibration.sequence_length": training.sequence_length,
-        "calibration.targets": list(sparsities),
+        "calibration.targets": targets,
         **training.overrides,
         **method.overrides,
         "model": variant.model,
@@ -274,6 +276,4 @@ def _recovered(variant: Variant, parent: Stage | None) -> Stage:
     if variant.budget is not None and "steps" not in training.recovery:
         read = parent.total_tokens if parent else 0
         config = config.model_copy(update={"steps": max((variant.budget - read) // step, 1)})
-    return Stage(
-        "recover", {**_shared(variant), "lora": config.model_dump(mode="json")}, config.steps * step, parent
-    )
+    return Stage("recover", {**_shared(variant), "lora": config.model_dump(mode="json")}, config.steps * step, parent)
