@@ -101,7 +101,7 @@ def study(
         if speed:
             _speed(run, grids, expanded, set(chosen), store)
         elif not tables_only:
-            from informed_routing.study.runner import LOCAL
+            from informed_routing.study.parallel import LOCAL
             from informed_routing.study.runner import run as run_cells
 
             address = ray_address or (LOCAL if ray else None)

@@ -17,15 +17,11 @@ def agreement(grids: Grids, model: str) -> str:
         f"| {claim.where} | {claim.statement} | {claim.paper} | {verdict.ours} | {verdict.word} |"
         for claim, verdict in judged
     ]
-    return (
-        "\n\n".join(
-            [
-                f"# Agreement with the paper: {model}",
-                "The paper's numbers are those of Llama-3.1-8B, trained on up to 65 million tokens a stage. What can agree "
-                "on another model is the direction of a claim; a difference below one joint standard error decides nothing.",
-                ", ".join(f"{count} {word}" for word, count in counts.items()) + ".",
-                "\n".join(["| where | claim | paper | ours | verdict |", "| --- | --- | --- | --- | --- |", *rows]),
-            ]
-        )
-        + "\n"
-    )
+    parts = [
+        f"# Agreement with the paper: {model}",
+        "The paper's numbers are those of Llama-3.1-8B, trained on up to 65 million tokens a stage. What can agree on "
+        "another model is the direction of a claim; a difference below one joint standard error decides nothing.",
+        ", ".join(f"{count} {word}" for word, count in counts.items()) + ".",
+        "\n".join(["| where | claim | paper | ours | verdict |", "| --- | --- | --- | --- | --- |", *rows]),
+    ]
+    return "\n\n".join(parts) + "\n"

@@ -49,6 +49,14 @@ def run_cell(cell: Cell, store: Store, *, device: str, progress: Progress) -> Re
     }
 
 
+def attempt(cell: Cell, store: Store, *, device: str, progress: Progress) -> Record:
+    """The record of a cell, or of its failure (which has an `error`): other cells are worth having all the same."""
+    try:
+        return run_cell(cell, store, device=device, progress=progress)
+    except Exception as error:
+        return failure(cell, error)
+
+
 def failure(cell: Cell, error: BaseException) -> Record:
     """What is kept of a cell that could not be finished."""
     text = str(error) if isinstance(error, InformedRoutingError) else f"{type(error).__name__}: {error}"

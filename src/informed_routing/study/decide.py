@@ -29,7 +29,7 @@ def decide(model: Any, cell: Cell, rows: Tensor, progress: Progress) -> dict[str
         model.set_sparsity(cell.sparsity, cell.budget, "top-k")
         return {"decision": "top-k"}
     model.set_sparsity(cell.sparsity, cell.budget, "threshold")
-    place = model.routing_state.decision.threshold
+    place = model.routing_state.decision.value
     best: dict[str, Any] = {"miss": math.inf}
     progress.stage("find threshold", ATTEMPTS)
     for attempt in range(ATTEMPTS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,14 @@ def draw(grid: Grid, found: Sequence[Entry], folder: Path) -> list[Path]:
                 continue
             figure.suptitle(f"{grid.title or grid.name}: {model.rstrip('/').rsplit('/', 1)[-1]}")
             path = folder / f"{grid.name}{f'-{number + 1}' if len(models) > 1 else ''}.svg"
-            # A date would make every run another file.
-            write_atomically(
-                path, lambda temporary, f=figure: f.savefig(temporary, format="svg", metadata={"Date": None})
-            )  # type: ignore[misc]
+            write_atomically(path, functools.partial(_save, figure))
             plt.close(figure)
             files.append(path)
     return files
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, format="svg", metadata={"Date": None})  # a date would make every run another file
 
 
 def _axes(count: int) -> tuple[Any, Any]:

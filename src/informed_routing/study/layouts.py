@@ -74,8 +74,8 @@ LAYOUTS: dict[str, tuple[Measure, ...]] = {
 }
 
 _NOTES = (
-    "± is the standard error: of the items of a task, and with several seeds also of their mean. Best numbers are bold, "
-    "second best underlined, within a block only; the dense model and the paper's rows do not compete.",
+    "± is the standard error: of the items of a task, and with several seeds also of their mean. The best number is "
+    "bold, the second best underlined, within a block only; the dense model and the paper's rows do not compete.",
     "Shares are those realised on the evaluated text; thresholds were placed on other text. MACs saved are net of "
     "routers, forecasters, and keys and values of approximated tokens. Training tokens are all text that sets weights, "
     "read with or without gradients. Speed-ups are over the fastest dense engine that took turns with the method.",

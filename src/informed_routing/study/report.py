@@ -42,14 +42,14 @@ def write_report(grids: Sequence[Grid], expanded: Mapping[str, Sequence[Cell]], 
             path = store.root / f"{grid.name}{suffix}"
             write_text(path, content)
             report.files.append(path)
-        report.files += plots
+        report.files.extend(plots)
         report.tables[grid.name] = as_json(table)
     models = list(dict.fromkeys(entry.model for one in found.values() for entry in one))
     pages = [agreement(found, model) for model in models]
     path = store.root / "agreement.md"
     write_text(path, "\n".join(pages))
     report.files.append(path)
-    report.texts += pages
+    report.texts.extend(pages)
     return report
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from ..config import LoraStage, Recipe, StageConfig
+from ..config import LoraStage, Recipe, RouteStage, StageConfig
 from ..errors import InputError
 from .grid import Grid, Method
 from .identity import content_id, digest
@@ -113,10 +113,13 @@ def _fitted(variant: Variant) -> Stage:
     stage: Stage | None = None
     for names in parts:
         settings = recipe.model_dump(mode="json") | {"stages": list(names)}
-        if names[-1] == "forecast":  # its thresholds are never used
+        # What means nothing here shall not tell keys apart.
+        if names == ("forecast",):
+            length = settings["forecast"]["sequence_length"]
             settings["calibration"] |= {"targets": [0.5], "tokens": settings["calibration"]["sequence_length"]}
-        if "lora" not in names and "joint" not in names:
-            settings["lora"] = LoraStage().model_dump(mode="json")  # means nothing here, and shall not tell keys apart
+            settings["route"] = RouteStage(sequence_length=length).model_dump(mode="json")
+        if names[-1] in ("forecast", "route"):
+            settings["lora"] = LoraStage().model_dump(mode="json")
         elif names == ("lora",):
             settings["lora"]["sparsity"] = variant.sparsity
             settings["calibration"]["targets"] = [variant.sparsity]
@@ -137,7 +140,7 @@ def _recipe(variant: Variant) -> Recipe:
             f"{method.label} trains routers and LoRA at once: there is none without recovery",
             "Give it `recovered: [true]`",
         )
-    stages = [name for name in recipe.stages if name != "lora"]
+    stages: list[str] = [name for name in recipe.stages if name != "lora"]
     if variant.recovered and not joint:
         stages.append("lora")
     shared = {
@@ -183,7 +186,10 @@ def _with_steps(variant: Variant, recipe: Recipe) -> Recipe:
         first = variant.budget if "joint" in recipe.stages else training.tokens
         recipe = recipe.with_overrides({main: _affordable(variant, recipe, "route", first or 0)})
     if "lora" in recipe.stages and "lora.steps" not in own and "steps" not in training.recovery:
-        recipe = recipe.with_overrides({"lora.steps": _affordable(variant, recipe, "lora", variant.budget or 0)})
+        # A method that sets its own steps gets recovery all the same; whether texts are equal is checked for all cells.
+        before = sum(read for name, read in text_read(recipe).items() if name != "lora")
+        budget = max(variant.budget or 0, before + (training.recovery_tokens or 0))
+        recipe = recipe.with_overrides({"lora.steps": _affordable(variant, recipe, "lora", budget)})
     return recipe
 
 
@@ -191,7 +197,7 @@ def _affordable(variant: Variant, recipe: Recipe, stage: str, budget: int) -> in
     """Steps of a stage that the text still allows after the stages before it."""
     config: StageConfig = getattr(recipe, stage)
     read = text_read(recipe.with_overrides({f"{stage}.steps": 1}))
-    names = list(recipe.stages)
+    names: list[str] = list(recipe.stages)
     place = names.index("joint" if "joint" in names and stage == "route" else stage)
     step = config.batch_size * config.gradient_accumulation * config.sequence_length
     before = sum(read[name] for name in names[: place + 1]) - step
@@ -213,7 +219,7 @@ def text_read(recipe: Recipe) -> dict[str, int]:
     def rows(tokens: int, length: int) -> int:
         return max(tokens // length, 1) * length
 
-    found = dict.fromkeys(recipe.stages, 0)
+    found: dict[str, int] = dict.fromkeys(recipe.stages, 0)
     forecaster, router, route = recipe.forecaster, recipe.router, recipe.route
     closed = rows(forecaster.tokens, recipe.forecast.sequence_length)
     if "forecast" in found and forecaster.fallback == "forecaster":

@@ -34,10 +34,9 @@ def verdict(holds: bool, ours: str) -> Verdict:
 
 def less(found: Sequence[Entry], low: Side, high: Side, read: Read) -> Verdict:
     """Whether the first side's number is below the second's, by at least one joint standard error."""
-    numbers = [_number(found, side, read) for side in (low, high)]
-    if numbers[0] is None or numbers[1] is None:
+    one, other = (_number(found, side, read) for side in (low, high))
+    if one is None or other is None:
         return NOT_MEASURED
-    one, other = numbers
     shown = f"{text(one)} against {text(other)}"
     if abs(one.value - other.value) < math.hypot(one.stderr or 0.0, other.stderr or 0.0):
         return Verdict("within the error", shown)
