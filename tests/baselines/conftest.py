@@ -1,5 +1,48 @@
-"""The tiny model and text on disk that fits need; one thread, since a second only costs time on tiny models."""
+"""What tests of the baselines share: text to fit on, calibration rows, models with a known order of importance."""
 
-from tests.training.conftest import _one_thread, text_file, tiny_folder
+from __future__ import annotations
 
-__all__ = ["_one_thread", "text_file", "tiny_folder"]
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny import make_tiny, random_ids
+from tests.training.conftest import text_file, tiny_folder
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+__all__ = ["text_file", "tiny_folder"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """These models are so small that a second thread only costs time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def rows() -> torch.Tensor:
+    """Calibration text: int64 [6, 16]."""
+    return random_ids(6, 16, seed=3)
+
+
+def tiny_tokenizer() -> Any:
+    """A tokenizer with the vocabulary of the tiny models."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i + 3 for i in range(125)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="w0")), eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def with_idle(layers: tuple[int, ...], *, count: int = 8, family: str = "llama", **overrides: Any) -> Any:
+    """A tiny model in which some layers write nothing to the residual stream."""
+    model = make_tiny(family, num_hidden_layers=count, **overrides)
+    with torch.no_grad():
+        for index in layers:
+            model.model.layers[index].self_attn.o_proj.weight.zero_()
+            model.model.layers[index].mlp.down_proj.weight.zero_()
+    return model

@@ -221,3 +221,32 @@ def test_a_wrapped_disk_full_error_is_recognised() -> None:
         "no disk space left. Free some; run again with --resume to continue",
         1,
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--tasks", "boolq,boolq@2"], "boolq is given twice"),
+        (["--tasks", "arc_easy@lots"], "arc_easy@lots"),
+        (["--tasks", "boolq", "--preset", "table7"], "--preset"),
+        (["--spread"], "--spread has no effect"),
+        (["--tasks", "boolq", "--spread"], "--limit"),
+        (["--data-dir", "."], "--data-dir has no effect"),
+        (["--resume-dir", "."], "--resume-dir has no effect"),
+    ],
+)
+def test_task_flags_that_cannot_work(run: Run, tiny_folder: Path, flags: list[str], named: str) -> None:
+    assert named in run("evaluate", tiny_folder, *flags).one_line_error()
+
+
+def test_unknown_task_and_missing_files(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    error = run("evaluate", tiny_folder, "--tasks", "boolq", "--data-dir", tmp_path, "-q").one_line_error()
+    assert "no validation split of boolq" in error
+    assert "tasks/boolq/validation.jsonl" in error
+
+
+def test_tasks_without_the_harness(run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("informed_routing.evaluation.harness_tasks.find_spec", lambda name: None)
+    error = run("evaluate", tiny_folder, "--tasks", "boolq", "-q").one_line_error()
+    assert 'pip install "informed-routing[eval]"' in error

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from tests.cli.conftest import Outcome
+from tests.evaluation.local_tasks import write_tasks
 
 import informed_routing
 from informed_routing.cli.generate import merge_pieces
@@ -243,3 +244,52 @@ def test_tokens_are_coloured_on_a_terminal() -> None:
     assert "38;2;70;130;255" in stream.getvalue()  # blue: fewest units
     assert "38;2;255;60;60" in stream.getvalue()  # red: most
     assert "50%" in stream.getvalue()
+
+
+def test_evaluate_tasks(run: Run, routing_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    data_dir = write_tasks(tmp_path / "data")
+    options = ["--tasks", "boolq,arc_easy@1,wikitext", "--data-dir", data_dir, "--limit", 3]
+    options += ["--resume-dir", tmp_path / "kept", "--dtype", "float32", "-q"]
+    outcome = run("evaluate", routing_folder, *options, "--json", "-")
+    assert outcome.code == 0, outcome.err
+    assert outcome.err == ""
+    result = outcome.json["result"]
+    assert result["harness"]["documents"] == "first"
+    assert (result["harness"]["limit"], result["harness"]["fewshot_seed"]) == (3, 1234)
+    dense, routed = result["runs"]
+    assert [entry["sparsity"]["target"] for entry in (dense, routed)] == [0, 0.25]
+    assert dense["sparsity"]["units"] == 0 < routed["sparsity"]["units"]
+    for entry in (dense, routed):
+        assert set(entry["tasks"]) == {"boolq", "arc_easy", "wikitext"}
+        assert {"acc", "acc_stderr", "shots", "documents", "seconds"} <= set(entry["tasks"]["boolq"])
+        assert entry["tasks"]["arc_easy"]["shots"] == 1
+        assert entry["tasks"]["wikitext"]["word_perplexity"] > 1
+        assert entry["tasks"]["wikitext"]["token_perplexity"] > 1
+        mean = (entry["tasks"]["boolq"]["acc"] + entry["tasks"]["arc_easy"]["acc_norm"]) / 2
+        assert entry["average"]["accuracy"] == pytest.approx(mean)
+        assert set(entry["tasks"]["boolq"]["sparsity"]) == SHARES
+    # a second run takes what is there, and prints it for people
+    again = run("evaluate", routing_folder, *options)
+    assert len(list((tmp_path / "kept").iterdir())) == 6
+    for part in ("average of 2", "arc_easy", "acc_norm", "±", "25%", "MACs saved"):
+        assert part in again.out
+    assert f"{dense['tasks']['wikitext']['word_perplexity']:.2f}" in again.out
+
+
+def test_evaluate_tasks_beside_texts(run: Run, tiny_folder: Path, small: list[object], tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    options = ["--tasks", "boolq", "--data-dir", write_tasks(tmp_path / "data"), "--limit", 2, "--spread", "-q"]
+    outcome = run("evaluate", tiny_folder, *small, *options)
+    assert outcome.code == 0, outcome.err
+    assert "story.jsonl" in outcome.out
+    assert "boolq" in outcome.out
+
+
+def test_evaluate_presets_take_the_papers_tasks(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    data_dir = write_tasks(tmp_path / "data")
+    options = ["--preset", "table7-small", "--data-dir", data_dir, "--limit", 2, "--json", "-", "-q"]
+    (only,) = run("evaluate", tiny_folder, *options).json["result"]["runs"]
+    assert only["tasks"]["hellaswag"]["shots"] == 5
+    assert len(only["average"]["tasks"]) == 7

@@ -1,14 +1,16 @@
-"""`evaluate`: perplexity, dense or routed, at one or more sparsities."""
+"""`evaluate`: perplexity and tasks, dense or routed, at one or more sparsities."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from informed_routing.errors import InputError
+from informed_routing.evaluation.tasks import Preset, average_accuracy
 
 from .common import (
     BaseOption,
@@ -22,8 +24,11 @@ from .common import (
     session,
     with_common,
 )
+from .tasks import TaskOptions, run_tasks
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from .loading import Loaded
 
 DEFAULT_TEXTS = ("demo:wiki", "demo:c4")
@@ -46,9 +51,36 @@ def evaluate(
         typer.Option(
             "--data",
             metavar="DATA",
-            help="Text; *.pages.jsonl gives perplexity per word. Repeatable [default: demo:wiki and demo:c4].",
+            help="Text; *.pages.jsonl gives perplexity per word. Repeatable [default: demo:wiki and demo:c4, "
+            "unless there are tasks].",
         ),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks", metavar="A,B", help="Tasks of lm-evaluation-harness; arc_easy@25 has 25 examples in a prompt."
+        ),
+    ] = None,
+    preset: Annotated[
+        Preset | None,
+        typer.Option(
+            "--preset", help="Tasks, shots and metrics of the paper's Table 7; -small has at most 5 shots, for CPUs."
+        ),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--data-dir", metavar="DIR", help="Tasks from DIR/tasks/NAME/SPLIT.jsonl or .parquet [default: the Hub]."
+        ),
+    ] = None,
+    resume_dir: Annotated[
+        Path | None,
+        typer.Option("--resume-dir", metavar="DIR", help="Keep results of finished tasks in DIR; do not repeat them."),
+    ] = None,
+    spread: Annotated[
+        bool,
+        typer.Option("--spread", help="With --limit: documents of tasks at equal distances, not the first ones."),
+    ] = False,
     split: Annotated[
         Split | None,
         typer.Option("--split", help="Part of the text [default: heldout; all of a page file].", show_default=False),
@@ -67,44 +99,66 @@ def evaluate(
     sequence_length: Annotated[int, typer.Option("--sequence-length", help="Tokens scored together.")] = 512,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences in a forward pass.")] = 4,
     limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", help="At most N sequences (or pages) of each text.")
+        int | None,
+        typer.Option(
+            "--limit", metavar="N", help="At most N sequences (or pages) of each text, documents of each task."
+        ),
     ] = None,
     execution: ExecutionOption = "sparse",
     weights: WeightsOption = None,
     base: BaseOption = None,
 ) -> None:
-    """Measure perplexity of a model on held-out text, and what was really approximated.
+    """Measure perplexity of a model on held-out text, accuracy in tasks, and what was really approximated.
 
     Example: informed-routing evaluate out --sparsity 0 --sparsity 0.25 --data demo:wiki --limit 32
+
+    Example: informed-routing evaluate out --preset table7-small --limit 200 --resume-dir results
     """
     targets = check_sparsities(sparsity or [])
     check_at_least("--sequence-length", [sequence_length], 2)
     check_at_least("--batch-size", [batch_size], 1)
     check_at_least("--limit", [] if limit is None else [limit], 1)
+    options = TaskOptions.parse(tasks, preset, data_dir, resume_dir, limit, spread)
     with session("evaluate", common) as run:
         from .loading import choose_execution, load_any
-        from .tables import perplexity_table
 
+        about_tasks = {"harness": options.described()} if options.specs else {}
         loaded = load_any(model, run, base)
         if loaded.routed:
             choose_execution(run, loaded.model, "native" if weights and execution == "sparse" else execution, weights)
+            if loaded.model.routing_state.native is not None:  # to execute more where it is faster would change scores
+                loaded.model.set_execution("native", weights=weights, policy="exact")
         elif weights or execution != "sparse":
             raise InputError(f"{model} is a dense model, it has no engine", "Give a routing folder, and --sparsity 0")
         if not targets:
             targets = [0.0, loaded.model.routing_config.sparsity] if loaded.routed else [0.0]
-        texts = load_all(data or list(DEFAULT_TEXTS), split, loaded.tokenizer, sequence_length, limit)
-        runs = evaluate_runs(run, loaded, model, texts, targets, budget, sequence_length, batch_size)
+        refs = data or ([] if options.specs else list(DEFAULT_TEXTS))
+        texts = load_all(refs, split, loaded.tokenizer, sequence_length, limit)
+        runs = evaluate_runs(run, loaded, model, texts, targets, budget, sequence_length, batch_size, options)
         result = {
             "runs": runs,
             "sequence_length": sequence_length,
             "data": {text.name: {"split": text.split} for text in texts},
+            **about_tasks,
         }
-        title = "Perplexity (ratio to dense) and what was approximated"
         run.finish(
             result,
-            lambda console: console.print(perplexity_table(runs, title)),
+            lambda console: show_runs(console, runs, [text.name for text in texts]),
             model=model,
             dtype=dtype_name(loaded.model),
+        )
+
+
+def show_runs(console: Console, runs: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> None:
+    """The texts by sparsity, then the tasks, if there are any."""
+    from .tables import perplexity_table, task_table
+
+    if texts:
+        scored = [{**run, "tasks": {name: run["tasks"][name] for name in texts}} for run in runs]
+        console.print(perplexity_table(scored, "Perplexity (ratio to dense) and what was approximated"))
+    if names := [name for name in runs[0]["tasks"] if name not in texts]:
+        console.print(
+            task_table(runs, names, "Tasks (accuracies in %, with standard errors) and what was approximated")
         )
 
 
@@ -144,8 +198,9 @@ def evaluate_runs(
     budget: Budget | None,
     length: int,
     batch_size: int,
+    options: TaskOptions | None = None,
 ) -> list[dict[str, Any]]:
-    """`result.runs` of the contract. InputError when a dense model is asked for sparsity."""
+    """`result.runs` of the contract. InputError when a dense model is asked for sparsity, and for a name twice."""
     from informed_routing.evaluation.perplexity import (
         merge_stats,
         page_perplexity,
@@ -158,6 +213,10 @@ def evaluate_runs(
             f"{ref} is a dense model and has no sparsity {max(targets):g}",
             f"Fit routers first: informed-routing fit {ref} --out DIR",
         )
+    options = options or TaskOptions()
+    for spec in options.specs:
+        if any(text.name == spec.name for text in texts):
+            raise InputError(f"{spec.name} is a task and a text of --data", "Leave out one of them")
     if loaded.routed:
         for target in targets:
             loaded.model.set_sparsity(target, budget)  # a value out of range is refused before anything is scored
@@ -185,7 +244,14 @@ def evaluate_runs(
             if scored.stats:
                 stats.append(scored.stats)
                 tasks[text.name]["sparsity"] = sparsity_record(scored.stats, target)
-        runs.append({"sparsity": sparsity_record(merge_stats(stats), target), "tasks": tasks})
+        if options.specs:
+            progress = _Named(run.progress, f"at {target * 100:g} %" if target else "dense")
+            records, of_tasks = run_tasks(loaded, options, batch_size, target, progress)
+            tasks |= records
+            stats += of_tasks
+        entry = {"sparsity": sparsity_record(merge_stats(stats), target), "tasks": tasks}
+        average = average_accuracy(tasks)
+        runs.append(entry if average is None else {**entry, "average": average})
     return runs
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from informed_routing.evaluation.tasks import headline
+
 
 def new_table(title: str, columns: Sequence[str], left: int = 1) -> Table:
     """A plain table; the first `left` columns are aligned left, numbers right."""
@@ -31,6 +33,34 @@ def perplexity_table(runs: Sequence[Mapping[str, Any]], title: str) -> Table:
             cells.append(with_ratio(value, main_metric(dense["tasks"][task]) if dense else None))
         table.add_row(target_label(run["sparsity"]), *share_cells(run["sparsity"]), *cells)
     return table
+
+
+def task_table(runs: Sequence[Mapping[str, Any]], names: Sequence[str], title: str) -> Table:
+    """One column per sparsity: each task's headline metric, the mean accuracy, and what was approximated."""
+    table = new_table(title, ["task", "shots", "metric", *(target_label(run["sparsity"]) for run in runs)], left=3)
+    for name in names:
+        task = runs[0]["tasks"][name]
+        metric = headline(name, (key for key in task if key not in _ABOUT))
+        cells = [_measured(run["tasks"][name], metric) for run in runs]
+        table.add_row(name, str(task["shots"]), metric, *cells)
+    if "average" in runs[0]:
+        count = len(runs[0]["average"]["tasks"])
+        table.add_row(f"average of {count}", "", "", *(_measured(run["average"], "accuracy", "stderr") for run in runs))
+    table.add_section()
+    for label, shares in zip(_SHARES, zip(*(share_cells(run["sparsity"]) for run in runs), strict=True), strict=True):
+        table.add_row(label, "", "", *shares)
+    return table
+
+
+_ABOUT = ("shots", "documents", "seconds", "sparsity")
+
+
+def _measured(values: Mapping[str, Any], metric: str, error: str | None = None) -> str:
+    """A share in per cent with its standard error, or a perplexity as it is."""
+    value, deviation = float(values[metric]), values.get(error or f"{metric}_stderr")
+    if metric.endswith("perplexity"):
+        return f"{value:.2f}"
+    return f"{value * 100:.1f}" + ("" if deviation is None else f" ±{float(deviation) * 100:.1f}")
 
 
 def speed_table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:

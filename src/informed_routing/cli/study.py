@@ -1,0 +1,210 @@
+"""`study`: the paper's tables and figures, or a user's grid of methods, sparsities and models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from informed_routing.errors import InputError, WorkError
+
+from .common import Common, Session, check_at_least, session, with_common
+
+if TYPE_CHECKING:
+    from informed_routing.study.grid import Grid
+    from informed_routing.study.plan import Cell
+    from informed_routing.study.store import Store
+
+SHAPES = "shapes"
+
+
+@with_common
+def study(
+    common: Common,
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME...",
+            help="table1, table2, table3, table4, table5, table8, table9, figure1, figure3, all of them (all), a YAML "
+            "grid of your own, or shapes: parameters and MACs on the paper's models, without weights.",
+        ),
+    ],
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", metavar="MODEL", help="Repeatable [default: the grid's: demo:smollm2-135m]."),
+    ] = None,
+    out: Annotated[str, typer.Option("--out", metavar="DIR", help="Where cells, stages and tables go.")] = "study",
+    scale: Annotated[
+        str | None,
+        typer.Option("--scale", help="cpu (hours on two cores) or full (the paper's, on a GPU) [default: the grid's]."),
+    ] = None,
+    data_dir: Annotated[
+        str | None,
+        typer.Option("--data-dir", metavar="DIR", help="Files of the tasks [default: from the Hub]."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", help="Documents of each task [default: the grid's].")
+    ] = None,
+    cells: Annotated[
+        str | None, typer.Option("--cells", metavar="PATTERN", help="Only cells with such names: '*informed*'.")
+    ] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Run cells in parallel through Ray, on this machine.")] = False,
+    ray_address: Annotated[
+        str | None,
+        typer.Option("--ray-address", metavar="ADDRESS", help="A Ray cluster to use; it has to see --out."),
+    ] = None,
+    speed: Annotated[
+        bool,
+        typer.Option("--speed", help="Time finished cells, in turns, instead of running any: on an idle machine."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the cells, their state, and the time that they will take.")
+    ] = False,
+    tables_only: Annotated[
+        bool, typer.Option("--tables-only", help="Write the tables from what is there; run nothing.")
+    ] = False,
+) -> None:
+    """Reproduce tables and figures of the paper on any model, cell by cell; run it again to continue.
+
+    Finished cells are kept and not repeated, stages that cells share are trained once, and a cell that fails does not
+    stop the others. Cells give the same numbers through Ray if --threads is the same.
+
+    Example: informed-routing study table1 --out study --data-dir data --threads 2
+    Example: informed-routing study table1 --out study --data-dir data --dry-run
+    Example: informed-routing study table1 --out study --data-dir data --cells '*informed*' --ray --threads 1
+    Example: informed-routing study my-grid.yaml --model path/to/model --out mine
+    """
+    check_at_least("--limit", [] if limit is None else [limit], 1)
+    with session("study", common) as run:
+        if SHAPES in names:
+            if len(names) > 1:
+                raise InputError("shapes stands alone", "Run it on its own")
+            _shapes(run)
+            return
+        from informed_routing.study.plan import expand, matching
+        from informed_routing.study.store import Store
+
+        seeds = () if common.seed is None else (common.seed,)
+        grids = _grids(names, tuple(model or ()), scale, seeds, limit)
+        folder = None if data_dir is None else str(Path(data_dir).expanduser())
+        if folder is not None and not Path(folder).is_dir():
+            raise InputError(f"--data-dir {data_dir} does not exist", "Give the folder with the tasks' files")
+        expanded = {grid.name: expand(grid, folder) for grid in grids}
+        chosen = matching([cell for found in expanded.values() for cell in found], cells)
+        store = Store(Path(out).expanduser())
+        if dry_run:
+            _dry_run(run, chosen, store)
+            return
+        failed: dict[str, str] = {}
+        if speed:
+            _speed(run, grids, expanded, set(chosen), store)
+        elif not tables_only:
+            from informed_routing.study.parallel import LOCAL
+            from informed_routing.study.runner import run as run_cells
+
+            address = ray_address or (LOCAL if ray else None)
+            failed = run_cells(chosen, store, device=run.device, ray=address, progress=run.progress).failed
+        _finish(run, grids, expanded, store)
+    if failed:
+        raise WorkError(
+            f"{len(failed)} of {len(chosen)} cells failed, first {next(iter(failed))}: {next(iter(failed.values()))}",
+            f"See {store.root / 'failed'}; run again to repeat only these",
+        )
+
+
+def _grids(
+    names: Sequence[str], models: tuple[str, ...], scale: str | None, seeds: tuple[int, ...], limit: int | None
+) -> list[Grid]:
+    """The grids of the command line. InputError for two of one name: their tables would be one file."""
+    from informed_routing.study.grid import built_in_grids, load_grid
+
+    wanted = [one for name in names for one in (built_in_grids() if name == "all" else [name])]
+    grids = [load_grid(name, models=models, scale=scale, seeds=seeds) for name in dict.fromkeys(wanted)]
+    if limit is not None:
+        grids = [
+            grid.model_copy(update={"evaluation": grid.evaluation.model_copy(update={"limit": limit})})
+            for grid in grids
+        ]
+    taken = [grid.name for grid in grids]
+    for name in taken:
+        if taken.count(name) > 1:
+            raise InputError(f"two grids have the name {name}", "Give one of them another `name`")
+    return grids
+
+
+def _dry_run(run: Session, cells: Sequence[Cell], store: Store) -> None:
+    from informed_routing.study.estimate import listing
+
+    from .tables import new_table
+
+    rows = listing(cells, store)
+
+    def show(console: Any) -> None:
+        table = new_table("Cells", ["cell", "state", "tokens", "time left"])
+        for row in rows:
+            left = "?" if row["seconds"] is None else _minutes(row["seconds"])
+            table.add_row(row["name"], row["state"], f"{row['tokens']:,}", "" if row["state"] == "done" else left)
+        console.print(table)
+        known = [row["seconds"] for row in rows if row["seconds"] is not None]
+        unknown = len(rows) - len(known)
+        rest = f", and {unknown} cells of which nothing like has been timed" if unknown else ""
+        console.print(f"Time left, one after the other: {_minutes(sum(known))}{rest}")
+
+    run.finish({"cells": rows}, show, model=_models(cells), dtype=run.common.dtype)
+
+
+def _speed(
+    run: Session, grids: Sequence[Grid], expanded: dict[str, list[Cell]], chosen: set[Cell], store: Store
+) -> None:
+    from informed_routing.study.speed import run_speed
+
+    for grid in grids:
+        cells = [cell for cell in expanded[grid.name] if cell in chosen]
+        run_speed(cells, store, grid.speed, device=run.device, progress=run.progress)
+
+
+def _finish(run: Session, grids: Sequence[Grid], expanded: dict[str, list[Cell]], store: Store) -> None:
+    """Write the tables and show them."""
+    from informed_routing.study.report import write_report
+
+    report = write_report(grids, expanded, store)
+
+    def show(console: Any) -> None:
+        from rich.markdown import Markdown
+
+        for text in report.texts:
+            console.print(Markdown(text))
+        console.print("Written: " + ", ".join(str(path) for path in report.files))
+
+    cells = [cell for found in expanded.values() for cell in found]
+    run.finish(
+        {"tables": report.tables, "files": [str(path) for path in report.files]},
+        show,
+        model=_models(cells),
+        dtype=run.common.dtype,
+    )
+
+
+def _shapes(run: Session) -> None:
+    from informed_routing.study.report import as_json
+    from informed_routing.study.shapes import shape_table
+    from informed_routing.study.tables import markdown
+
+    table = shape_table()
+
+    def show(console: Any) -> None:
+        from rich.markdown import Markdown
+
+        console.print(Markdown(markdown(table)))
+
+    run.finish({"tables": {"shapes": as_json(table)}}, show, model="shapes", dtype=run.common.dtype)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _models(cells: Sequence[Cell]) -> str:
+    return ", ".join(dict.fromkeys(cell.model for cell in cells))

@@ -1,0 +1,188 @@
+"""A grid: which methods at which sparsities on which models, how all of them are trained, and what is measured.
+
+Read from YAML. `study/grids` holds those of the paper's tables, `study/scales` how much text they train and are judged
+on; users copy one and change it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ..config import Budget, Decision, describe
+from ..errors import InputError
+
+Layout = Literal["accuracy", "split", "loss", "columns", "curve", "allocation"]
+"""The form of a table: see tables.py and figures.py."""
+
+HERE = Path(__file__).resolve().parent
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Method(_Frozen):
+    """One row of a table: a recipe of `fit`, a way of pruning, or (neither) the dense model."""
+
+    label: str
+    recipe: str | None = Field(None, description="recipe that comes with the package, or a YAML file")
+    prune: str | None = Field(None, description="static method, such as shortgpt")
+    overrides: dict[str, Any] = Field(
+        default_factory=dict, description="dotted settings of the recipe, or settings of the pruning"
+    )
+    recovered: tuple[bool, ...] = Field((False, True), description="without and with recovery training")
+    sparsities: tuple[float, ...] | None = Field(None, description="default: those of the grid")
+    decision: Decision | None = Field(None, description="how MoD chooses tokens when it is judged; default its own way")
+
+    @property
+    def kind(self) -> Literal["dense", "static", "dynamic"]:
+        return "dynamic" if self.recipe else "static" if self.prune else "dense"
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Method:
+        if self.recipe and self.prune:
+            raise ValueError("a method has a recipe or a way of pruning, not both")
+        return self
+
+
+class Training(_Frozen):
+    """What all methods of a grid have in common, so that they differ in the method alone.
+
+    `tokens` and `recovery_tokens` set the steps: text that a method reads without gradients (forecasters in closed
+    form, pruning scores) counts like text that it trains on.
+    """
+
+    data: tuple[str, ...] = ("demo:wiki", "demo:c4")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    sequence_length: int = Field(512, ge=2)
+    batch_size: int = Field(2, ge=1)
+    gradient_accumulation: int = Field(1, ge=1)
+    tokens: int | None = Field(None, ge=1, description="text for each method before recovery; null: as its recipe says")
+    recovery_tokens: int | None = Field(None, ge=1, description="further text of recovered methods")
+    recovery: dict[str, Any] = Field(
+        default_factory=dict, description="LoRA settings of recovery, the same for every method that has that stage"
+    )
+    prune_tokens: int = Field(16_384, ge=1, description="text that pruning is scored on")
+    calibration_tokens: int = Field(8_192, ge=1, description="text of thresholds; sets no weights, is not counted")
+    overrides: dict[str, Any] = Field(default_factory=dict, description="dotted settings of all recipes")
+    equal_tokens: bool = Field(True, description="refuse a grid whose methods train on different amounts of text")
+
+
+class Speed(_Frozen):
+    """The workload of the speed pass."""
+
+    prompt_tokens: int = Field(512, ge=1)
+    new_tokens: int = Field(32, ge=1)
+    batch_size: int = Field(1, ge=1)
+    repeats: int = Field(5, ge=1)
+    at_once: int = Field(3, ge=1, description="methods in memory beside the dense model, which take turns with it")
+
+
+class Evaluation(_Frozen):
+    """What is measured of every cell. `limit` and the data folder also come from the command line."""
+
+    tasks: tuple[str, ...] = Field((), description="of lm-evaluation-harness, such as boolq or arc_easy@5 (5 shots)")
+    limit: int | None = Field(None, ge=1, description="documents of each task; null: all")
+    spread: bool = Field(True, description="take them at equal distances instead of the first ones")
+    wikitext: bool = Field(True, description="word perplexity of WikiText-2, document by document")
+    wikitext_pages: int | None = Field(None, ge=1, description="null: all")
+    context: int | None = Field(None, ge=2, description="most tokens seen at once; null: the model's context")
+    validation_tokens: int = Field(16_384, ge=0, description="held-out part of the training text, for the loss")
+    feature_tokens: int = Field(0, ge=0, description="of those: compared with the dense model, layer by layer")
+    batch_size: int = Field(8, ge=1)
+    native: bool = Field(True, description="use the native engine where it can run")
+
+
+class Grid(_Frozen):
+    """A table: methods x sparsities x models x seeds."""
+
+    name: str = Field(pattern=r"^[\w-]+$")
+    title: str = ""
+    layout: Layout = "accuracy"
+    models: tuple[str, ...] = ("demo:smollm2-135m",)
+    sparsities: tuple[float, ...] = (0.25, 0.40)
+    budget: Budget = "units"
+    seeds: tuple[int, ...] = (17,)
+    scale: str | None = Field(None, description="settings in study/scales for what is left out of the next three")
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    speed: Speed = Speed()
+    methods: dict[str, Method]
+
+    @field_validator("sparsities")
+    @classmethod
+    def _are_shares(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        for sparsity in value:
+            if not 0 < sparsity < 1:
+                raise ValueError(f"sparsity {sparsity} is not between 0 and 1")
+        return value
+
+    @model_validator(mode="after")
+    def _has_methods(self) -> Grid:
+        if not self.methods:
+            raise ValueError("methods is empty: name at least one")
+        return self
+
+
+def built_in_grids() -> dict[str, Path]:
+    """The grids that come with the package, by name."""
+    return {path.stem: path for path in sorted((HERE / "grids").glob("*.yaml"))}
+
+
+def scales() -> dict[str, Path]:
+    """The scales that come with the package, by name."""
+    return {path.stem: path for path in sorted((HERE / "scales").glob("*.yaml"))}
+
+
+def load_grid(
+    reference: str, *, models: tuple[str, ...] = (), scale: str | None = None, seeds: tuple[int, ...] = ()
+) -> Grid:
+    """A grid of the package by its name, or a YAML file; the keywords replace what it says.
+
+    Raises InputError when it does not exist or breaks a bound, naming the setting.
+    """
+    built_in = built_in_grids()
+    path = Path(reference).expanduser()
+    if reference in built_in and not path.is_file():
+        path = built_in[reference]
+    elif not path.is_file():
+        raise InputError(f"study {reference!r} does not exist", f"Give a YAML file, or one of {', '.join(built_in)}")
+    data = _mapping(path)
+    scale = scale or data.get("scale")
+    if scale is not None:
+        known = scales()
+        if scale not in known:
+            raise InputError(f"scale {scale!r} does not exist", f"Choose one of {', '.join(known)}")
+        data = _merged(_mapping(known[scale]), data) | {"scale": scale}
+    data |= {key: value for key, value in (("models", models), ("seeds", seeds)) if value}
+    data.setdefault("name", path.stem)
+    try:
+        return Grid.model_validate(data)
+    except ValidationError as error:
+        what, remedy = describe(error)
+        raise InputError(f"{path.name}: {what}", remedy) from None
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"grid {path} cannot be read: {str(error).splitlines()[0]}", "See study/grids") from None
+    if not isinstance(data, dict):
+        raise InputError(f"grid {path} is not a mapping of settings", "Start from one in study/grids")
+    return data
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Two nested mappings as one; where both have a value, that of `above` stands."""
+    both = {
+        key: _merged(below[key], above[key])
+        for key in below.keys() & above.keys()
+        if isinstance(below[key], dict) and isinstance(above[key], dict)
+    }
+    return {**below, **above, **both}

@@ -1,0 +1,99 @@
+"""The folder of a study.
+
+cells/NAME_KEY.json     a finished cell, named by a hash of all that determines it
+failed/NAME_KEY.json    why a cell failed; removed when it succeeds
+stages/NAME-KEY/        what training left; stage.json in it says that it is complete
+tasks/                  results of single tasks, so that a killed evaluation continues
+speed/NAME_KEY.json     seconds of a cell, from the speed pass
+GRID.md, .csv, .svg     the tables
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import InputError
+from ..files import write_json
+from .plan import Cell
+from .stages import Stage
+
+State = Literal["done", "failed", "started", "waiting"]
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where a study keeps what it has found."""
+
+    root: Path
+
+    # -- cells ------------------------------------------------------------------------------------------
+
+    def record(self, cell: Cell) -> Record | None:
+        """The finished record of a cell."""
+        return _read(self.root / "cells" / cell.file)
+
+    def failure(self, cell: Cell) -> Record | None:
+        return _read(self.root / "failed" / cell.file)
+
+    def speed(self, cell: Cell) -> Record | None:
+        return _read(self.root / "speed" / cell.file)
+
+    def keep(self, cell: Cell, record: Record) -> None:
+        write_json(self.root / "cells" / cell.file, record)
+        (self.root / "failed" / cell.file).unlink(missing_ok=True)
+
+    def keep_failure(self, cell: Cell, failure: Record) -> None:
+        write_json(self.root / "failed" / cell.file, failure)
+
+    def keep_speed(self, cell: Cell, record: Record) -> None:
+        write_json(self.root / "speed" / cell.file, record)
+
+    def state(self, cell: Cell) -> State:
+        if self.record(cell) is not None:
+            return "done"
+        if self.failure(cell) is not None:
+            return "failed"
+        return "started" if any(self.stage_folder(stage).is_dir() for stage in cell.stages) else "waiting"
+
+    # -- stages -----------------------------------------------------------------------------------------
+
+    def stage_folder(self, stage: Stage) -> Path:
+        return self.root / "stages" / stage.name
+
+    def stage_report(self, stage: Stage) -> Record | None:
+        """What a finished stage reported, None while it is not finished."""
+        return _read(self.stage_folder(stage) / "stage.json")
+
+    def finish_stage(self, stage: Stage, report: Record) -> None:
+        write_json(self.stage_folder(stage) / "stage.json", report)
+
+    @property
+    def tasks(self) -> Path:
+        return self.root / "tasks"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep a second study out of the folder; a killed process leaves no lock behind."""
+        from filelock import FileLock, Timeout
+
+        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(str(self.root / ".lock"), timeout=0):
+                yield
+        except Timeout:
+            raise InputError(f"another study is running in {self.root}", "Wait for it, or give another --out") from None
+
+
+def _read(path: Path) -> Record | None:
+    """A JSON file; None when it is missing or no JSON (files here are whole or absent)."""
+    try:
+        found: Record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found
