@@ -121,7 +121,7 @@ def _run(model: Any, piece: Tensor, prompt: int) -> _Run:
     cache = DynamicCache(config=model.config)
     losses, seconds = [], []
     with torch.inference_mode():
-        steps = [piece[:, :prompt], *piece[:, prompt:].split(1, dim=1)]
+        steps = [piece[:, :prompt], *(piece[:, at : at + 1] for at in range(prompt, piece.shape[1]))]
         for i, ids in enumerate(steps):
             _wait(model.device)
             begun = time.perf_counter()
