@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from tests.tiny import make_tiny
 
+from informed_routing.baselines.dynamic import attach
 from informed_routing.config import ForecasterConfig, RouterConfig
 from informed_routing.routed_model import RoutedModelForCausalLM
 
@@ -25,10 +26,22 @@ def make_routed(
         ForecasterConfig(rank=8, fallback=fallback),  # type: ignore[arg-type]
         RouterConfig(kind=router, width=None if router == "linear" else 8),  # type: ignore[arg-type]
     )
-    generator = torch.Generator().manual_seed(seed + 1)
+    return _randomised(model, seed + 1)
+
+
+def make_baseline(name: str, *, seed: int = 0, **overrides: Any) -> RoutedModelForCausalLM:
+    """A tiny Llama of 4 layers with the parts of a dynamic baseline's recipe, its routers random."""
+    settings = {"num_hidden_layers": 4, **overrides}
+    return _randomised(attach(make_tiny("llama", seed=seed, **settings), name), seed + 1)
+
+
+def _randomised(model: RoutedModelForCausalLM, seed: int) -> RoutedModelForCausalLM:
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for unit in model.units:
             for name, parameter in unit.named_parameters():
+                if "norm" in name:
+                    continue
                 std = 0.1 if name.endswith("bias") else 1.0 / parameter.shape[-1] ** 0.5
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
     return model

@@ -16,7 +16,8 @@ FORMAT_VERSION = 1
 
 UnitKind = Literal["attention", "ffn"]
 Budget = Literal["units", "macs", "latency"]
-StageName = Literal["forecast", "route", "lora", "calibrate"]
+StageName = Literal["forecast", "route", "joint", "lora", "calibrate"]
+Decision = Literal["threshold", "top-k"]
 
 
 class _Frozen(BaseModel):
@@ -60,13 +61,24 @@ class ForecasterConfig(_Frozen):
 
 
 class RouterConfig(_Frozen):
-    """The per-token classifier of a unit (paper Eq. 7 and two cheaper forms)."""
+    """The per-token classifier of a unit (paper Eq. 7, two cheaper forms, and those of other methods)."""
 
-    kind: Literal["mlp", "linear", "low-rank"] = Field(
-        "linear", description="mlp is the paper's; a linear router is the cheapest, and the closed form's own shape"
+    kind: Literal["mlp", "linear", "low-rank", "normed-mlp", "ranking"] = Field(
+        "linear",
+        description="mlp is the paper's; a linear router is the cheapest, and the closed form's own shape; "
+        "normed-mlp is D-LLM's; ranking is MoD's scalar score with a causal predictor of who is chosen",
     )
-    width: int | None = Field(None, ge=1, description="hidden width; default d/4 - 2r for mlp, 16 for low-rank")
-    input: Literal["normed", "residual"] = "normed"
+    width: int | None = Field(
+        None, ge=1, description="hidden width; default d/4 - 2r for mlp, 16 for low-rank and for ranking's predictor"
+    )
+    input: Literal["normed", "residual", "layer"] = Field(
+        "normed",
+        description="after the unit's norm; the raw residual stream; or the stream as it enters the layer, for both "
+        "units (SkipGPT)",
+    )
+    init: Literal["damped", "kaiming"] = Field(
+        "damped", description="damped: the last weights start small, so that execute_bias decides; kaiming: SkipGPT's"
+    )
     execute_bias: float = Field(1.0, description="margin before training: above 0 most tokens start executed")
     warm_start: bool = Field(
         True,
@@ -75,6 +87,22 @@ class RouterConfig(_Frozen):
     warm_start_tokens: int = Field(16_384, ge=1, description="text of the first sweep, over the dense model")
     sweeps: int = Field(3, ge=0, description="further sweeps, over the model as routed so far")
     sweep_tokens: int = Field(8_192, ge=1, description="text of each further sweep")
+
+
+class SelectionConfig(_Frozen):
+    """Which units and tokens may be approximated, and by which rule inference decides."""
+
+    granularity: Literal["unit", "layer"] = Field("unit", description="layer: one decision joins attention and ffn")
+    first_layer: int = Field(0, ge=0, description="layers before it always execute (D-LLM: 2)")
+    every: int = Field(1, ge=1, description="one in so many layers is routed, from first_layer on (MoD's best: 2)")
+    first_tokens: int = Field(0, ge=0, description="tokens at the start of a sequence that always execute (D-LLM: 2)")
+    decision: Decision = Field(
+        "threshold", description="threshold on the margin; top-k of each sequence and unit (MoD), which is not causal"
+    )
+
+    def routes(self, layer: int) -> bool:
+        """Whether the units of a layer are routed at all."""
+        return layer >= self.first_layer and (layer - self.first_layer) % self.every == 0
 
 
 class StageConfig(_Frozen):
@@ -122,6 +150,11 @@ class RouteStage(StageConfig):
     budget: Budget = "units"
     balanced: bool = Field(False, description="hold attention and ffn to the target separately (paper Table 3)")
     coefficient: float = Field(8.0, ge=0, description="lambda of the sparsity term")
+    penalty: Literal["mean", "token"] = Field(
+        "mean",
+        description="what is held to the target: the mean share (paper Eq. 8), or every token's own, with a weight "
+        "that rises from 0 to the coefficient on a sine (D-LLM)",
+    )
     tau_start: float = Field(3.0, gt=0, description="temperature of the gradient (paper: 5)")
     tau_end: float = Field(1.0, gt=0)
     noise_start: float = Field(1.0, ge=0, description="scale of the Gumbel noise (paper: 1 throughout)")
@@ -171,7 +204,8 @@ class Recipe(_Frozen):
     data: tuple[str, ...] = ("demo:wiki", "demo:c4")
     stages: tuple[StageName, ...] = Field(
         ("forecast", "route"),
-        description="forecast, route and lora, or calibrate alone: a new threshold table for a routed model",
+        description="forecast, route and lora; or joint, which trains routers and LoRA together, in place of the last "
+        "two; or calibrate alone: a new threshold table for a routed model",
     )
     start: str | None = Field(
         None,
@@ -186,6 +220,7 @@ class Recipe(_Frozen):
     kv: Literal["keep", "drop"] = Field("keep", description="drop: approximated tokens leave no keys (paper A.4)")
     forecaster: ForecasterConfig = ForecasterConfig()
     router: RouterConfig = RouterConfig()
+    selection: SelectionConfig = SelectionConfig()
     forecast: ForecastStage = ForecastStage()
     route: RouteStage = RouteStage()
     lora: LoraStage = LoraStage()
@@ -194,9 +229,11 @@ class Recipe(_Frozen):
     @field_validator("stages")
     @classmethod
     def _stages_in_order(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        order = [name for name in ("forecast", "route", "lora", "calibrate") if name in value]
+        order = [name for name in ("forecast", "route", "joint", "lora", "calibrate") if name in value]
         if len(order) != len(value) or not value:
             raise ValueError("stages must be some of forecast, route, lora, each once, or calibrate alone")
+        if "joint" in value and {"route", "lora"} & set(value):
+            raise ValueError("stages cannot hold joint with route or lora: it does the work of both")
         # Every fit calibrates at its end: the name matters only where it stands alone.
         return tuple(order) if order == ["calibrate"] else tuple(name for name in order if name != "calibrate")
 
@@ -209,8 +246,25 @@ class Recipe(_Frozen):
             raise ValueError("calibrate alone needs a start (a routing folder) that has been routed")
         elif "route" not in self.stages and "lora" in self.stages:
             raise ValueError("stages needs route before lora, or a start (a routing folder) that has been routed")
-        elif "route" in self.stages and "forecast" not in self.stages and self.forecaster.fallback == "forecaster":
-            raise ValueError("stages needs forecast before route, or a start, or forecaster.fallback = zero")
+        elif "forecast" not in self.stages and self.forecaster.fallback == "forecaster":
+            raise ValueError(
+                f"stages needs forecast before {self.stages[0]}, or a start, or forecaster.fallback = zero"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_go_together(self) -> Recipe:
+        check_parts(self.forecaster, self.router, self.selection)
+        if self.selection.decision == "top-k" and (self.route.budget != "units" or self.route.penalty != "mean"):
+            raise ValueError("selection.decision top-k is a share of units: leave route.budget and penalty as they are")
+        if "joint" in self.stages and not self.route.steps:
+            raise ValueError("the joint stage needs route.steps of 1 or more")
+        if self.route.penalty == "token" and self.route.budget != "units":
+            raise ValueError("route.penalty token counts units: leave route.budget at units")
+        if self.router.warm_start and {"route", "joint"} & set(self.stages) and self.start is None:
+            plain = self.router.kind in ("mlp", "linear", "low-rank") and self.router.input != "layer"
+            if not plain or self.selection != SelectionConfig():
+                raise ValueError("router.warm_start knows plain routers of single units: set it to false")
         return self
 
     @classmethod
@@ -248,6 +302,24 @@ class Recipe(_Frozen):
                 node = node[parent]
             node[last] = value
         return Recipe.from_mapping(data)
+
+
+def check_parts(forecaster: ForecasterConfig, router: RouterConfig, selection: SelectionConfig) -> None:
+    """Raises ValueError for parts of a routed unit that do not go together."""
+    if (router.kind == "ranking") != (selection.decision == "top-k"):
+        raise ValueError("router.kind ranking and selection.decision top-k need each other")
+    whole = selection.granularity == "unit" and selection.first_layer == 0 and selection.every == 1
+    if forecaster.fallback == "forecaster" and not (whole and selection.decision == "threshold"):
+        raise ValueError("forecasters go with thresholds on single units of all layers: set forecaster.fallback = zero")
+
+
+def method_of(forecaster: ForecasterConfig, selection: SelectionConfig) -> str:
+    """The published method that a choice of parts belongs to."""
+    if forecaster.fallback == "forecaster":
+        return "informed-routing"
+    if selection.decision == "top-k":
+        return "mod"
+    return "d-llm" if selection.granularity == "layer" else "skipgpt"
 
 
 class LatencyGains(_Frozen):
@@ -295,12 +367,18 @@ class RoutingConfig(_Frozen):
     hidden_size: int
     forecaster: ForecasterConfig
     router: RouterConfig
+    selection: SelectionConfig = SelectionConfig()
     budget: Budget = "units"
     sparsity: float = 0.0
     kv: Literal["keep", "drop"] = "keep"
     calibration_context: int = Field(512, description="sequence length at which `macs` of the table was counted")
     latency: LatencyGains | None = None
     thresholds: tuple[ThresholdRow, ...] = ()
+
+    @model_validator(mode="after")
+    def _parts_go_together(self) -> RoutingConfig:
+        check_parts(self.forecaster, self.router, self.selection)
+        return self
 
     @classmethod
     def from_json(cls, text: str, origin: str) -> RoutingConfig:

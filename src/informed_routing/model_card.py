@@ -17,6 +17,7 @@ def model_card(config: RoutingConfig, fitted: dict[str, Any]) -> str:
         f"| {row.units:.3f} | {row.attention:.3f} | {row.ffn:.3f} | {row.macs:.3f} | {row.threshold:.3f} |"
         for row in config.thresholds
     )
+    forecasters = "" if config.forecaster.fallback == "zero" else f" and forecasters of rank {config.forecaster.rank}"
     seconds = sum(_seconds(stage) for stage in fitted["stages"].values())
     return "\n".join(
         [
@@ -24,8 +25,7 @@ def model_card(config: RoutingConfig, fitted: dict[str, Any]) -> str:
             "---",
             f"# Routing for {base}",
             "",
-            f"Routers and forecasters ({config.method}, rank {config.forecaster.rank}, router "
-            f"{config.router.kind}, budget {config.budget}) for `{base}`. "
+            f"Routers{forecasters} ({config.method}, {config.router.kind}, budget {config.budget}) for `{base}`. "
             "The base model's weights are not in this folder.",
             "",
             "```python",

@@ -18,16 +18,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from .config import BaseModelReference, Budget, ForecasterConfig, RouterConfig, RoutingConfig, ThresholdRow, UnitKind
+from .config import (
+    BaseModelReference,
+    Budget,
+    Decision,
+    ForecasterConfig,
+    RouterConfig,
+    RoutingConfig,
+    SelectionConfig,
+    ThresholdRow,
+    UnitKind,
+    describe,
+    method_of,
+)
 from .errors import InputError
-from .execution.layer import add_routing, routed_decoder_class
+from .execution.layer import NOT_CAUSAL, add_routing, routed_decoder_class
 from .models.families import family_of
 from .models.fingerprint import fingerprint
-from .routing.budget import RoutingStats, UnitCost, unit_costs
-from .routing.decision import AlwaysExecute, DecisionRule, Threshold
+from .routing.budget import RoutingStats, UnitCost, capacity_for, unit_costs
+from .routing.decision import AlwaysExecute, DecisionRule, Threshold, TopK
 from .routing.routed_unit import Execution, KeyValues, RoutedUnit, RoutingState
 
 if TYPE_CHECKING:
@@ -54,10 +67,6 @@ class RoutedModelForCausalLM(PreTrainedModel):
     routing_state: RoutingState
     _target: float | None
 
-    if TYPE_CHECKING:  # the base model's class brings it
-
-        def generate(self, *args: Any, **kwargs: Any) -> Any: ...
-
     # -- building ---------------------------------------------------------------------------------------
 
     @classmethod
@@ -67,14 +76,17 @@ class RoutedModelForCausalLM(PreTrainedModel):
         forecaster: ForecasterConfig | None = None,
         router: RouterConfig | None = None,
         *,
+        selection: SelectionConfig | None = None,
+        kv: KeyValues = "keep",
         routing_config: RoutingConfig | None = None,
         name: str = "",
         revision: str | None = None,
     ) -> RoutedModelForCausalLM:
         """Give a dense model routed layers, in place, with fresh (or, for `routing_config`, unloaded) weights.
 
+        Forecaster, router, selection and `kv` are the parts that make a method; `routing_config` holds all of them.
         Every token executes until `set_sparsity`, so logits are the base model's. Raises InputError for an unknown
-        family, a rank above the hidden size, or a routing configuration made for another model.
+        family, a rank above the hidden size, or parts that do not go together.
         """
         if isinstance(model, RoutedModelForCausalLM):
             raise InputError("the model is routed already", "Load the dense base model first")
@@ -82,32 +94,28 @@ class RoutedModelForCausalLM(PreTrainedModel):
         hidden_size = model.config.hidden_size
         print_of_base = fingerprint(model)
         if routing_config is None:
-            forecaster, router = forecaster or ForecasterConfig(), router or RouterConfig()
-            routing_config = RoutingConfig(
-                library_version=_version(),
-                base_model=BaseModelReference(
-                    name=name,
-                    revision=revision,
-                    fingerprint=print_of_base,
-                    model_type=model.config.model_type,
-                ),
-                num_layers=model.config.num_hidden_layers,
-                hidden_size=hidden_size,
-                forecaster=forecaster,
-                router=router,
+            reference = BaseModelReference(
+                name=name, revision=revision, fingerprint=print_of_base, model_type=model.config.model_type
             )
-        forecaster, router = routing_config.forecaster, routing_config.router
+            forecaster, router = forecaster or ForecasterConfig(), router or RouterConfig()
+            routing_config = _fresh_config(model, reference, forecaster, router, selection or SelectionConfig(), kv)
+        forecaster, router, selection = routing_config.forecaster, routing_config.router, routing_config.selection
         if forecaster.fallback == "forecaster" and forecaster.rank > hidden_size:
             raise InputError(
                 f"rank {forecaster.rank} is above the model's hidden size {hidden_size}",
                 f"Choose a rank up to {hidden_size}",
             )
         decoder = cast(Any, model).model
+        if selection.first_layer >= len(decoder.layers):
+            raise InputError(
+                f"selection.first_layer {selection.first_layer} leaves none of {len(decoder.layers)} layers to route",
+                "Choose a lower one",
+            )
         state = RoutingState(kv=routing_config.kv)
         device = decoder.embed_tokens.weight.device
         for i, layer in enumerate(decoder.layers):
             pair = [
-                RoutedUnit(2 * i + j, kind, family, hidden_size, forecaster, router).to(device)
+                RoutedUnit(2 * i + j, kind, family, hidden_size, forecaster, router, selection).to(device)
                 for j, kind in enumerate(KINDS)
             ]
             add_routing(layer, state, *pair)
@@ -218,19 +226,38 @@ class RoutedModelForCausalLM(PreTrainedModel):
 
     # -- the dial ---------------------------------------------------------------------------------------
 
-    def set_sparsity(self, sparsity: float, budget: Budget | None = None) -> None:
+    def set_sparsity(self, sparsity: float, budget: Budget | None = None, decision: Decision | None = None) -> None:
         """Choose how much is approximated, without retraining. 0 is the dense model.
 
-        `budget` says what the number means (default: what the routers were trained for). Raises InputError outside
-        the calibrated range or when the model has not been calibrated.
+        `budget` says what the number means (default: what the routers were trained for). `decision` is how tokens are
+        chosen: by `threshold`, or the `top-k` of each sequence, which is what MoD is trained and scored with but cannot
+        generate (default: the method's own). Raises InputError outside the calibrated range, when the model has not
+        been calibrated, or for top-k of routers that do not rank.
         """
         if not 0 <= sparsity < 1:
             raise InputError(f"sparsity {sparsity} is not between 0 and 1", "Give a share such as 0.25")
+        decision = decision or self.routing_config.selection.decision
         if sparsity == 0:
             self.set_decision(AlwaysExecute())
+        elif decision == "top-k":
+            self.set_decision(self._top_k(sparsity, budget or self.routing_config.budget))
         else:
             self.set_decision(Threshold(threshold_for(self.routing_config, sparsity, budget)))
         self._target = sparsity
+
+    def _top_k(self, sparsity: float, budget: Budget) -> TopK:
+        """The rule whose capacity, the same in all routed units, approximates a share of all (token, unit) pairs."""
+        if self.routing_config.selection.decision != "top-k":
+            raise InputError("the routers of this model do not rank tokens", "Leave out decision='top-k'")
+        if budget != "units":
+            raise InputError(f"the capacity of top-k counts units, not {budget}", "Use the units budget")
+        return TopK(capacity_for(self.units, sparsity))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate`. Raises InputError while the decision rule is top-k, which is not causal."""
+        if self.routing_state.ranks:
+            raise InputError(*NOT_CAUSAL)
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def calibrated_range(self, budget: Budget | None = None) -> tuple[float, float]:
         """Lowest and highest sparsity of the threshold table."""
@@ -322,6 +349,31 @@ class RoutedModelForCausalLM(PreTrainedModel):
         if not gates:
             return torch.ones(0)
         return torch.stack([gate.float() for gate in gates.values()]).mean(0)
+
+
+def _fresh_config(
+    model: PreTrainedModel,
+    base: BaseModelReference,
+    forecaster: ForecasterConfig,
+    router: RouterConfig,
+    selection: SelectionConfig,
+    kv: KeyValues,
+) -> RoutingConfig:
+    """The configuration of untrained parts. Raises InputError when they do not go together."""
+    try:
+        return RoutingConfig(
+            library_version=_version(),
+            method=method_of(forecaster, selection),
+            base_model=base,
+            num_layers=model.config.num_hidden_layers,
+            hidden_size=model.config.hidden_size,
+            forecaster=forecaster,
+            router=router,
+            selection=selection,
+            kv=kv,
+        )
+    except ValidationError as error:
+        raise InputError(*describe(error)) from None
 
 
 def threshold_for(config: RoutingConfig, sparsity: float, budget: Budget | None = None) -> float:

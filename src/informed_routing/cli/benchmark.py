@@ -83,7 +83,8 @@ def benchmark(
         loaded = load_routed(folder, run, base)
         loaded.model.set_execution("sparse", kv=kv)
         for target in targets:
-            loaded.model.set_sparsity(target, budget)  # a value out of range is refused before anything is timed
+            # A value out of range is refused before anything is timed.
+            loaded.model.set_sparsity(target, budget, "threshold")
         names: list[str] = list(engine or ["native", "torch", "transformers"])
         reason = native_reason(loaded.model, run.progress) if kv != "drop" else "kv='drop' needs the torch engine"
         if reason is not None and "native" in names:

@@ -143,7 +143,7 @@ def _refuse_idle_flags(
     for flag, value in of_the_start.items():
         if value is not None:
             raise InputError(f"{flag} {value} has no effect with --start", "Its folder has that decided: leave it out")
-    if budget is not None and "route" not in stages:
+    if budget is not None and not {"route", "joint"} & set(stages):
         raise InputError(f"--budget {budget} has no effect without the route stage", "The folder keeps its budget")
     if sparsity is not None and list(stages) == ["calibrate"]:
         raise InputError(

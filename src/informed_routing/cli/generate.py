@@ -83,7 +83,8 @@ def generate(
         loaded = load_any(folder, run, base)
         if loaded.routed:
             choose_execution(run, loaded.model, execution, weights, kv)
-            loaded.model.set_sparsity(targets[0] if targets else loaded.model.routing_config.sparsity, budget)
+            chosen = targets[0] if targets else loaded.model.routing_config.sparsity
+            loaded.model.set_sparsity(chosen, budget, decision="threshold")  # the rule that can generate
         elif show_routing or any(targets):
             raise InputError(
                 f"{folder} is a dense model, it routes nothing",

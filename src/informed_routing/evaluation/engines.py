@@ -91,7 +91,7 @@ class RoutedEngine(Engine):
     def use(self, sparsity: float, budget: str | None) -> None:
         state = self.model.routing_state
         state.native, state.execution = self.holder, "native" if self.holder else "sparse"
-        self.model.set_sparsity(sparsity, budget)
+        self.model.set_sparsity(sparsity, budget, "threshold")  # the rule that can generate
 
 
 def make_engines(dense: Any, routed: Any, names: Sequence[str], weights: Sequence[str]) -> list[Engine]:

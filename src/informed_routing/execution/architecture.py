@@ -20,10 +20,26 @@ def unknown(model: Any) -> str | None:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         return "rotary embeddings cover only part of a head"
+    if reason := _unknown_routing(model):
+        return reason
     for layer in model.decoder.layers:
         for unit in (layer.attention_routing, layer.ffn_routing):
             for child in unit.unit.module(layer).children():
                 plain = type(child) is nn.Linear or type(child).__name__.endswith("RMSNorm")
                 if not plain and next(child.parameters(), None) is not None:
                     return f"a {type(child).__name__} in layer {unit.index // 2} (merge adapters first)"
+    return None
+
+
+def _unknown_routing(model: Any) -> str | None:
+    """What of the routing itself the engines do not know: they have plain routers that read their own unit's input."""
+    router, selection = model.routing_config.router, model.routing_config.selection
+    if router.kind not in ("linear", "low-rank", "mlp"):
+        return f"{router.kind} routers"
+    if router.input == "layer":
+        return "routers that read the layer's input (router.input = layer)"
+    if selection.granularity != "unit":
+        return "one decision for a whole layer (selection.granularity = layer)"
+    if selection.first_tokens or selection.first_layer or selection.every > 1:
+        return "tokens or layers that always execute (selection)"
     return None

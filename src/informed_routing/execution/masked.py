@@ -27,25 +27,56 @@ def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tenso
     features = routed.features(hidden, x)
     gate = routed.decide(state, hidden, features)
     if routed.kind == "attention" and state.kv == "drop":
-        kwargs = _without_approximated_keys(routed.unit.module(layer), gate, kwargs, hidden.dtype)
+        kwargs = _without_approximated_keys(routed, state, layer, gate, kwargs, hidden.dtype)
     raw = unit.run(layer, x, kwargs)
     update = unit.update(layer, raw)
     forecast = routed.forecast(layer, features)
-    if gate.dtype == torch.bool:
-        after = hidden + torch.where(gate.unsqueeze(-1), update, forecast)
-    else:
-        weight = gate.unsqueeze(-1).to(update.dtype)
-        after = hidden + (weight * update + (1 - weight) * forecast)
+    after = hidden + _mixed(gate, update, forecast)
     routed.observe(state, hidden, features, raw, update, gate, after)
     return after
 
 
+def run_joined(
+    attention: RoutedUnit,
+    ffn: RoutedUnit,
+    state: RoutingState,
+    layer: nn.Module,
+    hidden: Tensor,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """A layer whose units share one decision: the whole layer for every token, mixed once with the stream [B, N, d].
+
+    The same forward as unit by unit; but the router's gradient asks what the whole layer would have done, its FFN
+    reading what its attention wrote (D-LLM).
+    """
+    x = attention.unit.normed(layer, hidden)
+    gate = attention.decide(state, hidden, attention.features(hidden, x))
+    ffn.decide(state, hidden, hidden)  # the same gate
+    if state.kv == "drop":
+        kwargs = _without_approximated_keys(attention, state, layer, gate, kwargs, hidden.dtype)
+    between = hidden + attention.unit.update(layer, attention.unit.run(layer, x, kwargs))
+    written = ffn.unit.run(layer, ffn.unit.normed(layer, between), {})
+    return _mixed(gate, between + ffn.unit.update(layer, written), hidden)
+
+
+def _mixed(gate: Tensor, executed: Tensor, approximated: Tensor) -> Tensor:
+    """Row by row [B, N, d], by a gate [B, N] that is boolean or has a gradient."""
+    if gate.dtype == torch.bool:
+        return torch.where(gate.unsqueeze(-1), executed, approximated)
+    weight = gate.unsqueeze(-1).to(executed.dtype)
+    return weight * executed + (1 - weight) * approximated
+
+
 def _without_approximated_keys(
-    attention: Any, gate: Tensor, kwargs: dict[str, Any], dtype: torch.dtype
+    routed: RoutedUnit, state: RoutingState, layer: nn.Module, gate: Tensor, kwargs: dict[str, Any], dtype: torch.dtype
 ) -> dict[str, Any]:
-    """The attention arguments with the keys of approximated tokens masked out (paper A.4)."""
+    """The attention arguments with the keys of approximated tokens masked out (paper A.4).
+
+    The mask has no gradient: routers learn from what their own token's update does, not from who attends to it.
+    """
+    attention: Any = routed.unit.module(layer)
     cache = kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
+    if cache is not None and cache.get_seq_length(attention.layer_idx) > 0:
         raise InputError(
             "the masked back end does not decode with kv='drop'",
             "Use execution='sparse', which frees the cache",
@@ -58,7 +89,10 @@ def _without_approximated_keys(
     else:
         allowed = (mask if mask.dtype == torch.bool else mask >= 0).expand(batch, 1, length, length)
     own = torch.eye(length, dtype=torch.bool, device=gate.device)  # no row may be empty
-    allowed = (allowed & (gate.detach() > 0.5)[:, None, None, :]) | own
+    executed = gate.detach() > 0.5
+    allowed = allowed & executed[:, None, None, :]
+    state.keys_read[routed.index] = (allowed & executed[:, None, :, None]).sum()
+    allowed = allowed | own
     if attention.config._attn_implementation == "eager":
         low = torch.finfo(dtype).min
         allowed = torch.zeros(allowed.shape, dtype=dtype, device=gate.device).masked_fill(~allowed, low)

@@ -35,8 +35,10 @@ def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tenso
     if routed.kind == "attention":
         if count == total and state.kv == "keep":
             return hidden + routed.unit.update(layer, routed.unit.run(layer, x, kwargs))
-        attention = _drop_attention if state.kv == "drop" else _keep_attention
-        output = attention(routed, layer, x, gate, executed, kwargs)
+        if state.kv == "drop":
+            output, state.keys_read[routed.index] = _drop_attention(routed, layer, x, gate, executed, kwargs)
+        else:
+            output = _keep_attention(routed, layer, x, gate, executed, kwargs)
     elif count == total:
         return hidden + routed.unit.update(layer, routed.unit.run(layer, x, kwargs))
     elif count:
@@ -105,8 +107,8 @@ def _attend(attention: Any, q: Tensor, keys: Tensor, values: Tensor, mask: Tenso
 
 def _drop_attention(
     routed: RoutedUnit, layer: nn.Module, x: Tensor, gate: Tensor, executed: Tensor, kwargs: dict[str, Any]
-) -> Tensor:
-    """As `_keep_attention`, but approximated tokens leave no key and no value."""
+) -> tuple[Tensor, Tensor]:
+    """As `_keep_attention`, but approximated tokens leave no key and no value. Also counts the keys attended to."""
     family, attention = routed.unit.family, routed.unit.module(layer)
     batch, length = gate.shape
     cache = kwargs.get("past_key_values")
@@ -114,7 +116,7 @@ def _drop_attention(
     start = store.seen
     store.seen += length
     if not executed.numel():
-        return x
+        return x, torch.zeros((), dtype=torch.long, device=x.device)
     places, filled = _ragged(gate)
     rope = _take_ragged(kwargs.get("position_embeddings"), places)
     rows = x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
@@ -130,10 +132,11 @@ def _drop_attention(
         allowed = full.expand(batch, -1, -1, -1).gather(3, picked)
         allowed = allowed if allowed.dtype == torch.bool else allowed >= 0
     allowed = allowed & (stored_at >= 0)[:, None, None, :]
+    read = (allowed & filled[:, None, :, None]).sum()
     # Filler queries are thrown away below; they only must not be empty rows.
     allowed = allowed | ~filled[:, None, :, None]
     q = queries(family, attention, rows, rope)
-    return attend(attention, q, keys, values, allowed)[filled].unsqueeze(0)
+    return attend(attention, q, keys, values, allowed)[filled].unsqueeze(0), read
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -55,9 +55,9 @@ def unit_costs(layers: Sequence[nn.Module], units: Sequence[RoutedUnit]) -> list
     for routed in units:
         layer = layers[routed.index // 2]
         module = cast(Any, routed.unit.module(layer))
-        router = _weights(routed.router)
+        router = 0 if routed.router is None else _weights(routed.router)
         forecaster = 0 if routed.forecaster is None else _weights(routed.forecaster)
-        hidden_size = routed.router.in_features
+        hidden_size = routed.hidden_size
         if routed.kind == "ffn":
             costs.append(UnitCost(0, _base_weights(module), 0, router, forecaster, stream=4 * hidden_size))
             continue
@@ -71,6 +71,19 @@ def unit_costs(layers: Sequence[nn.Module], units: Sequence[RoutedUnit]) -> list
         heads = 2 * config.num_key_value_heads * module.head_dim
         costs.append(UnitCost(kv, 2 * d * width, 2 * width, router, forecaster, window, heads, 4 * d))
     return costs
+
+
+def capacity_for(units: Sequence[RoutedUnit], sparsity: float) -> float:
+    """The share of tokens that each routed unit executes when `sparsity` of all (token, unit) pairs is approximated.
+
+    Raises InputError when the routed units are too few for that.
+    """
+    routed = sum(unit.is_routed for unit in units) / len(units)
+    if sparsity >= routed:
+        raise InputError(
+            f"sparsity {sparsity} cannot be reached: only {routed:.2f} of the units are routed", "Choose a lower one"
+        )
+    return 1 - sparsity / routed
 
 
 def _base_weights(module: nn.Module) -> int:
@@ -96,6 +109,8 @@ class RoutingStats:
     keys: Tensor = field(default_factory=lambda: torch.zeros(0))
     calls: Tensor = field(default_factory=lambda: torch.zeros(0))
     """[units, 4]: forwards in which a unit executed all tokens, some, none, or all because skipping costs more."""
+    evicted: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """[units]: tokens whose keys and values were neither computed nor kept (kv='drop')."""
     routed: bool = False
     elsewhere: Callable[[RoutingStats], None] | None = None
     """Adds what an engine has counted on its device since it was last called."""
@@ -109,7 +124,7 @@ class RoutingStats:
     def empty(cls, costs: list[UnitCost], kinds: list[str]) -> RoutingStats:
         zeros = torch.zeros(len(costs), dtype=torch.float64)
         calls = torch.zeros(len(costs), len(OUTCOMES), dtype=torch.float64)
-        return cls(costs, kinds, zeros.clone(), zeros.clone(), 0.0, zeros.clone(), calls)
+        return cls(costs, kinds, zeros.clone(), zeros.clone(), 0.0, zeros.clone(), calls, zeros.clone())
 
     def add(self, state: RoutingState, contexts: Tensor) -> None:
         """Count one forward. `contexts` [B, N]: keys visible to each token, 0 for padding."""
@@ -140,6 +155,10 @@ class RoutingStats:
         counts = (gates @ flat).cpu()
         for window, column in limited.items():
             counts = torch.where(windows == window, (gates @ column).cpu(), counts)
+        if state.kv == "drop":
+            self.evicted += tokens - executed
+            for index, read in state.keys_read.items():
+                counts[index] = float(read)
         self.executed_keys += counts
 
     def add_tokens(self, length: int, past: int, start: Tensor, valid: Tensor | None, *, routed: bool) -> None:
@@ -178,7 +197,7 @@ class RoutingStats:
         for i, cost in enumerate(self.costs):
             executed, tokens = float(self.executed[i]), self.tokens
             dense += tokens * (cost.always + cost.execute) + float(self.keys[i]) * cost.per_key
-            routed += tokens * cost.always + executed * cost.execute
+            routed += (tokens - float(self.evicted[i])) * cost.always + executed * cost.execute
             routed += float(self.executed_keys[i]) * cost.per_key
             if self.routed:
                 routed += tokens * cost.router + (tokens - executed) * cost.forecaster
@@ -188,6 +207,12 @@ class RoutingStats:
         """Share of the body's MACs really saved; negative when routers cost more than they save."""
         dense, routed = self.macs()
         return 1.0 - routed / dense if dense else 0.0
+
+    def kv_saved(self) -> float:
+        """Share of the KV cache's rows that evicted tokens left empty."""
+        attention = torch.tensor([kind == "attention" for kind in self.kinds])
+        rows = self.tokens * int(attention.sum())
+        return float(self.evicted[attention].sum()) / rows if rows else 0.0
 
     def limit_speedup(self, head_macs: float = 0.0) -> float:
         """Dense over routed MACs: the speed-up if time were proportional to arithmetic. `head_macs` is in both."""
@@ -212,6 +237,7 @@ class RoutingStats:
             "attention": self.shares("attention"),
             "ffn": self.shares("ffn"),
             "macs": self.saved(),
+            "kv": self.kv_saved(),
             "tokens": int(self.tokens),
             "per_unit": per_unit,
         }
@@ -220,7 +246,8 @@ class RoutingStats:
 class BudgetMeter:
     """The differentiable share that training holds to its target (paper Eq. 5 and 8; `macs`, `latency` are ours).
 
-    `gains` is the measured table that a latency budget needs.
+    `gains` is the measured table that a latency budget needs. With `kv` = drop, MACs of keys and values count as saved,
+    and those of scores as if evicted keys were still attended to: less than what is really saved.
     """
 
     def __init__(
@@ -230,6 +257,7 @@ class BudgetMeter:
         budget: Budget,
         context: float,
         gains: LatencyGains | None = None,
+        kv: KeyValues = "keep",
     ) -> None:
         self.kinds, self.budget = kinds, budget
         dense = torch.tensor([c.dense(context) for c in costs], dtype=torch.float32)
@@ -237,9 +265,8 @@ class BudgetMeter:
             self.weights = torch.full((len(costs),), 1.0 / len(costs))
             self.overhead = 0.0
         elif budget == "macs":
-            gain = torch.tensor(
-                [c.execute + c.per_key * c.keys(context) - c.forecaster for c in costs], dtype=torch.float32
-            )
+            kept = 1.0 if kv == "keep" else 0.0
+            gain = torch.tensor([c.dense(context) - kept * c.always - c.forecaster for c in costs], dtype=torch.float32)
             self.weights = gain / dense.sum()
             self.overhead = float(sum(c.router for c in costs) / dense.sum())
         elif budget == "latency":
@@ -255,9 +282,12 @@ class BudgetMeter:
         """Budget share saved by approximated shares [U] of the units."""
         return (approximated * self.weights.to(approximated.device)).sum() - self.overhead
 
-    def attainable(self, kv: KeyValues = "keep") -> float:
-        """The share saved if everything were approximated: no target may lie above it."""
-        return float(self.weights.sum()) - self.overhead
+    def attainable(self, eligible: Tensor | None = None) -> float:
+        """The share saved if everything were approximated: no target may lie above it.
+
+        `eligible` [U]: the share of its tokens that each unit may approximate; default all.
+        """
+        return float((self.weights if eligible is None else self.weights * eligible).sum()) - self.overhead
 
     def deviation(self, approximated: Tensor, target: float, balanced: bool) -> Tensor:
         """|saved - target|, or its sum over the two kinds of unit, each held to the target on its own."""

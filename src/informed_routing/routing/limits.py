@@ -83,9 +83,11 @@ def work_of(
     run = calls if dense else stats.calls[:, 0] + stats.calls[:, 1] + stats.calls[:, 3]
     forecast = torch.zeros_like(calls) if dense else stats.calls[:, 1] + stats.calls[:, 2]
     decided = 0.0 if dense or not stats.routed else 1.0
-    macs = stats.tokens * always + executed * execute + keys * per_key
+    evicted = torch.zeros_like(executed) if dense else stats.evicted
+    macs = (stats.tokens - evicted) * always + executed * execute + keys * per_key
     macs = macs + decided * (stats.tokens * router + (stats.tokens - executed) * forecaster)
-    moved = (calls * always + run * execute) * storage.body + (keys * kv * storage.kv if decode else 0.0)
+    projected = torch.where(evicted > 0, run, calls)  # keys and values of nobody need no weights
+    moved = (projected * always + run * execute) * storage.body + (keys * kv * storage.kv if decode else 0.0)
     moved = moved + forecast * forecaster * storage.forecaster + decided * calls * router * storage.router
     moved = moved + stats.tokens * stream * storage.stream
     forwards = float(calls.max()) if len(calls) else 0.0

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import ForecasterConfig, RouterConfig, UnitKind
+from ..config import ForecasterConfig, RouterConfig, SelectionConfig, UnitKind
 from ..models.families import Family
 from ..models.units import Unit
-from .decision import AlwaysExecute, DecisionRule, Threshold
+from .decision import AlwaysExecute, DecisionRule, Threshold, TopK
 from .forecaster import Forecaster
-from .router import Router
+from .router import APPROXIMATE, EXECUTE, RankingRouter, make_router
 
 Execution = Literal["masked", "sparse", "native"]
 KeyValues = Literal["keep", "drop"]
@@ -77,24 +77,49 @@ class RoutingState:
     record_margins: bool = False
     valid: Tensor | None = None
     """[B, N] bool of the current forward; None when no token is padding."""
+    contexts: Tensor | None = None
+    """[B, N] of the current forward: keys visible to each token, itself included; 0 for padding."""
+    layer_input: Tensor | None = None
+    """[B, N, d]: the residual stream as it entered the current layer."""
     gates: MutableMapping[int, Tensor] = field(default_factory=dict)
     margins: dict[int, Tensor] = field(default_factory=dict)
+    weights: dict[int, Tensor] = field(default_factory=dict)
+    """[B, N] float32, of units with a ranking router: what the updates of chosen tokens are multiplied by."""
+    predictions: dict[int, Tensor] = field(default_factory=dict)
+    """[B, N] float32: margins of the causal predictors, kept while ranking routers train."""
+    keys_read: dict[int, Tensor] = field(default_factory=dict)
+    """With kv='drop', of attention units: how many keys all executed queries attended to."""
+
+    def begin(self, valid: Tensor | None, contexts: Tensor) -> None:
+        """Forget the last forward."""
+        self.valid, self.contexts = valid, contexts
+        self.gates, self.margins = {}, {}
+        self.weights, self.predictions, self.keys_read = {}, {}, {}
 
     @property
     def dense(self) -> bool:
         return isinstance(self.decision, AlwaysExecute)
+
+    @property
+    def ranks(self) -> bool:
+        """Whether decisions depend on later tokens."""
+        return isinstance(self.decision, TopK)
 
     def skips(self, training: bool) -> bool:
         """Whether layers run the sparse back end.
 
         A sampled decision has a gradient, which takes both branches; a hard one trains as it will run (stage 3).
         """
-        hard = isinstance(self.decision, (AlwaysExecute, Threshold))
+        hard = isinstance(self.decision, (AlwaysExecute, Threshold, TopK))
         return self.execution != "masked" and (hard or not training)
 
 
 class RoutedUnit(nn.Module):
-    """Router and forecaster beside one unit. The unit's own weights stay where the base model has them."""
+    """Router and forecaster beside one unit. The unit's own weights stay where the base model has them.
+
+    A unit that is not routed (`selection.first_layer`, `every`) has no router and always executes; with
+    `selection.granularity` = layer an FFN has none either and takes the decision of its layer's attention.
+    """
 
     def __init__(
         self,
@@ -104,34 +129,39 @@ class RoutedUnit(nn.Module):
         hidden_size: int,
         forecaster: ForecasterConfig,
         router: RouterConfig,
+        selection: SelectionConfig | None = None,
     ) -> None:
         super().__init__()
+        selection = selection or SelectionConfig()
         self.index = index
         self.unit = Unit(kind, family)
-        self.reads_residual = router.input == "residual"
+        self.reads = router.input
         self.predicts_raw = forecaster.target == "raw"
+        self.hidden_size = hidden_size
+        self.first_tokens = selection.first_tokens
         self.forecaster: Forecaster | None = None
         rank = 0
         if forecaster.fallback == "forecaster":
             rank = forecaster.rank
             self.forecaster = Forecaster(hidden_size, rank, forecaster.activation)
-        self.router = Router(router, hidden_size, rank)
+        self.is_routed = selection.routes(index // 2)
+        self.joins = self.is_routed and selection.granularity == "layer"
+        decides = self.is_routed and not (self.joins and kind == "ffn")
+        self.router = make_router(router, hidden_size, rank) if decides else None
 
     @property
     def kind(self) -> UnitKind:
         return self.unit.kind
+
+    @property
+    def reads_residual(self) -> bool:
+        return self.reads == "residual"
 
     def features(self, hidden: Tensor, x: Tensor) -> Tensor:
         """What forecaster and router read: the unit's normed input, or an own RMS norm where a family has none."""
         if not self.unit.has_input_norm:
             return F.rms_norm(hidden, hidden.shape[-1:], eps=1e-6)
         return x
-
-    def logits(self, hidden: Tensor, features: Tensor) -> Tensor:
-        """Router logits [..., 2], float32."""
-        if self.reads_residual:
-            features = hidden
-        return self.router(features)
 
     def forecast(self, layer: nn.Module, features: Tensor) -> Tensor:
         """The update [..., d] that an approximated token gets."""
@@ -142,14 +172,49 @@ class RoutedUnit(nn.Module):
 
     def decide(self, state: RoutingState, hidden: Tensor, features: Tensor) -> Tensor:
         """The gate [B, N] of this forward, recorded in the state. Padding is never worth executing."""
-        logits = self.logits(hidden, features)
+        if self.router is None:
+            return self._decided(state, hidden)
+        read = {"normed": features, "residual": hidden, "layer": state.layer_input}[self.reads]
+        assert read is not None
+        logits = self.router(read)
+        if isinstance(self.router, RankingRouter):
+            logits = self._ranked(state, self.router.score(read), logits)
+        if self.first_tokens and state.contexts is not None:
+            first = (state.contexts > 0) & (state.contexts <= self.first_tokens)
+            logits = _with_margin(logits, first, torch.inf)
+        if state.ranks and state.valid is not None:
+            logits = _with_margin(logits, ~state.valid, -torch.inf)
         gate = state.decision(logits)
         if state.valid is not None:
             gate = gate & state.valid if gate.dtype == torch.bool else gate * state.valid
         state.gates[self.index] = gate
         if state.record_margins:
-            state.margins[self.index] = (logits[..., 1] - logits[..., 0]).detach()
+            state.margins[self.index] = (logits[..., EXECUTE] - logits[..., APPROXIMATE]).detach()
         return gate
+
+    def _decided(self, state: RoutingState, hidden: Tensor) -> Tensor:
+        """The gate of a unit without a router: that of its layer's attention, or everything."""
+        first = self.index - 1
+        if self.joins:
+            gate = state.gates[first]
+        elif state.valid is not None:
+            gate = state.valid
+        else:
+            gate = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
+        state.gates[self.index] = gate
+        if state.record_margins:
+            everything = torch.full(gate.shape, torch.inf, device=gate.device)
+            state.margins[self.index] = state.margins[first] if self.joins else everything
+        return gate
+
+    def _ranked(self, state: RoutingState, score: Tensor, predicted: Tensor) -> Tensor:
+        """The logits of a ranking router that the current rule takes, and what else the state keeps of it."""
+        state.weights[self.index] = torch.sigmoid(score)
+        if not state.ranks:
+            return predicted
+        if self.training:
+            state.predictions[self.index] = predicted[..., EXECUTE] - predicted[..., APPROXIMATE]
+        return torch.stack([torch.zeros_like(score), score], dim=-1)
 
     def observe(
         self,
@@ -165,3 +230,8 @@ class RoutedUnit(nn.Module):
         if state.observer is not None:
             target = raw if self.predicts_raw else update
             state.observer(Observation(self.index, x, target, gate, hidden, after))
+
+
+def _with_margin(logits: Tensor, where: Tensor, margin: float) -> Tensor:
+    """Logits [..., 2] with an infinite margin at some tokens: decided whatever the rule, without a gradient."""
+    return logits.masked_fill(where.unsqueeze(-1) & torch.tensor([False, True], device=where.device), margin)

@@ -49,12 +49,12 @@ def calibrate(
     """
     progress = progress or NullProgress()
     text = _Text(model, rows, budget, config.batch_size)
-    ceiling = text.meter.attainable()
+    dense = text.measure(text.part, float("-inf"))
+    ceiling = text.meter.attainable(dense.margins.isfinite().float().mean(1))  # some tokens may always execute
     targets = [target for target in config.targets if target < ceiling - 0.02]
     if not targets:
         raise InputError(f"no calibration target is below the attainable {ceiling:.2f}", "Lower the targets")
     progress.stage("calibrate", len(targets))
-    dense = text.measure(text.part, float("-inf"))
     near = text.measure(text.part, _quantile(dense.margins, text.meter, targets[0]))
     found: list[_Measured] = []
     for done, target in enumerate(targets, start=1):
@@ -79,8 +79,9 @@ class _Text:
         self.model, self.rows, self.part, self.budget, self.batch_size = model, rows, rows[::PART], budget, batch_size
         kinds, context = [unit.kind for unit in model.units], (rows.shape[1] + 1) / 2
         self.gains = model.routing_config.latency
-        self.meter = BudgetMeter(model.costs, kinds, budget, context, self.gains)
-        self.macs = BudgetMeter(model.costs, kinds, "macs", context)
+        kv = model.routing_state.kv
+        self.meter = BudgetMeter(model.costs, kinds, budget, context, self.gains, kv)
+        self.macs = BudgetMeter(model.costs, kinds, "macs", context, kv=kv)
         self.attention = torch.tensor([kind == "attention" for kind in kinds])
 
     def measure(self, rows: Tensor, threshold: float) -> _Measured:

@@ -34,15 +34,16 @@ from ..persistence import (
 )
 from ..progress import NullProgress, Progress
 from ..routed_model import RoutedModelForCausalLM
-from ..routing.budget import BudgetMeter
-from ..routing.decision import AlwaysExecute, DecisionRule, Threshold
+from ..routing.budget import BudgetMeter, capacity_for
+from ..routing.decision import AlwaysExecute, DecisionRule, Threshold, TopK
 from . import forecast as stage1
 from .calibrate import calibrate, threshold_at
 from .checkpoint import StageRecord, load_checkpoint, save_checkpoint
 from .folder import CHECKPOINTS, RECIPE_FILE, check_folder, clear
 from .loop import run_stage
 from .lora import LoraObjective, add_lora, merge_lora, save_lora
-from .route import RouteObjective, freeze_all_but, learning_rates, router_parameters
+from .methods import route_objective
+from .route import freeze_all_but, learning_rates, router_parameters
 from .schedule import seed_of
 from .throughput import flops_per_token, throughput
 from .warm_start import warm_start
@@ -93,7 +94,8 @@ def _with_settings_of(folder: Path, recipe: Recipe) -> Recipe:
     # The closed form would solve the forecasters anew: what they learned since would be lost.
     forecaster = config.forecaster.model_copy(update={"refit": False})
     update: dict[str, Any] = {"forecaster": forecaster, "router": config.router, "kv": config.kv}
-    if "route" not in recipe.stages:
+    update["selection"] = config.selection
+    if not {"route", "joint"} & set(recipe.stages):
         # The dial keeps its currency and its setting; `lora.sparsity` says where else to tune.
         goal = {"budget": config.budget, "sparsity": config.sparsity or recipe.route.sparsity}
         update["route"] = recipe.route.model_copy(update=goal)
@@ -127,20 +129,19 @@ class _Fit:
         self.adapter = beginning / LORA_FOLDER if beginning and (beginning / LORA_FOLDER).is_dir() else None
         torch.manual_seed(seed_of(recipe.seed, "initial weights"))
         self.model = RoutedModelForCausalLM.attach(
-            self.base, recipe.forecaster, recipe.router, name=recipe.model, revision=recipe.revision
+            self.base,
+            recipe.forecaster,
+            recipe.router,
+            selection=recipe.selection,
+            kv=recipe.kv,
+            name=recipe.model,
+            revision=recipe.revision,
         )
         if beginning:
             check_base(beginning, self.model.routing_config.base_model.fingerprint)
             load_routing_tensors(self.model, beginning / TENSOR_FILE)
         if self.adapter:
             with_lora(self.model, self.adapter, merge=True)
-        self.model.routing_state.kv = recipe.kv
-        self.model.routing_config = self.model.routing_config.model_copy(
-            update={
-                "method": "skipgpt" if recipe.forecaster.fallback == "zero" else "informed-routing",
-                "kv": recipe.kv,
-            }
-        )
         self._texts: dict[tuple[str, int], Tensor] = {}
         # Text is read before anything is written, so that a refused fit leaves no folder behind.
         if recipe.stages != ("calibrate",):
@@ -152,8 +153,9 @@ class _Fit:
             recipe.route.budget,
             (recipe.route.sequence_length + 1) / 2,
             self.latency_gains(resume) if recipe.route.budget == "latency" else None,
+            recipe.kv,
         )
-        ceiling = self.meter.attainable()
+        ceiling = self.meter.attainable(torch.tensor([float(u.is_routed) for u in self.model.units]))
         if recipe.route.sparsity >= ceiling:
             raise InputError(
                 f"sparsity {recipe.route.sparsity} cannot be reached: approximating everything saves "
@@ -232,6 +234,8 @@ class _Fit:
                 self.report["forecast"] = self.forecast()
             if "route" in recipe.stages:
                 self.report["route"] = self.route()
+            if "joint" in recipe.stages:
+                self.report["joint"] = self.joint()
             if "lora" in recipe.stages:
                 self.report["lora"] = self.lora()
             self.report["calibrate"] = self.calibration()
@@ -281,24 +285,39 @@ class _Fit:
 
     def route(self) -> dict[str, Any]:
         """Stage 2: closed-form start, training, optional refit of the forecasters."""
-        recipe, config = self.recipe, self.recipe.route
+        config = self.recipe.route
         tensors = router_parameters(self.model, config.train_forecasters)
         freeze_all_but(self.model, tensors)
-        report: dict[str, Any] = {"sparsity": config.sparsity, "budget": config.budget}
-        length = config.sequence_length
-        if recipe.router.warm_start and not recipe.start:
-            report["warm_start"] = self.phase("warm-start", dict(self.model.routing_parameters()), self.start_routers)
+        report = self.begin_routing()
         if config.steps:
-            rows_all = self.rows("train", length)
-            objective = RouteObjective(self.model, config, self.meter)
-            rates = learning_rates(config, tensors)
-            record = self.stage("route", objective, tensors, rows_all, config, rates)
-            report["train"] = self.summary(
-                record, length, "route", objective=config.objective, train_forecasters=config.train_forecasters
-            )
+            objective = route_objective(self.model, config, self.meter)
+            rates, rows = learning_rates(config, tensors), self.rows("train", config.sequence_length)
+            report["train"] = self.routing_summary(self.stage("route", objective, tensors, rows, config, rates))
         if self.refits and not config.train_forecasters:
             report["refit"] = self.phase("refit", stage1.forecaster_parameters(self.model), self.refit)
         return report
+
+    def begin_routing(self) -> dict[str, Any]:
+        """What is known of the stage before its training, with the closed-form start if there is to be one."""
+        recipe = self.recipe
+        report: dict[str, Any] = {"sparsity": recipe.route.sparsity, "budget": recipe.route.budget}
+        if recipe.router.warm_start and not recipe.start:
+            report["warm_start"] = self.phase("warm-start", dict(self.model.routing_parameters()), self.start_routers)
+        return report
+
+    def joint(self) -> dict[str, Any]:
+        """Routers and LoRA at once, as MoD and D-LLM train: steps and text of stage 2, each part with its own rate."""
+        config, lora = self.recipe.route, self.recipe.lora
+        report = self.begin_routing()
+        routers = router_parameters(self.model, config.train_forecasters)
+        torch.manual_seed(seed_of(self.recipe.seed, "lora"))
+        adapters = add_lora(self.model, lora)
+        freeze_all_but(self.model, routers | adapters)
+        rates = learning_rates(config, routers) | dict.fromkeys(adapters, lora.learning_rate)
+        objective, rows = route_objective(self.model, config, self.meter), self.rows("train", config.sequence_length)
+        record = self.stage("joint", objective, routers | adapters, rows, config, rates)
+        adapter_weights = sum(tensor.numel() for tensor in adapters.values())
+        return {**report, "rank": lora.rank, "train": self.routing_summary(record, adapter_weights)}
 
     @property
     def refits(self) -> bool:
@@ -352,7 +371,9 @@ class _Fit:
             return {"threshold": threshold_at(self.model, text, sparsity, self.recipe.route.budget)}
 
         rule: DecisionRule = AlwaysExecute()
-        if sparsity:
+        if sparsity and self.recipe.selection.decision == "top-k":
+            rule = TopK(capacity_for(self.model.units, sparsity))
+        elif sparsity:
             rule = Threshold(self.phase("lora-threshold", {}, find)["threshold"])
         torch.manual_seed(seed_of(self.recipe.seed, "lora"))
         tensors = add_lora(self.model, config)
@@ -391,6 +412,19 @@ class _Fit:
             progress=self.progress,
             offenders=lambda batch: stage1.offenders(self.model, batch),
             rates=rates,
+        )
+
+    def routing_summary(self, record: StageRecord, adapter_weights: int = 0) -> dict[str, Any]:
+        """Of a stage that trained routers; a top-k skips while it trains, sampled decisions do not."""
+        config = self.recipe.route
+        return self.summary(
+            record,
+            config.sequence_length,
+            "route",
+            objective=config.objective,
+            train_forecasters=config.train_forecasters,
+            sparsity=config.sparsity if self.recipe.selection.decision == "top-k" else 0.0,
+            adapter_weights=adapter_weights,
         )
 
     def summary(self, record: StageRecord, length: int, stage: Any, **of_stage: Any) -> dict[str, Any]:
@@ -438,7 +472,7 @@ class _Fit:
             "processes": self.accelerator.num_processes,
         }
         if self.accelerator.is_main_process:
-            if "lora" in self.recipe.stages:
+            if {"lora", "joint"} & set(self.recipe.stages):
                 save_lora(self.model, self.recipe.lora, self.out / LORA_FOLDER, self.recipe.model)
                 merge_lora(self.model)
             elif self.adapter:

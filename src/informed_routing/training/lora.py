@@ -18,7 +18,7 @@ from ..models.families import family_of
 from ..routed_model import RoutedModelForCausalLM
 from ..routing.decision import DecisionRule
 from .objectives import lm_head, next_token_loss
-from .route import dense_hidden
+from .route import original_hidden
 
 ADAPTER = "default"
 
@@ -88,7 +88,7 @@ class LoraObjective(nn.Module):
         self.head = lm_head(model)
 
     def forward(self, input_ids: Tensor, step: int) -> dict[str, Tensor]:
-        teacher = self._teacher(input_ids) if self.config.objective.kind != "lm" else None
+        teacher = original_hidden(self.model, input_ids) if self.config.objective.kind != "lm" else None
         self.model.routing_state.decision = self.decision  # also for recomputation in the backward
         hidden = self.model.hidden_states(input_ids)
         loss = next_token_loss(hidden, input_ids, self.head, self.config.objective, teacher)
@@ -97,14 +97,3 @@ class LoraObjective(nn.Module):
         if gates:
             found["approximated"] = 1 - torch.stack([g.float().mean() for g in gates.values()]).mean()
         return found
-
-    def _teacher(self, input_ids: Tensor) -> Tensor:
-        """The original model: dense, adapters off."""
-        adapters = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
-        for module in adapters:
-            module.enable_adapters(False)
-        try:
-            return dense_hidden(self.model, input_ids)
-        finally:
-            for module in adapters:
-                module.enable_adapters(True)

@@ -1,4 +1,8 @@
-"""Stage 2: train the routers with sampled decisions towards a sparsity target."""
+"""Stage 2: train the routers with sampled decisions towards a sparsity target.
+
+Methods differ in the rule that decides while training and in what holds the sparsity: those of D-LLM and MoD are
+subclasses in token_target.py and top_k.py.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..config import RouteStage
 from ..routed_model import RoutedModelForCausalLM
 from ..routing.budget import BudgetMeter
-from ..routing.decision import AlwaysExecute, GumbelSample
+from ..routing.decision import AlwaysExecute, DecisionRule, GumbelSample
 from .objectives import lm_head, next_token_loss
 from .schedule import linear
 
@@ -26,30 +31,45 @@ class RouteObjective(nn.Module):
 
     def forward(self, input_ids: Tensor, step: int, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
         config, model = self.config, self.model
-        teacher = dense_hidden(model, input_ids, attention_mask) if config.objective.kind != "lm" else None
-        tau = linear(config.tau_start, config.tau_end, step, config.steps)
-        noise = linear(config.noise_start, config.noise_end, step, config.steps)
+        teacher = original_hidden(model, input_ids, attention_mask) if config.objective.kind != "lm" else None
         # Left in place after the forward: activation checkpointing decides again in the backward.
-        model.routing_state.decision = GumbelSample(tau, noise)
+        model.routing_state.decision = self.rule(step)
         hidden = model.hidden_states(input_ids, attention_mask)
         valid = None if attention_mask is None else attention_mask.bool()
         task = next_token_loss(hidden, input_ids, self.head, config.objective, teacher, valid)
         approximated = approximated_shares(model.routing_state.gates, valid)
         shared = across_processes(approximated)
-        penalty = self.meter.deviation(shared, config.sparsity, config.balanced)
         return {
-            "loss": task + config.coefficient * penalty,
+            "loss": task + self.penalty(step, shared, valid),
             "task": task.detach(),
             "saved": self.meter.saved(shared.detach()),
             "attention": shared[0::2].mean().detach(),
             "ffn": shared[1::2].mean().detach(),
         }
 
+    def rule(self, step: int) -> DecisionRule:
+        """Who decides in this step."""
+        config = self.config
+        tau = linear(config.tau_start, config.tau_end, step, config.steps)
+        return GumbelSample(tau, linear(config.noise_start, config.noise_end, step, config.steps))
 
-def dense_hidden(model: RoutedModelForCausalLM, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Last hidden states of the dense model on the same batch: the teacher of a distillation."""
-    with torch.no_grad(), model.deciding(AlwaysExecute()):
-        return model.hidden_states(input_ids, attention_mask)
+    def penalty(self, step: int, approximated: Tensor, valid: Tensor | None) -> Tensor:
+        """What is added to the task loss, given approximated shares [U] and real tokens [B, N] of the last forward."""
+        config = self.config
+        return config.coefficient * self.meter.deviation(approximated, config.sparsity, config.balanced)
+
+
+def original_hidden(model: RoutedModelForCausalLM, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Last hidden states of the original model, dense and without adapters: the teacher of a distillation."""
+    adapters = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    for module in adapters:
+        module.enable_adapters(False)
+    try:
+        with torch.no_grad(), model.deciding(AlwaysExecute()):
+            return model.hidden_states(input_ids, attention_mask)
+    finally:
+        for module in adapters:
+            module.enable_adapters(True)
 
 
 def approximated_shares(gates: Mapping[int, Tensor], valid: Tensor | None) -> Tensor:

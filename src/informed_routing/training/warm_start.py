@@ -182,6 +182,7 @@ class _Statistics:
         margins = margins * MARGIN_SCALE
         shift = _shift(margins, meter, target)
         for unit, w, c in zip(self.model.units, weights, constants, strict=True):
+            assert unit.router is not None
             _write(unit.router, w * MARGIN_SCALE, c * MARGIN_SCALE - shift)
         return {
             "explained": {

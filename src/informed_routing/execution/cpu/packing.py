@@ -129,6 +129,7 @@ class Packer:
 
     def routing(self, unit: RoutedUnit) -> Routing:
         router = unit.router
+        assert router is not None  # availability.py takes no other models
         out = router.outer.weight[1] - router.outer.weight[0]
         packed = Routing(
             router_out=self.vector(out, padded=True),

@@ -86,6 +86,7 @@ def _filled(weight: Tensor, bias: Tensor, dtype: torch.dtype, dim: int) -> Matri
 
 def router_weights(unit: RoutedUnit, dtype: torch.dtype) -> RouterWeights:
     router = unit.router
+    assert router is not None  # availability.py takes no other models
     outer = (router.outer.weight[1] - router.outer.weight[0]).detach().float().contiguous()
     bias = (router.outer.bias[1:] - router.outer.bias[:1]).detach().float()
     if router.inner is None:
