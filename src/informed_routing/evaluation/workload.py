@@ -71,12 +71,13 @@ def measure_workload(
     seed: int = 17,
     out: Path | None = None,
     resume: bool = False,
+    about: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> list[Measurement]:
     """Run each request once routed at `sparsity` and once dense, in turns, and return a row for each.
 
     `streams` are the domains' texts as int64 [tokens]. With `out` (a Parquet file) rows are written as they come, and
-    with `resume` those that are there already are kept. Raises InputError for domains without text, requests longer
+    with `resume` those that are there already are kept; `about` (JSON values) is stored with them. Raises InputError for domains without text, requests longer
     than their domain's text, and a file that belongs to another run.
     """
     progress = progress or NullProgress()
@@ -100,7 +101,7 @@ def measure_workload(
         rows.append(_row(request, found[sparsity], found[0.0], position))
         progress.advance(position + 1, executed=rows[-1].executed / max(rows[-1].possible, 1))
         if out is not None and (len(rows) % SAVE_EVERY == 0 or len(rows) == len(requests)):
-            write_rows(out, rows, identity)
+            write_rows(out, rows, identity, about)
     return rows
 
 
@@ -197,14 +198,23 @@ def _wait(device: torch.device) -> None:
 # -- the table ------------------------------------------------------------------------------------------------
 
 
-def write_rows(path: Path, rows: Sequence[Measurement], identity: str) -> None:
+def write_rows(path: Path, rows: Sequence[Measurement], identity: str, about: Mapping[str, Any] | None = None) -> None:
     """Write a Parquet table, whole or not at all."""
     import pyarrow
     import pyarrow.parquet
 
     columns = {field.name: [getattr(row, field.name) for row in rows] for field in fields(Measurement)}
-    table = pyarrow.table(columns).replace_schema_metadata({"identity": identity})
+    described = {"identity": identity, "about": json.dumps(dict(about or {}))}
+    table = pyarrow.table(columns).replace_schema_metadata(described)
     write_atomically(path, lambda temporary: pyarrow.parquet.write_table(table, temporary))
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What was stored beside the rows of a table; empty for tables of other origin."""
+    import pyarrow.parquet
+
+    stored = (pyarrow.parquet.read_schema(path).metadata or {}).get(b"about", b"{}")
+    return dict(json.loads(stored))
 
 
 def read_rows(path: Path, identity: str | None = None) -> list[Measurement]:
