@@ -77,8 +77,8 @@ def measure_workload(
     """Run each request once routed at `sparsity` and once dense, in turns, and return a row for each.
 
     `streams` are the domains' texts as int64 [tokens]. With `out` (a Parquet file) rows are written as they come, and
-    with `resume` those that are there already are kept; `about` (JSON values) is stored with them. Raises InputError for domains without text, requests longer
-    than their domain's text, and a file that belongs to another run.
+    with `resume` those that are there already are kept; `about` (JSON values) is stored with them. Raises InputError
+    for domains without text, requests longer than their domain's text, and a file that belongs to another run.
     """
     progress = progress or NullProgress()
     for request in requests:
