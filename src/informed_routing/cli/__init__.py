@@ -17,7 +17,7 @@ import typer
 
 from informed_routing.errors import InformedRoutingError
 
-from . import benchmark, demo, evaluate, fit, generate, study
+from . import benchmark, demo, evaluate, fit, generate, study, whatif
 
 _PROGRAM = "informed-routing"
 _RESUMABLE = ("fit", "demo", "study")
@@ -36,6 +36,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("benchmark")(benchmark.benchmark)
 app.command("study")(study.study)
+app.add_typer(whatif.app, name="whatif")
 
 
 def _show_version(wanted: bool) -> None:

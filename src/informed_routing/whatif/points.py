@@ -27,6 +27,10 @@ class Divergence:
     kl: float
     outside: float
 
+    def worth(self, prompts: int) -> float:
+        """As how many prompts of the target a nominal sample counts: n / d2; none where the nominal has no mass."""
+        return prompts / self.d2 if self.d2 > 0 else 0.0
+
 
 @dataclass(frozen=True)
 class Chunk:
