@@ -15,15 +15,24 @@ Run = Callable[..., Outcome]
 NOMINAL = """
 name: nominal
 domains:
-  story: {weight: 1.0, prompt_tokens: {probabilities: {6: 0.5, 12: 0.5}}, output_tokens: {probabilities: {1: 0.5, 3: 0.5}}}
+  story:
+    weight: 1.0
+    prompt_tokens: {probabilities: {6: 0.5, 12: 0.5}}
+    output_tokens: {probabilities: {1: 0.5, 3: 0.5}}
 """
 TARGETS = """
 - name: long
   domains:
-    story: {weight: 1.0, prompt_tokens: {probabilities: {6: 0.3, 12: 0.7}}, output_tokens: {probabilities: {1: 0.5, 3: 0.5}}}
+    story:
+      weight: 1.0
+      prompt_tokens: {probabilities: {6: 0.3, 12: 0.7}}
+      output_tokens: {probabilities: {1: 0.5, 3: 0.5}}
 - name: elsewhere
   domains:
-    story: {weight: 1.0, prompt_tokens: {probabilities: {20: 1.0}}, output_tokens: {probabilities: {1: 1.0}}}
+    story:
+      weight: 1.0
+      prompt_tokens: {probabilities: {20: 1.0}}
+      output_tokens: {probabilities: {1: 1.0}}
 """
 
 
