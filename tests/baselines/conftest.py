@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from tests.tiny import make_tiny, random_ids
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +25,14 @@ def _one_thread() -> Iterator[None]:
 def rows() -> torch.Tensor:
     """Calibration text: int64 [6, 16]."""
     return random_ids(6, 16, seed=3)
+
+
+def tiny_tokenizer() -> Any:
+    """A tokenizer with the vocabulary of the tiny models."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i + 3 for i in range(125)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="w0")), eos_token="</s>", pad_token="<pad>"
+    )
 
 
 def with_idle(layers: tuple[int, ...], *, count: int = 8, family: str = "llama", **overrides: Any) -> Any:

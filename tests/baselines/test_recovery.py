@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.baselines.conftest import tiny_tokenizer
 from tests.tiny import make_tiny, random_ids
 from torch import Tensor
 
 from informed_routing.baselines.recovery import recover
-from informed_routing.baselines.static import prune, save_static
+from informed_routing.baselines.static import load_static, prune, save_static
 from informed_routing.config import LoraStage
 from informed_routing.errors import InputError
 from informed_routing.evaluation.perplexity import token_perplexity
@@ -43,11 +44,8 @@ def test_recovery_learns_and_merges(method: str | None, tmp_path: Path) -> None:
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
     if method:
-        save_static(model, None, tmp_path)
-    if method in ("llm-drop", "slicegpt"):
-        from informed_routing.baselines import folder
-
-        again = folder._load_reshaped(tmp_path, folder._read(tmp_path), torch.float32).eval()
+        save_static(model, tiny_tokenizer(), tmp_path)
+        again, _ = load_static(tmp_path, dtype="float32")
         assert token_perplexity(again, ROWS).token_perplexity == pytest.approx(after, rel=1e-6)
 
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.baselines.conftest import with_idle
+from tests.baselines.conftest import tiny_tokenizer, with_idle
 from tests.routed import make_routed
 from tests.tiny import make_tiny, random_ids
-from tokenizers import Tokenizer, models
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from informed_routing.baselines.static import (
     METHODS,
@@ -34,13 +33,6 @@ DROP = ("llm-drop", "llm-drop-attention", "llm-drop-ffn")
 def _logits(model: Any) -> Tensor:
     with torch.no_grad():
         return model(IDS).logits
-
-
-def _tokenizer() -> Any:
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i + 3 for i in range(125)}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="w0")), eos_token="</s>", pad_token="<pad>"
-    )
 
 
 @pytest.mark.parametrize("method", [*DEPTH, *DROP])
@@ -102,7 +94,7 @@ def test_pruned_models_generate_save_and_load(family: str, method: str, rows: Te
     settings = FREE if method in DEPTH else {}
     model = make_tiny(family, num_hidden_layers=4, tie_word_embeddings=family != "mistral")
     report = prune(model, method, 0.25, rows, **settings)
-    save_static(model, _tokenizer(), tmp_path)
+    save_static(model, tiny_tokenizer(), tmp_path)
     assert is_static_folder(tmp_path)
     again, tokenizer = load_static(tmp_path, dtype="float32")
     assert torch.equal(_logits(again), _logits(model))
@@ -123,10 +115,8 @@ def test_other_families_tied_weights_and_dtypes(method: str, rows: Tensor, tmp_p
     model = make_tiny(family, num_hidden_layers=4).bfloat16()
     model.model.rotary_emb.float()
     prune(model, method, 0.25, rows)
-    save_static(model, None, tmp_path)
-    from informed_routing.baselines import folder
-
-    again = folder._load_reshaped(tmp_path, folder._read(tmp_path), torch.bfloat16)
+    save_static(model, tiny_tokenizer(), tmp_path)
+    again, _ = load_static(tmp_path, dtype="bfloat16")
     assert (again.lm_head.weight is again.model.embed_tokens.weight) == (method == "llm-drop")
     assert again.dtype == torch.bfloat16
     assert all(buffer.dtype == torch.float32 for buffer in again.model.rotary_emb.buffers())
