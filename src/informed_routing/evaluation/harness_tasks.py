@@ -159,7 +159,7 @@ def _build(name: str, folder: str) -> Any:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=folder, include_defaults=False)
-    if hasattr(manager, "load"):  # from 0.4.10 on
+    if hasattr(manager, "load"):  # from 0.4.12 on
         return manager.load([name])["tasks"][name]
     return manager.load_task_or_group([name])[name]
 
