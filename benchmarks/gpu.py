@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_masks import TARGETS, for_batch, for_layers, random_like, recorded
+from gpu_masks import EVERY, TARGETS, for_batch, for_layers, random_like, recorded
 from gpu_roofline import CONTEXT, RANK, SHAPES, Shape
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
@@ -42,9 +42,11 @@ from informed_routing.routing.limits import STORAGE, Balance, limit_speedup
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "docs/data/gpu/bench.json"
-TINY = Shape(4, 64, 128, 4, 2, 16, 256)
-STEPS = 32
+TINY = Shape(2, 64, 128, 4, 2, 16, 256)
+STEPS = 64
 """Decode steps with decisions of their own that one timing runs through."""
+FEW_STEPS, FEW_TARGETS = 2, (0.4,)
+"""For the tiny shape, which only shows that everything runs."""
 PROGRESS = make_progress(quiet=False)
 
 
@@ -63,7 +65,7 @@ class Case:
 
 
 def cases(shape: str) -> list[Case]:
-    lengths, batches, context = ((32,), (1, 2), 24) if shape == "tiny" else ((1024, 8192, 32768), (1, 8, 32), CONTEXT)
+    lengths, batches, context = ((32,), (2,), 24) if shape == "tiny" else ((1024, 8192, 32768), (1, 8, 32), CONTEXT)
     return [Case("prefill", 1, n) for n in lengths] + [Case("decode", b, context) for b in batches]
 
 
@@ -95,7 +97,7 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
 
 @dataclass
 class Contestant:
-    """Something that is timed: `run` launches one forward (prefill) or STEPS of them (decode)."""
+    """Something that is timed: `run` launches one forward (prefill) or a number of steps (decode)."""
 
     name: str
     run: Callable[[], Any]
@@ -107,6 +109,9 @@ class Bench:
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
         self.name, self.device = name, device
+        tiny = name == "tiny"
+        self.steps: int = FEW_STEPS if tiny else STEPS
+        self.targets: tuple[float, ...] = FEW_TARGETS if tiny else TARGETS
         self.shape = SHAPES.get(name, TINY)
         dense = build(self.shape, device, dtype)
         self.dense = copy.deepcopy(dense)
@@ -151,7 +156,7 @@ class Bench:
         return forward
 
     def engine_contestant(self, name: str, engine: GpuEngine, case: Case, gates: Tensor | None) -> Contestant:
-        """`gates` [units, batch, tokens or STEPS] or None for dense."""
+        """`gates` [units, batch, tokens or steps] or None for dense."""
         if gates is not None:  # what calibration would say of these decisions
             attention, ffn = (1 - gates[kind::2].float().mean().item() for kind in (0, 1))
             row = ThresholdRow(threshold=0.0, units=(attention + ffn) / 2, attention=attention, ffn=ffn, macs=0.0)
@@ -163,7 +168,7 @@ class Bench:
             if not case.decode:
                 recorded_forward()
                 return
-            for step in range(STEPS):
+            for step in range(self.steps):
                 if current is not None and gates is not None:
                     current.copy_(gates[..., step : step + 1])
                 recorded_forward()
@@ -176,7 +181,7 @@ class Bench:
         self.model.reset_routing_stats()
         stats = self.model.stats
         whole = self.engine.whole(case.batch, 1 if case.decode else case.length, 0.0)
-        for step in range(STEPS if case.decode else 1):
+        for step in range(self.steps if case.decode else 1):
             part = gates[..., step : step + 1] if case.decode else gates
             flat = part.flatten(1).double().cpu()
             contexts = (past + 1 + torch.arange(part.shape[2])).repeat(case.batch).double()
@@ -188,7 +193,7 @@ class Bench:
             zeros = torch.zeros(case.batch, dtype=torch.int32)
             stats.add_tokens(part.shape[2], past, zeros, None, routed=True)
         head = self.shape.vocabulary * self.shape.d
-        rows = case.batch * (STEPS if case.decode else 1)
+        rows = case.batch * (self.steps if case.decode else 1)
         limit = limit_speedup(stats, STORAGE["bfloat16"], self.balance, head, rows, decode=case.decode)
         shares = {key: stats.as_dict(None)[key] for key in ("units", "attention", "ffn", "macs")}
         return {"sparsity": shares, "limit_speedup": limit, "executed_whole": list(whole)}
@@ -198,7 +203,7 @@ class Bench:
         ids = torch.randint(self.shape.vocabulary, (case.batch, 1 if case.decode else case.length), device=self.device)
         if not case.decode:
             return Contestant("transformers", lambda: self.dense(input_ids=ids, logits_to_keep=1), {})
-        cache = StaticCache(config=self.dense.config, max_cache_len=case.length + STEPS + 8)
+        cache = StaticCache(config=self.dense.config, max_cache_len=case.length + self.steps + 8)
         prompt = torch.randint(self.shape.vocabulary, (case.batch, case.length), device=self.device)
         self.dense(input_ids=prompt, past_key_values=cache, logits_to_keep=1)
         place = torch.full((case.batch, 1), case.length, device=self.device)
@@ -207,7 +212,7 @@ class Bench:
         def run() -> None:
             for layer in cache.layers:
                 layer.cumulative_length.fill_(case.length)  # type: ignore[union-attr]
-            for _ in range(STEPS):
+            for _ in range(self.steps):
                 step(input_ids=ids, past_key_values=cache, position_ids=place, logits_to_keep=1)
 
         name = "transformers compiled, static cache" if self.records else "transformers, static cache"
@@ -220,17 +225,18 @@ class Bench:
     def contestants(self, case: Case) -> list[Contestant]:
         """Dense first."""
         found = [self.engine_contestant("dense", self.engine, case, None)]
-        tokens = STEPS if case.decode else case.length
+        tokens = self.steps if case.decode else case.length
         for budget in ("units", "macs"):
-            for target in TARGETS:
+            for target in self.targets:
                 source = for_layers(recorded(budget, target), self.shape.layers)
                 for kind, gates in (("recorded", source), ("random", random_like(source))):
                     if kind == "random" and budget == "macs":
                         continue
-                    some = for_batch(gates, case.batch, case.length if case.decode else 0, tokens).to(self.device)
+                    start, every = (case.length, EVERY) if case.decode else (0, 1)
+                    some = for_batch(gates, case.batch, start, tokens, every).to(self.device)
                     one = self.engine_contestant(f"routed, {kind}", self.engine, case, some)
                     found.append(replace(one, details={"budget": budget, "target": target, **one.details}))
-        for target in TARGETS:
+        for target in self.targets:
             layers = max(round((1 - target) * self.shape.layers), 1)
             one = self.engine_contestant("static depth", self.shallow(layers), case, None)
             found.append(replace(one, details={"target": target, "layers": layers}))

@@ -21,6 +21,8 @@ MASKS = ROOT / "docs/data/gpu/masks.safetensors"
 ROUTED = {"units": ROOT / "out/masks", "macs": ROOT / "out/masks-macs"}
 TARGETS = (0.25, 0.40, 0.50)
 TOKENS = 2048
+EVERY = 16
+"""Distance of the decode steps that are timed or counted: few steps, from all over the text."""
 STRIDE = 331
 """Sequences of a batch begin this many tokens apart in the recorded text."""
 
@@ -72,9 +74,9 @@ def for_layers(gates: Tensor, layers: int) -> Tensor:
     return pairs[places].flatten(0, 1)
 
 
-def for_batch(gates: Tensor, batch: int, start: int, length: int) -> Tensor:
-    """Gates [units, batch, length] of tokens `start`, start + 1, ... of each sequence; the record repeats."""
-    places = start + torch.arange(length)[None] + STRIDE * torch.arange(batch)[:, None]
+def for_batch(gates: Tensor, batch: int, start: int, length: int, every: int = 1) -> Tensor:
+    """Gates [units, batch, length] of tokens start, start + every, ... of each sequence; the record repeats."""
+    places = start + every * torch.arange(length)[None] + STRIDE * torch.arange(batch)[:, None]
     return gates[:, places % gates.shape[1]]
 
 

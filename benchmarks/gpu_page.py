@@ -57,14 +57,24 @@ def measured(record: Row) -> list[str]:
 def estimated(record: Row) -> list[str]:
     """The least times of the first device: whole forwards, then each kernel in two telling cases."""
     device = record["devices"][0]
-    rows = [row for row in record["rows"] if row["device"] == device["name"]]
+    rows = [row for row in record["rows"] if row["device"] == device["name"] and "recorded" in row["case"]]
     body = []
     for row in rows:
         whole = ", ".join(row["executed_whole"])
         target = f"{100 * row['target']:.0f} % {row['budget']}"
         shares = f"{100 * row['attention']:.0f} / {100 * row['ffn']:.0f}"
         times = [f"{1e3 * row[key]:.2f}" for key in ("dense_seconds", "routed_seconds")]
-        body.append([row["shape"], row["case"], target, shares, *times, f"{row['limit_speedup']:.2f}x", whole])
+        body.append(
+            [
+                row["shape"],
+                row["case"].removesuffix(", recorded"),
+                target,
+                shares,
+                *times,
+                f"{row['limit_speedup']:.2f}x",
+                whole,
+            ]
+        )
     header = ["shape", "case", "target", "attention / FFN %", "dense ms", "routed ms", "limit", "executed whole"]
     found = [
         "## Roofline: `python benchmarks/gpu_roofline.py`",
@@ -72,7 +82,8 @@ def estimated(record: Row) -> list[str]:
         f"{device['flops_per_second'] / 1e12:.0f} TFLOP/s dense bfloat16): every operand moved once, nothing for "
         "launches. *Limit* is the best speed-up that the decisions allow. *Executed whole*: kinds of unit whose routed "
         "call would take longer. `docs/data/gpu/roofline.json` has "
-        f"{' and '.join(other['name'] for other in record['devices'])}, and each kernel of each case.",
+        f"{' and '.join(other['name'] for other in record['devices'])}, random decisions with the same shares, and "
+        "each kernel of each case.",
         markdown(header, body),
     ]
     for case in ("prefill 32768, recorded", "decode 1, recorded"):

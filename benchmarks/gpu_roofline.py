@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_masks import TARGETS, for_batch, for_layers, random_like, recorded
+from gpu_masks import EVERY, TARGETS, for_batch, for_layers, random_like, recorded
 from torch import Tensor
 
 from informed_routing.files import write_json
@@ -161,20 +161,25 @@ def estimate(shape: Shape, gates: Tensor, device: Device, decode: bool, start: i
             after |= {name: before[name] for name in names}
             whole.append(kind)
     return {
-        "dense_seconds": sum(before.values()),
-        "routed_seconds": sum(after.values()),
-        "limit_speedup": sum(before.values()) / sum(after.values()),
+        "dense_seconds": short(sum(before.values())),
+        "routed_seconds": short(sum(after.values())),
+        "limit_speedup": short(sum(before.values()) / sum(after.values())),
         "executed_whole": whole,
         "kernels": {
             name: {
-                "dense_us": 1e6 * before[name],
-                "routed_us": 1e6 * after[name],
-                "gigabytes": float(routed[name].bytes.sum(0).mean()) / 1e9,
-                "teraflop": float(routed[name].flops.sum(0).mean()) / 1e12,
+                "dense_us": short(1e6 * before[name]),
+                "routed_us": short(1e6 * after[name]),
+                "gigabytes": short(float(routed[name].bytes.sum(0).mean()) / 1e9),
+                "teraflop": short(float(routed[name].flops.sum(0).mean()) / 1e12),
             }
             for name in before
         },
     }
+
+
+def short(value: float) -> float:
+    """Four digits: an estimate has no more."""
+    return float(f"{value:.4g}")
 
 
 def cases(shape: Shape, budget: str, target: float) -> list[tuple[str, Tensor, bool, int]]:
@@ -183,7 +188,7 @@ def cases(shape: Shape, budget: str, target: float) -> list[tuple[str, Tensor, b
     found = []
     for kind, some in (("recorded", gates), ("random", random_like(gates))):
         found += [(f"prefill {n}, {kind}", for_batch(some, 1, 0, n), False, 0) for n in PREFILL]
-        found += [(f"decode {b}, {kind}", for_batch(some, b, CONTEXT, STEPS), True, CONTEXT) for b in DECODE]
+        found += [(f"decode {b}, {kind}", for_batch(some, b, CONTEXT, STEPS, EVERY), True, CONTEXT) for b in DECODE]
     return found
 
 
@@ -202,9 +207,9 @@ def main() -> None:
                                 "case": case,
                                 "budget": budget,
                                 "target": target,
-                                "units": float(shares.mean()),
-                                "attention": float(shares[0]),
-                                "ffn": float(shares[1]),
+                                "units": short(float(shares.mean())),
+                                "attention": short(float(shares[0])),
+                                "ffn": short(float(shares[1])),
                                 **estimate(shape, gates, device, decode, start),
                             }
                         )

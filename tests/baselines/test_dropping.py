@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from informed_routing.baselines.dropping import UnitName, drop_units, dropped_units
 from informed_routing.errors import InputError
+from informed_routing.training.fit import enable_checkpointing
 
 IDS = random_ids(3, 18)
 DROPPED: list[UnitName] = [(0, "attention"), (1, "ffn"), (2, "attention"), (2, "ffn"), (4, "attention")]
@@ -125,7 +126,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     for checkpointing in (False, True):
         model = _dropped("llama").train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model)
         model(IDS, labels=IDS, use_cache=False).loss.backward()
         found.append(model.model.layers[1].self_attn.q_proj.weight.grad)
     assert torch.equal(found[0], found[1])

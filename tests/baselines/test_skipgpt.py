@@ -55,13 +55,14 @@ def test_both_routers_of_a_layer_read_the_stream_at_its_entry(execution: str) ->
 def test_the_layer_by_hand() -> None:
     """h1 = h + a Attn(norm(h)); h2 = h1 + m FFN(norm(h1)), with a and m decided on h."""
     base, routed = make_tiny("llama", num_hidden_layers=1), make_baseline("skipgpt-faithful", num_hidden_layers=1)
-    routed.set_decision(Threshold(0.0))
     ids = random_ids(1, 17)
     layer = base.model.layers[0]
     with torch.no_grad():
         h = base.model.embed_tokens(ids)
-        routers = [unit.router for unit in routed.units]
-        a, m = ((router.margin(h) > 0).unsqueeze(-1) for router in routers if router is not None)
+        margins = torch.stack([unit.router.margin(h) for unit in routed.units if unit.router is not None])
+        threshold = float(margins.median())
+        routed.set_decision(Threshold(threshold))
+        a, m = (margins > threshold).unsqueeze(-1)
         rope = base.model.rotary_emb(h, torch.arange(17)[None])
         attended = layer.self_attn(layer.input_layernorm(h), position_embeddings=rope, attention_mask=None)[0]
         h1 = h + a * attended

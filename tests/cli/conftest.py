@@ -134,6 +134,7 @@ def _routing_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory)
             name=str(tiny_folder),
         )
     for unit in routed.units:
+        assert unit.router is not None
         unit.router.outer.weight.data.mul_(20)  # margins that differ between tokens, as after training
     rows = pack(SENTENCES, tokenizer, 64)
     table = []

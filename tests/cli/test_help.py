@@ -10,7 +10,8 @@ from tests.cli.conftest import Outcome
 
 from informed_routing import __version__
 
-COMMANDS = ("demo", "fit", "evaluate", "generate", "benchmark")
+COMMANDS = ("demo", "fit", "evaluate", "generate", "benchmark", "study")
+PARTS = {"whatif": ("measure", "predict", "check")}
 SHARED = ("--json", "--seed", "--device", "--dtype", "--threads", "--quiet", "--debug")
 
 
@@ -30,10 +31,19 @@ def test_help_of_every_command_has_an_example_and_the_shared_options(run, comman
         assert option in outcome.out
 
 
+@pytest.mark.parametrize(("command", "part"), [(command, part) for command in PARTS for part in PARTS[command]])
+def test_help_of_every_part_of_a_command(run, command: str, part: str) -> None:  # type: ignore[no-untyped-def]
+    outcome: Outcome = run(command, part, "--help")
+    assert outcome.code == 0
+    assert f"Example: informed-routing {command} {part}" in outcome.out
+    for option in SHARED:
+        assert option in outcome.out
+
+
 def test_help_lists_the_commands(run) -> None:  # type: ignore[no-untyped-def]
     outcome: Outcome = run("--help")
     assert outcome.code == 0
-    for command in COMMANDS:
+    for command in (*COMMANDS, *PARTS):
         assert command in outcome.out
 
 

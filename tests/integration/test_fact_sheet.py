@@ -79,6 +79,8 @@ def test_02_zero_outer_weights_equal_greedy_routing() -> None:
             assert one.forecaster is not None
             one.forecaster.outer.weight.zero_()
             one.forecaster.outer.bias.zero_()
+            assert one.router is not None
+            assert other.router is not None
             other.router.load_state_dict(one.router.state_dict())
     ids = random_ids(2, 16)
     for model in (informed, greedy):

@@ -138,7 +138,7 @@ def drop_units(model: Any, dropped: Collection[UnitName]) -> None:
         for unit in units:
             if unit not in kept:
                 _delete(layer, unit)
-        layer.__class__ = partial_layer_class(type(layer))
+        layer.__class__ = partial_layer_class(type(layer))  # type: ignore[arg-type]
         layer.kept_units = kept
         if (index, "attention") in dropped:
             layer.keyless = (index, with_keys[0])
@@ -157,7 +157,7 @@ def running(
 ) -> Iterator[None]:
     """Run only `units` of a whole layer, and show them to an observer, for the length of a `with` block."""
     base = type(layer)
-    layer.__class__ = partial_layer_class(base)
+    layer.__class__ = partial_layer_class(base)  # type: ignore[arg-type]
     layer.kept_units, layer.unit_observer = units, observer
     try:
         yield

@@ -22,34 +22,41 @@ def empty_model(config: PretrainedConfig) -> Any:
         return AutoModelForCausalLM.from_config(copy.deepcopy(config))
 
 
-def realised_share(config: PretrainedConfig, width: int, measure: Measure) -> float:
-    """The share, in the given measure, that slicing a dense configuration to `width` removes (may be negative)."""
-    if measure == "slice":
-        return 1 - width / config.hidden_size
-    dense, sliced = empty_model(config), empty_model(config)
-    reshape_sliced(sliced, width)
-    name = "parameters" if measure == "parameters" else "body_parameters"
-    before, after = (getattr(footprint(model, 1), name) for model in (dense, sliced))
-    return 1 - after / before
+class SlicedShapes:
+    """What slicing a dense configuration removes, by width."""
 
+    def __init__(self, config: PretrainedConfig, measure: Measure) -> None:
+        self.config, self.measure = config, measure
+        self._dense = self._count(empty_model(config)) if measure != "slice" else config.hidden_size
 
-def width_for(config: PretrainedConfig, sparsity: float, measure: Measure, round_to: int) -> int:
-    """The width to slice to: a multiple of `round_to`, or the whole width at sparsity 0.
+    def _count(self, model: Any) -> int:
+        found = footprint(model, 1)
+        return found.parameters if self.measure == "parameters" else found.body_parameters
 
-    It is the largest that removes at least this share. Of parameters, what shortcuts add, and a head that was tied, is
-    counted against the share. Raises InputError for a share that no width reaches.
-    """
-    if sparsity == 0:
-        return config.hidden_size
-    # What is removed falls with the width: find the last multiple that still removes enough.
-    low, high = 0, (config.hidden_size - 1) // round_to
-    while low < high:
-        middle = (low + high + 1) // 2
-        # A share such as 0.4 has no exact binary form: do not go a multiple lower for it.
-        if realised_share(config, middle * round_to, measure) >= sparsity - 1e-9:
-            low = middle
-        else:
-            high = middle - 1
-    if low == 0:
-        raise InputError(f"no sliced width removes {sparsity:.0%} ({measure})", "Choose a lower sparsity")
-    return low * round_to
+    def removed(self, width: int) -> float:
+        """The share that slicing to `width` removes. Negative if the shortcuts, or an untied head, add more."""
+        if self.measure == "slice":
+            return 1 - width / self._dense
+        model = empty_model(self.config)
+        reshape_sliced(model, width)
+        return 1 - self._count(model) / self._dense
+
+    def width_for(self, sparsity: float, round_to: int) -> int:
+        """The largest multiple of `round_to` that removes at least this share; the whole width at sparsity 0.
+
+        Raises InputError for a share that no width reaches.
+        """
+        if sparsity == 0:
+            return self.config.hidden_size
+        # What is removed falls with the width: find the last multiple that still removes enough.
+        low, high = 0, (self.config.hidden_size - 1) // round_to
+        while low < high:
+            middle = (low + high + 1) // 2
+            # A share such as 0.4 has no exact binary form: do not go a multiple lower for it.
+            if self.removed(middle * round_to) >= sparsity - 1e-9:
+                low = middle
+            else:
+                high = middle - 1
+        if low == 0:
+            raise InputError(f"no sliced width removes {sparsity:.0%} ({self.measure})", "Choose a lower sparsity")
+        return low * round_to

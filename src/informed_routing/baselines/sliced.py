@@ -102,7 +102,7 @@ def reshape_sliced(model: Any, width: int) -> None:
             norm = getattr(layer, _norm_name(unit))
             setattr(layer, _norm_name(unit), SlicedRMSNorm(full, norm.variance_epsilon))
         layer.units, layer.hidden_size = units, width
-        layer.__class__ = sliced_layer_class(type(layer))
+        layer.__class__ = sliced_layer_class(type(layer))  # type: ignore[arg-type]
     decoder.norm = SlicedRMSNorm(full, decoder.norm.variance_epsilon)
 
 

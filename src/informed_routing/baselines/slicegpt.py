@@ -6,6 +6,7 @@ subtracted from the embeddings, which would be exact for layer norms only.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ def sliced_tensors(model: Any, bases: list[Tensor]) -> dict[str, Tensor]:
     embedding, head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
     put("model.embed_tokens.weight", embedding.double() @ bases[0])
     put("lm_head.weight", head.double() * tensors.pop("model.norm.weight").double())
-    steps = iter(zip(bases[:-1], bases[1:], strict=True))
+    steps = itertools.pairwise(bases)
     for index in range(len(model.model.layers)):
         for unit in units_of(model):
             before, behind = next(steps)

@@ -28,7 +28,7 @@ from .folder import is_static_folder, load_static, save_static
 from .footprint import footprint
 from .methods import METHODS, DropMethod, RankedMethod, SliceMethod, SliceSettings
 from .report import PruneReport
-from .shapes import empty_model, realised_share, width_for
+from .shapes import SlicedShapes, empty_model
 from .sliced import reshape_sliced, sliced_width
 from .slicegpt import slice_model
 
@@ -146,9 +146,6 @@ def _remove(method: RankedMethod, model: Any, parts: Sequence[Any]) -> dict[str,
 
 def _width(model: Any, sparsity: float, settings: SliceSettings) -> dict[str, Any]:
     """The width to slice to; what of the report this decides."""
-    width = width_for(model.config, sparsity, settings.measure, settings.round_to)
-    return {
-        "measure": settings.measure,
-        "realised": realised_share(model.config, width, settings.measure),
-        "width": width,
-    }
+    shapes = SlicedShapes(model.config, settings.measure)
+    width = shapes.width_for(sparsity, settings.round_to)
+    return {"measure": settings.measure, "realised": shapes.removed(width), "width": width}

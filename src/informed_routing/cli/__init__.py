@@ -17,10 +17,10 @@ import typer
 
 from informed_routing.errors import InformedRoutingError
 
-from . import benchmark, demo, evaluate, fit, generate
+from . import benchmark, demo, evaluate, fit, generate, study, whatif
 
 _PROGRAM = "informed-routing"
-_RESUMABLE = ("fit", "demo")
+_RESUMABLE = ("fit", "demo", "study")
 
 app = typer.Typer(
     name=_PROGRAM,
@@ -35,6 +35,8 @@ app.command("fit")(fit.fit)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("benchmark")(benchmark.benchmark)
+app.command("study")(study.study)
+app.add_typer(whatif.app, name="whatif")
 
 
 def _show_version(wanted: bool) -> None:

@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -124,11 +123,11 @@ def quiet_harness() -> Iterator[None]:
 
     logger = logging.getLogger("lm_eval")
     bars, level = datasets.are_progress_bars_disabled(), logger.level
-    drawing = {module: module.tqdm for name, module in sys.modules.items() if name in _DRAWING}
+    drawing: dict[Any, Any] = {sys.modules[name]: sys.modules[name].tqdm for name in _DRAWING if name in sys.modules}
     datasets.disable_progress_bars()
     logger.setLevel(logging.ERROR)
     for module, bar in drawing.items():
-        module.tqdm = partial(bar, disable=True)
+        module.tqdm = functools.partial(_no_bar, bar)
     try:
         yield
     finally:
@@ -137,6 +136,10 @@ def quiet_harness() -> Iterator[None]:
         logger.setLevel(level)
         if not bars:
             datasets.enable_progress_bars()
+
+
+def _no_bar(bar: Any, *arguments: Any, **options: Any) -> Any:
+    return bar(*arguments, **{**options, "disable": True})
 
 
 @contextmanager
@@ -156,7 +159,7 @@ def _build(name: str, folder: str) -> Any:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=folder, include_defaults=False)
-    if hasattr(manager, "load"):  # from 0.4.10 on
+    if hasattr(manager, "load"):  # from 0.4.12 on
         return manager.load([name])["tasks"][name]
     return manager.load_task_or_group([name])[name]
 

@@ -76,7 +76,7 @@ def _without_approximated_keys(
     """
     attention: Any = routed.unit.module(layer)
     cache = kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
+    if cache is not None and cache.get_seq_length(attention.layer_idx) > 0:
         raise InputError(
             "the masked back end does not decode with kv='drop'",
             "Use execution='sparse', which frees the cache",

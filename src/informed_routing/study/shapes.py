@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 
 from ..baselines.footprint import footprint
-from ..baselines.shapes import empty_model, width_for
+from ..baselines.shapes import SlicedShapes, empty_model
 from ..baselines.static import shape_report
 from ..config import ForecasterConfig, RouterConfig, SelectionConfig
 from ..models.families import family_of
@@ -158,7 +158,7 @@ def _routed_row(config: LlamaConfig, method: str, sparsity: float, parameters: i
 def _static_row(config: LlamaConfig, method: str, sparsity: float) -> Row:
     label, name, settings = STATIC[method]
     if settings.get("measure") == "body":  # searching for the width takes time: once is enough
-        width = width_for(config, sparsity, "body", 8)
+        width = SlicedShapes(config, "body").width_for(sparsity, 8)
         sparsity, settings = 1 - width / config.hidden_size, {"measure": "slice"}
     cells: dict[str, Value] = {}
     for tokens in CONTEXTS:

@@ -292,14 +292,7 @@ class _Fit:
         if config.steps:
             objective = route_objective(self.model, config, self.meter)
             rates, rows = learning_rates(config, tensors), self.rows("train", config.sequence_length)
-            record = self.stage("route", objective, tensors, rows, config, rates)
-            report["train"] = self.summary(
-                record,
-                config.sequence_length,
-                "route",
-                objective=config.objective,
-                train_forecasters=config.train_forecasters,
-            )
+            report["train"] = self.routing_summary(self.stage("route", objective, tensors, rows, config, rates))
         if self.refits and not config.train_forecasters:
             report["refit"] = self.phase("refit", stage1.forecaster_parameters(self.model), self.refit)
         return report
@@ -323,14 +316,8 @@ class _Fit:
         rates = learning_rates(config, routers) | dict.fromkeys(adapters, lora.learning_rate)
         objective, rows = route_objective(self.model, config, self.meter), self.rows("train", config.sequence_length)
         record = self.stage("joint", objective, routers | adapters, rows, config, rates)
-        train = self.summary(
-            record,
-            config.sequence_length,
-            "route",
-            objective=config.objective,
-            train_forecasters=config.train_forecasters,
-        )
-        return {**report, "rank": lora.rank, "train": train}
+        adapter_weights = sum(tensor.numel() for tensor in adapters.values())
+        return {**report, "rank": lora.rank, "train": self.routing_summary(record, adapter_weights)}
 
     @property
     def refits(self) -> bool:
@@ -425,6 +412,19 @@ class _Fit:
             progress=self.progress,
             offenders=lambda batch: stage1.offenders(self.model, batch),
             rates=rates,
+        )
+
+    def routing_summary(self, record: StageRecord, adapter_weights: int = 0) -> dict[str, Any]:
+        """Of a stage that trained routers; a top-k skips while it trains, sampled decisions do not."""
+        config = self.recipe.route
+        return self.summary(
+            record,
+            config.sequence_length,
+            "route",
+            objective=config.objective,
+            train_forecasters=config.train_forecasters,
+            sparsity=config.sparsity if self.recipe.selection.decision == "top-k" else 0.0,
+            adapter_weights=adapter_weights,
         )
 
     def summary(self, record: StageRecord, length: int, stage: Any, **of_stage: Any) -> dict[str, Any]:

@@ -52,19 +52,23 @@ def flops_per_token(
     """FLOP that a stage's arithmetic takes for one token that sees `context` keys on average.
 
     Frozen weights cost 2 FLOP a MAC forward and 2 backward, trained ones 4 backward; recomputation under activation
-    checkpointing is not counted, as is usual for MFU. Stage 2 runs both branches of every unit. Stage 3 skips: units
-    are taken to be approximated alike at `sparsity`.
+    checkpointing is not counted, as is usual for MFU. `sparsity` is the share of units that training really skips,
+    all alike; under sampled decisions both branches of every unit run.
     """
     dense = sum(cost.dense(context) for cost in costs)
     routers, forecasters = (float(sum(getattr(cost, name) for cost in costs)) for name in ("router", "forecaster"))
-    teacher = 2 * (dense + head_weights) if objective is not None and objective.kind != "lm" else 0.0
     if stage == "forecast":
         return 2 * dense + 6 * forecasters
+    body = dense
+    if sparsity:
+        meter = BudgetMeter(list(costs), ["attention", "ffn"] * (len(costs) // 2), "macs", context)
+        body *= 1 - float(meter.saved(torch.full((len(costs),), sparsity)))
+    total = 4 * (body + head_weights) + 6 * adapter_weights
     if stage == "route":
-        return 4 * (dense + head_weights) + 6 * routers + (6 if train_forecasters else 4) * forecasters + teacher
-    meter = BudgetMeter(list(costs), ["attention", "ffn"] * (len(costs) // 2), "macs", context)
-    body = dense * (1 - float(meter.saved(torch.full((len(costs),), sparsity)))) if sparsity else dense
-    return 4 * (body + head_weights) + 6 * adapter_weights + teacher
+        total += 6 * routers + (6 if train_forecasters else 4) * forecasters
+    if objective is not None and objective.kind != "lm":  # the teacher
+        total += 2 * (dense + head_weights)
+    return total
 
 
 def throughput(

@@ -1,0 +1,54 @@
+"""Workload what-if: metrics of a routed model at many workloads, from prompts of one (truncated importance sampling).
+
+Start at `predict`. The estimators, boundaries, bounds and limits work on any arrays of log likelihood ratios.
+"""
+
+from .design import Design, design_nominal
+from .lengths import LogNormalLengths, TabulatedLengths
+from .metrics import (
+    DEFAULT_METRICS,
+    MeanMetric,
+    Metric,
+    QuantileMetric,
+    RatioMetric,
+    TailMetric,
+    metrics_from_sequence,
+)
+from .predict import Predictor, predict
+from .predictions import Prediction, Predictions
+from .workloads import (
+    AnyWorkload,
+    Domain,
+    Workload,
+    WorkloadMixture,
+    read_workload,
+    read_workloads,
+    workload_from_mapping,
+    workloads_from_sequence,
+)
+
+__all__ = [
+    "DEFAULT_METRICS",
+    "AnyWorkload",
+    "Design",
+    "Domain",
+    "LogNormalLengths",
+    "MeanMetric",
+    "Metric",
+    "Prediction",
+    "Predictions",
+    "Predictor",
+    "QuantileMetric",
+    "RatioMetric",
+    "TabulatedLengths",
+    "TailMetric",
+    "Workload",
+    "WorkloadMixture",
+    "design_nominal",
+    "metrics_from_sequence",
+    "predict",
+    "read_workload",
+    "read_workloads",
+    "workload_from_mapping",
+    "workloads_from_sequence",
+]

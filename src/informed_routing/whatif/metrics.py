@@ -1,0 +1,193 @@
+"""Metrics of a measurement table: means, ratios, tail probabilities and quantiles, with the bounds that limits need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
+
+from ..errors import InputError
+from .arrays import Floats
+from .lengths import Frozen
+from .settings import checked
+from .table import Table
+
+Columns = str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A metric on a sample: `offset` + `scale` * E[part] / E[size], where 0 <= part <= size <= size_max."""
+
+    part: Floats  # [n]
+    size: Floats  # [n]
+    size_max: float
+    offset: float
+    scale: float  # the metric's range
+    clipped: float  # share of the prompts whose value was cut to the bounds
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether all prompts count the same."""
+        return bool((self.size == 1).all())
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A quantile metric on a sample."""
+
+    values: Floats  # [n]
+    level: float
+
+
+class _Metric(Frozen):
+    name: str = Field(min_length=1)
+    column: Columns = Field(description="of the table; several are added up")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns that the metric reads."""
+        per = getattr(self, "per", None)
+        return _tuple(self.column) + (_tuple(per) if per is not None else ())
+
+
+class _Bounded(_Metric):
+    lower: float = Field(0.0, allow_inf_nan=False)
+    upper: float | None = Field(
+        None,
+        allow_inf_nan=False,
+        description="None: the largest value of the sample; the metric is then the one cut there",
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> _Bounded:
+        if self.upper is not None and self.lower >= self.upper:
+            raise ValueError(f"lower {self.lower} is not below upper {self.upper}")
+        return self
+
+
+class MeanMetric(_Bounded):
+    """The mean over prompts of a column, or of a quotient of columns per prompt."""
+
+    kind: Literal["mean"] = "mean"
+    per: Columns | None = None
+
+    def outcome(self, table: Table) -> Outcome:
+        """Values in the metric's bounds, as shares of the range."""
+        return _outcome(self, _per_prompt(self, table), np.ones(len(table)), 1.0)
+
+
+class RatioMetric(_Bounded):
+    """A quotient of expectations, such as loss per token: long prompts count more."""
+
+    kind: Literal["ratio"] = "ratio"
+    per: Columns
+    per_max: float | None = Field(None, gt=0, description="bound of the denominator; None: the sample's largest")
+
+    def outcome(self, table: Table) -> Outcome:
+        """Numerators and denominators, as shares of the range of the quotient."""
+        size = table.sum_of(_tuple(self.per))
+        if not (size >= 0).all() or not (size > 0).any():
+            raise InputError(f"metric {self.name}: column {self.per} holds no positive denominators", "Check the table")
+        size_max = self.per_max if self.per_max is not None else float(size.max())
+        return _outcome(self, table.sum_of(_tuple(self.column)), size, size_max)
+
+
+class TailMetric(_Metric):
+    """The probability that a column (or a quotient per prompt) exceeds a threshold."""
+
+    kind: Literal["tail"] = "tail"
+    per: Columns | None = None
+    above: float = Field(allow_inf_nan=False)
+
+    def outcome(self, table: Table) -> Outcome:
+        """Indicators."""
+        exceeds = (_per_prompt(self, table) > self.above).astype(np.float64)
+        return Outcome(exceeds, np.ones(len(table)), 1.0, offset=0.0, scale=1.0, clipped=0.0)
+
+
+class QuantileMetric(_Metric):
+    """A quantile over prompts of a column (or a quotient per prompt), such as the 95th percentile of seconds."""
+
+    kind: Literal["quantile"] = "quantile"
+    per: Columns | None = None
+    level: float = Field(gt=0, lt=1)
+
+    def outcome(self, table: Table) -> Ranking:
+        """One value per prompt."""
+        return Ranking(_per_prompt(self, table), self.level)
+
+
+def _kind(value: Any) -> str:
+    kind = value.get("kind", "mean") if isinstance(value, Mapping) else getattr(value, "kind", "mean")
+    return f"<{kind}>"
+
+
+Metric = MeanMetric | RatioMetric | TailMetric | QuantileMetric
+_METRICS: TypeAdapter[list[Metric]] = TypeAdapter(
+    Annotated[
+        list[
+            Annotated[
+                Annotated[MeanMetric, Tag("<mean>")]
+                | Annotated[RatioMetric, Tag("<ratio>")]
+                | Annotated[TailMetric, Tag("<tail>")]
+                | Annotated[QuantileMetric, Tag("<quantile>")],
+                Discriminator(_kind),
+            ]
+        ],
+        Field(min_length=1),
+    ]
+)
+
+DEFAULT_METRICS: tuple[Metric, ...] = (
+    RatioMetric(name="executed_fraction", column="executed", per="possible", upper=1.0),
+    MeanMetric(name="macs", column="macs"),
+    RatioMetric(name="loss_per_token", column="loss_sum", per="loss_tokens"),
+    MeanMetric(name="prefill_seconds", column="prefill_seconds"),
+    MeanMetric(name="decode_seconds", column="decode_seconds"),
+)
+"""What `predict` reports unless told otherwise."""
+
+
+def metrics_from_sequence(data: Sequence[Any]) -> list[Metric]:
+    """Metrics of settings as in a YAML file. Raises InputError naming the first bad setting."""
+    metrics: list[Metric] = checked(_METRICS, list(data), "metrics")
+    names = [metric.name for metric in metrics]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two metrics are called {name}", "Give each metric a name of its own")
+    return metrics
+
+
+def _outcome(metric: _Bounded, values: Floats, size: Floats, size_max: float) -> Outcome:
+    """`values` are numerators: those of the bounds are `lower` * size and `upper` * size."""
+    upper = metric.upper
+    if upper is None:
+        upper = max(float((values[size > 0] / size[size > 0]).max()), metric.lower)
+    scale = (upper - metric.lower) or 1.0  # a constant metric
+    fitting = np.minimum(size, size_max)
+    part = (values - metric.lower * size) / scale
+    cut = np.clip(part, 0.0, fitting)
+    moved = (np.abs(cut - part) > 1e-9 * size_max) | (size > size_max)
+    return Outcome(cut, fitting, size_max, offset=metric.lower, scale=scale, clipped=float(moved.mean()))
+
+
+def _per_prompt(metric: Any, table: Table) -> Floats:
+    values = table.sum_of(_tuple(metric.column))
+    if metric.per is None:
+        return values
+    size = table.sum_of(_tuple(metric.per))
+    if not (size > 0).all():
+        row = int(np.flatnonzero(~(size > 0))[0])
+        raise InputError(
+            f"metric {metric.name}: column {metric.per} is {size[row]:g} in row {row}",
+            "Use kind: ratio, or leave it out",
+        )
+    return values / size
+
+
+def _tuple(columns: Columns) -> tuple[str, ...]:
+    return (columns,) if isinstance(columns, str) else columns

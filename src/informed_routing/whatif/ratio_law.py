@@ -1,0 +1,161 @@
+"""The law of the likelihood ratio w = p/q, from the input distributions alone.
+
+Truncation needs moments and lost mass of w. They depend on no output of the expensive system, so they are computed
+exactly: by enumeration of a discrete support, by quadrature of densities, or, where neither is possible, from
+inexpensive draws of inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from .arrays import Floats
+from .workloads import InputLaw
+
+ENUMERABLE = 2**21  # atoms of a support that is enumerated
+DRAWS = 2**17  # inputs drawn from each of the two laws where it is not
+STANDARD_ERRORS = 4.0  # by which a lost mass from draws is raised, so that it stays an upper bound
+
+
+@dataclass(frozen=True)
+class RatioLaw:
+    """Atoms of (log q, log p), descending in w. Target mass where q = 0 is in `outside`, not among the atoms.
+
+    Made by `of_workloads`, `of_atoms`, `of_densities` or `of_draws`.
+    """
+
+    log_q: Floats  # [atoms]
+    log_p: Floats  # [atoms]
+    outside: float
+    draws: int = 0  # atoms are this many random draws; 0: they are the support
+
+    @cached_property
+    def log_w(self) -> Floats:
+        """log p - log q of the atoms, descending."""
+        return self.log_p - self.log_q
+
+    @property
+    def log_w_max(self) -> float:
+        """The log of the largest ratio that can occur in the sample."""
+        return float(self.log_w[0])
+
+    @cached_property
+    def _above(self) -> tuple[Floats, Floats, Floats]:
+        """By number of atoms above a boundary: target mass, nominal mass, and E_Q[w^2; the atoms below]."""
+        target = np.concatenate([[0.0], np.cumsum(np.exp(self.log_p))])
+        nominal = np.concatenate([[0.0], np.cumsum(np.exp(self.log_q))])
+        with np.errstate(over="ignore"):
+            squares = np.exp(self.log_p + self.log_w)
+        below = np.concatenate([np.cumsum(squares[::-1])[::-1], [0.0]])
+        return target, nominal, below
+
+    def _count_above(self, boundary: Floats) -> np.ndarray:
+        return np.searchsorted(-self.log_w, -np.log(boundary), side="left")
+
+    def lost_mass(self, boundary: Floats | float) -> Floats:
+        """tau_M = 1 - E_Q[min(w, M)]: the target mass that truncation at M (and q = 0) loses; shape of `boundary`.
+
+        From draws, it is raised by four standard errors to an upper bound.
+        """
+        boundary = np.asarray(boundary, dtype=np.float64)
+        count = self._count_above(boundary)
+        target, nominal, _ = self._above
+        lost = self.outside + np.maximum(target[count] - boundary * nominal[count], 0.0)
+        if self.draws:  # Bernstein, for the integrand (w - M)+ / ((1 + w) / 2), which is at most 2
+            share = STANDARD_ERRORS**2 / self.draws
+            lost = lost + np.sqrt(2 * lost * share) + share / 3
+        return np.minimum(lost, 1.0)
+
+    def clipped_second_moment(self, boundary: Floats | float) -> Floats:
+        """E_Q[min(w, M)^2], of the shape of `boundary`."""
+        boundary = np.asarray(boundary, dtype=np.float64)
+        count = self._count_above(boundary)
+        _, nominal, below = self._above
+        return below[count] + boundary**2 * nominal[count]
+
+    def moment(self, order: float) -> float:
+        """v_a = E_Q[w^a] = d_a^(a-1)."""
+        with np.errstate(over="ignore"):
+            return float(np.exp(self.log_q + order * self.log_w).sum())
+
+    @cached_property
+    def d2(self) -> float:
+        """E_Q[w^2], the exponential of the Renyi divergence of order 2, over what q reaches."""
+        return float(self._above[2][0])
+
+    @cached_property
+    def kl(self) -> float:
+        """KL(P || Q) in nats over what q reaches; read it beside `outside`."""
+        return float(np.sum(np.exp(self.log_p) * self.log_w))
+
+    def mass_above(self, log_ratio: float) -> float:
+        """P(log w > log_ratio)."""
+        return float(self._above[0][np.searchsorted(-self.log_w, -log_ratio, side="left")]) + self.outside
+
+    @classmethod
+    def of_atoms(cls, log_p: Floats, log_q: Floats, outside: float | None = None) -> RatioLaw:
+        """From the log masses of all points; `outside` is summed from the points with q = 0 unless it is given."""
+        reached = np.isfinite(log_q)
+        if outside is None:
+            outside = float(np.exp(log_p[~reached]).sum())
+        return cls._sorted(log_p[reached], log_q[reached], outside)
+
+    @classmethod
+    def of_densities(cls, log_p: Floats, log_q: Floats, spacing: float) -> RatioLaw:
+        """From log densities on an even grid of one variable that reaches far into both tails (trapezoidal rule)."""
+        return cls.of_atoms(log_p + np.log(spacing), log_q + np.log(spacing))
+
+    @classmethod
+    def of_draws(cls, from_p: tuple[Floats, Floats], from_q: tuple[Floats, Floats]) -> RatioLaw:
+        """From (log p, log q) at equally many draws of p and of q: masses by sampling from (p + q) / 2.
+
+        All integrands are bounded by 2 there, however far p is from q.
+        """
+        log_p, log_q = (np.concatenate(pair) for pair in zip(from_p, from_q, strict=True))
+        half = np.logaddexp(log_p, log_q) - np.log(2) + np.log(len(log_p))
+        law = cls.of_atoms(log_p - half, log_q - half)
+        return cls(law.log_q, law.log_p, law.outside, draws=len(log_p))
+
+    @classmethod
+    def _sorted(cls, log_p: Floats, log_q: Floats, outside: float) -> RatioLaw:
+        order = np.argsort(log_q - log_p, kind="stable")
+        return cls(log_q[order], log_p[order], max(outside, 0.0))
+
+
+class NominalSupport:
+    """The nominal workload's support, kept so that many targets can be compared with it."""
+
+    def __init__(self, nominal: InputLaw, seed: int = 0) -> None:
+        self.nominal = nominal
+        self._grids = {
+            name: (prompt, output)
+            for name, (prompt, output) in nominal.support().items()
+            if len(prompt) and len(output)
+        }
+        self.atoms = sum(len(prompt) * len(output) for prompt, output in self._grids.values())
+        self._seed = seed
+
+    @cached_property
+    def _log_q(self) -> dict[str, Floats]:
+        return {name: self.nominal.log_grid(name, *grid) for name, grid in self._grids.items()}
+
+    def ratio_law(self, target: InputLaw) -> RatioLaw:
+        """The exact law of p/q by enumeration, or from draws when the support has more than `ENUMERABLE` points."""
+        if self.atoms > ENUMERABLE:
+            return self._drawn(target)
+        log_q = np.concatenate([self._log_q[name].ravel() for name in self._grids])
+        log_p = np.concatenate([target.log_grid(name, *grid).ravel() for name, grid in self._grids.items()])
+        reached = np.isfinite(log_q)
+        outside = 1.0 - float(np.exp(log_p[reached]).sum())
+        return RatioLaw.of_atoms(log_p, log_q, outside if outside > 1e-12 else 0.0)
+
+    def _drawn(self, target: InputLaw) -> RatioLaw:
+        rng = np.random.default_rng(self._seed)
+        of_p, of_q = target.sample(DRAWS, rng), self.nominal.sample(DRAWS, rng)
+        return RatioLaw.of_draws(
+            (target.log_density(of_p), self.nominal.log_density(of_p)),
+            (target.log_density(of_q), self.nominal.log_density(of_q)),
+        )
