@@ -9,17 +9,9 @@ from pathlib import Path
 import pytest
 from tests.study.conftest import FEW_METHODS
 
-from informed_routing import cli
 from informed_routing.cli import main
-from informed_routing.cli.study import study
 
 pytest.importorskip("lm_eval")
-
-
-@pytest.fixture(autouse=True)
-def _registered() -> None:
-    if all(command.name != "study" for command in cli.app.registered_commands):
-        cli.app.command("study")(study)
 
 
 @pytest.fixture
