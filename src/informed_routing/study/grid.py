@@ -35,6 +35,7 @@ class Method(_Frozen):
     )
     recovered: tuple[bool, ...] = Field((False, True), description="without and with recovery training")
     sparsities: tuple[float, ...] | None = Field(None, description="default: those of the grid")
+    prune_tokens: int | None = Field(None, ge=1, description="text that its pruning is scored on; default the grid's")
     decision: Decision | None = Field(None, description="how MoD chooses tokens when it is judged; default its own way")
 
     @property

@@ -48,6 +48,7 @@ def run(
                 progress.message(f"{cell.name} failed: {record['error']}")
             else:
                 store.keep(cell, record)
+                progress.message(f"{cell.name}: done")
     found = tuple(cell.name for cell in unique if cell not in waiting)
     return Outcome(tuple(cell.name for cell in waiting if cell.name not in failed), found, failed)
 

@@ -257,7 +257,8 @@ def _shared(variant: Variant) -> dict[str, Any]:
 
 def _pruned(variant: Variant) -> Stage:
     training, method = variant.grid.training, variant.method
-    tokens = max(training.prune_tokens // training.sequence_length, 1) * training.sequence_length
+    wanted = method.prune_tokens or training.prune_tokens
+    tokens = max(wanted // training.sequence_length, 1) * training.sequence_length
     settings = {
         **_shared(variant),
         "method": method.prune,
