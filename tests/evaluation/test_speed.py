@@ -99,7 +99,7 @@ def test_rows_are_measured_at_the_sparsity_they_name() -> None:
     routed: Any = RoutedModelForCausalLM.attach(make_tiny("llama"))
     seen: Counter[float] = Counter()
 
-    def set_sparsity(value: float, budget: str | None = None) -> None:
+    def set_sparsity(value: float, budget: str | None = None, decision: str | None = None) -> None:
         seen[value] += 1
         routed.set_decision(Given(torch.zeros(1, 1, dtype=torch.bool)) if value else AlwaysExecute())
 
