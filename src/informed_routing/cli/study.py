@@ -172,10 +172,8 @@ def _finish(run: Session, grids: Sequence[Grid], expanded: dict[str, list[Cell]]
     report = write_report(grids, expanded, store)
 
     def show(console: Any) -> None:
-        from rich.markdown import Markdown
-
         for text in report.texts:
-            console.print(Markdown(text))
+            console.print(text, markup=False, soft_wrap=True)  # wide tables are read in an editor, or by a program
         console.print("Written: " + ", ".join(str(path) for path in report.files))
 
     cells = [cell for found in expanded.values() for cell in found]
@@ -195,9 +193,7 @@ def _shapes(run: Session) -> None:
     table = shape_table()
 
     def show(console: Any) -> None:
-        from rich.markdown import Markdown
-
-        console.print(Markdown(markdown(table)))
+        console.print(markdown(table), markup=False, soft_wrap=True)
 
     run.finish({"tables": {"shapes": as_json(table)}}, show, model="shapes", dtype=run.common.dtype)
 
