@@ -50,11 +50,10 @@ class ShortenedSettings(DepthSettings):
 
 
 class SliceSettings(Settings):
-    """Of SliceGPT; the published code rounds to multiples of 8 and takes the components before the norm."""
+    """Of SliceGPT; the published code rounds to multiples of 8."""
 
     measure: Measure = "slice"
     round_to: int = Field(8, ge=1, description="the sliced width is a multiple of this")
-    normalised: bool = Field(False, description="principal components after the norm instead of before it")
 
 
 Part = Any

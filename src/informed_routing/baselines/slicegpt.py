@@ -17,25 +17,20 @@ from .dropping import units_of
 from .sliced import READS, WRITES, check_sliceable, reshape_sliced, shortcut_name
 
 
-def slice_model(
-    model: Any, width: int, rows: Tensor, batch_size: int, progress: Progress, *, normalised: bool = False
-) -> None:
+def slice_model(model: Any, width: int, rows: Tensor, batch_size: int, progress: Progress) -> None:
     """Slice a dense model to `width`, in place; calibrated on rows [n, L] (int64) without padding.
 
-    `normalised` takes the principal components of the stream after the norm (each token of length one) instead of
-    before it. Raises InputError for a family that cannot be sliced.
+    Raises InputError for a family that cannot be sliced.
     """
     check_sliceable(model)
     with torch.no_grad():
-        bases = principal_bases(model, width, rows, batch_size, progress, normalised=normalised)
+        bases = principal_bases(model, width, rows, batch_size, progress)
         tensors = sliced_tensors(model, bases)
         reshape_sliced(model, width)
         model.load_state_dict(tensors, strict=True, assign=True)
 
 
-def principal_bases(
-    model: Any, width: int, rows: Tensor, batch_size: int, progress: Progress, *, normalised: bool
-) -> list[Tensor]:
+def principal_bases(model: Any, width: int, rows: Tensor, batch_size: int, progress: Progress) -> list[Tensor]:
     """The basis [d, width] (float64, orthonormal columns) that each unit reads in turn, and the one behind the last.
 
     The last is the identity [d, d]. Each unit sees what slicing has left so far: a sliced unit in its own basis does
@@ -45,8 +40,9 @@ def principal_bases(
     was_training = model.training
     model.eval()
     arguments = _layer_arguments(model, rows[:1])
+    identity = torch.eye(model.config.hidden_size, dtype=torch.float64, device=model.device)
     streams = [model.model.embed_tokens(batch.to(model.device)) for batch in rows.split(batch_size)]
-    bases = [_principal(streams, width, normalised)]
+    bases = [_principal(streams, width)]
     progress.stage("principal components", len(layers))
     for index, (layer, kwargs) in enumerate(zip(layers, arguments, strict=True)):
         for unit in units_of(model):
@@ -54,21 +50,19 @@ def principal_bases(
             for place, stream in enumerate(streams):
                 kept = stream @ project
                 streams[place] = kept + unit.run(layer, unit.normed(layer, kept), kwargs)
-            bases.append(_principal(streams, width, normalised))
+            last = layer is layers[-1] and unit.kind == "ffn"
+            bases.append(identity if last else _principal(streams, width))
         progress.advance(index + 1)
     model.train(was_training)
-    bases[-1] = torch.eye(model.config.hidden_size, dtype=torch.float64, device=model.device)
     return bases
 
 
-def _principal(streams: list[Tensor], width: int, normalised: bool) -> Tensor:
-    """The `width` directions [d, width] of largest second moment of [B, N, d] streams, in float64."""
+def _principal(streams: list[Tensor], width: int) -> Tensor:
+    """The `width` directions [d, width] of largest second moment of [B, N, d] streams (before the norm), in float64."""
     size = streams[0].shape[-1]
     moment = torch.zeros(size, size, dtype=torch.float64, device=streams[0].device)
     for stream in streams:
         tokens = stream.reshape(-1, size).double()
-        if normalised:
-            tokens = torch.nn.functional.normalize(tokens, dim=-1)
         moment += tokens.T @ tokens
     return torch.linalg.eigh(moment).eigenvectors.flip(-1)[:, :width]
 

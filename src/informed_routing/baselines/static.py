@@ -61,7 +61,7 @@ def prune(
         read = read if wanted else 0
     else:
         found = _width(model, sparsity, checked)
-        slice_model(model, found["width"], rows, checked.batch_size, progress, normalised=checked.normalised)
+        slice_model(model, found["width"], rows, checked.batch_size, progress)
     report = PruneReport(
         method=method,
         sparsity=sparsity,
