@@ -12,6 +12,7 @@ from .metrics import (
     QuantileMetric,
     RatioMetric,
     TailMetric,
+    TotalMetric,
     metrics_from_sequence,
 )
 from .predict import Predictor, predict
@@ -19,6 +20,7 @@ from .predictions import Prediction, Predictions
 from .workloads import (
     AnyWorkload,
     Domain,
+    Part,
     Workload,
     WorkloadMixture,
     read_workload,
@@ -35,6 +37,7 @@ __all__ = [
     "LogNormalLengths",
     "MeanMetric",
     "Metric",
+    "Part",
     "Prediction",
     "Predictions",
     "Predictor",
@@ -42,6 +45,7 @@ __all__ = [
     "RatioMetric",
     "TabulatedLengths",
     "TailMetric",
+    "TotalMetric",
     "Workload",
     "WorkloadMixture",
     "design_nominal",

@@ -21,6 +21,7 @@ from .arrays import Floats
 BLOCK = 16  # bets that are placed together; the product of their factors fits a float64
 LARGEST_LOSS = 0.75  # of the wealth, in one bet
 CELLS = 2**15  # numbers per array that are worked on at a time: they stay in the cache
+TINY = 1e-300  # in place of zero in a denominator
 PRECISION = 5e-3  # of the distance from estimate to limit; what is left is given to the interval
 
 
@@ -70,7 +71,7 @@ class Game:
 
     def guess(self, log_level: float) -> tuple[Floats, Floats]:
         """Where to look first: the estimate, and how far below it the limit would be if gains were normal: [rows]."""
-        total = np.maximum(self.stake.sum((1, 2)), 1e-300)
+        total = np.maximum(self.stake.sum((1, 2)), TINY)
         estimate = np.clip(self.gain.sum((1, 2)) / total, 0.0, 1.0)
         squares = ((self.gain - estimate[:, None, None] * self.stake) ** 2).sum((1, 2))
         return estimate, np.sqrt(2 * log_level * squares) / total
@@ -82,7 +83,7 @@ def running_bets(gain: Floats, stake: Floats, prior: Prior, log_level: float) ->
     gain, stake = _blocks(gain), _blocks(stake)
     ratio = (prior.ratio * prior.stake + _before(gain)) / (prior.stake + _before(stake))
     squares = prior.variance[:, None] + _before((gain - ratio[:, None] * stake) ** 2)
-    return np.sqrt(2 * log_level / n * (1 + BLOCK * np.arange(gain.shape[2])) / squares)
+    return np.sqrt(2 * log_level / n * (1 + BLOCK * np.arange(gain.shape[2])) / np.maximum(squares, TINY))
 
 
 def pilot_bets(weights: Floats, y: Floats, share: float, second_moment: Floats, log_level: float) -> Floats:
@@ -103,7 +104,7 @@ def pilot_bets(weights: Floats, y: Floats, share: float, second_moment: Floats, 
         above = outcomes > outcomes[order[np.minimum(at, len(order) - 1)]][:, None]
         seen = ((early * (above - share)) ** 2).sum(1)
         squares[:, pilot:] = ((squares[:, 0] + seen) / (1 + len(outcomes)))[:, None]
-    return np.sqrt(2 * log_level / n / squares)
+    return np.sqrt(2 * log_level / n / np.maximum(squares, TINY))
 
 
 def lower_limits(gain: Floats, stake: Floats, stake_max: Floats, prior: Prior, log_level: float) -> Floats:
@@ -144,10 +145,11 @@ def _last_rejected(game: Game, log_level: float) -> Floats:
         share = np.where(np.isfinite(share), np.clip(share, 0.01, 0.99), 0.5)
         middle = low + share * (high - low)
         value = excess(middle)
-        rejected = value >= 0
-        at_high = np.where(rejected, np.where(last > 0, at_high / 2, at_high), value)
-        at_low = np.where(rejected, value, np.where(last < 0, at_low / 2, at_low))
-        low, high, last = np.where(rejected, middle, low), np.where(rejected, high, middle), np.where(rejected, 1, -1)
+        up, down = (value >= 0) & ~done, (value < 0) & ~done  # a row that is done stays: no row depends on the others
+        at_high = np.where(up & (last > 0), at_high / 2, np.where(down, value, at_high))
+        at_low = np.where(down & (last < 0), at_low / 2, np.where(up, value, at_low))
+        low, high = np.where(up, middle, low), np.where(down, middle, high)
+        last = np.where(up, 1, np.where(down, -1, last))
     return np.where(none, 0.0, np.where(all_rejected, 1.0, low))
 
 

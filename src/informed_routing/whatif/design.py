@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,16 +59,30 @@ def design_nominal(targets: Sequence[Workload], extra: Sequence[Workload] = (), 
         return np.hstack([gradient, np.ones((len(wanted), 1))])
 
     start = np.full(len(parts), 1 / len(parts))
+    weights = start if len(parts) == 1 else _minimax(start, second_moments, slack, slope)
+    mixture = tuple(Part(weight=float(w), workload=part) for w, part in zip(weights, parts, strict=True) if w > 0)
+    d2 = {target.name: float(moment) for target, moment in zip(targets, second_moments(weights), strict=True)}
+    return Design(WorkloadMixture(name=name, mixture=mixture), d2)
+
+
+def _minimax(
+    start: Floats,
+    second_moments: Callable[[Floats], Floats],
+    slack: Callable[[Floats], Floats],
+    slope: Callable[[Floats], Floats],
+) -> Floats:
+    """Weights that sum to one and minimise the largest of `second_moments`: of (weights, z) least z with slack >= 0."""
+    parts = len(start)
     level = float(np.log(second_moments(start)).max())
-    least = SMALLEST_SHARE / len(parts)
+    least = SMALLEST_SHARE / parts
     found = minimize(
         lambda x: x[-1],
         np.append(start, level),
-        jac=lambda x: np.append(np.zeros(len(parts)), 1.0),
-        bounds=[(least, 1.0)] * len(parts) + [(0.0, level)],
+        jac=lambda x: np.append(np.zeros(parts), 1.0),
+        bounds=[(least, 1.0)] * parts + [(0.0, level)],
         constraints=[
             {"type": "ineq", "fun": slack, "jac": slope},
-            {"type": "eq", "fun": lambda x: x[:-1].sum() - 1, "jac": lambda x: np.append(np.ones(len(parts)), 0.0)},
+            {"type": "eq", "fun": lambda x: x[:-1].sum() - 1, "jac": lambda x: np.append(np.ones(parts), 0.0)},
         ],
         method="SLSQP",
         options={"maxiter": 200, "ftol": 1e-9},
@@ -76,11 +90,8 @@ def design_nominal(targets: Sequence[Workload], extra: Sequence[Workload] = (), 
     weights = np.clip(found.x[:-1], 0.0, None)
     weights = np.where(weights > SMALLEST_SHARE, weights, 0.0)
     weights /= weights.sum()
-    if not second_moments(weights).max() <= second_moments(start).max():  # the search may fail; the start cannot
-        weights = start
-    mixture = tuple(Part(weight=float(w), workload=part) for w, part in zip(weights, parts, strict=True) if w > 0)
-    d2 = {target.name: float(moment) for target, moment in zip(targets, second_moments(weights), strict=True)}
-    return Design(WorkloadMixture(name=name, mixture=mixture), d2)
+    better = second_moments(weights).max() <= second_moments(start).max()  # the search may fail; the start cannot
+    return weights if better else start
 
 
 def _common_grid(parts: Sequence[Workload]) -> Floats:

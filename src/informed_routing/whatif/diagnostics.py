@@ -13,6 +13,7 @@ from .arrays import Floats
 Colour = Literal["green", "amber", "red"]
 
 FEWEST = 30  # prompts below which nothing is predicted
+ROUNDING = 1e-9  # by which logarithms of equal ratios may differ
 TINY = -700.0  # stands for the logarithm of zero
 
 
@@ -33,12 +34,13 @@ def top_share(log_w: Floats, share: float = 0.01) -> Floats:
     return largest.sum(-1) / np.maximum(w.sum(-1), 1e-300)
 
 
-def mass_check(weights: Floats, lost_mass: Floats) -> Floats:
-    """z = (mean(W) - (1 - tau)) / (sd(W) / sqrt(n)) for W = min(w, M) [K, n] with exact tau [K]: [K].
+def mass_check(weights: Floats, truncated_mass: Floats) -> Floats:
+    """z = (mean(W) - (1 - t)) / (sd(W) / sqrt(n)) for W = min(w, M) [K, n]: [K].
 
-    Far from zero when densities, sampling or the support are wrong. Weights without spread give 0 or +-inf.
+    `truncated_mass` = t [K] is what truncation alone takes of the target, so that a gap in the nominal support shows,
+    too. Far from zero when densities, sampling or support are wrong. Weights without spread give 0 or +-inf.
     """
-    surplus = weights.mean(-1) - (1 - lost_mass)
+    surplus = weights.mean(-1) - (1 - truncated_mass)
     scale = weights.std(-1) / math.sqrt(weights.shape[-1])
     level = np.abs(surplus) <= 1e-9
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -65,7 +67,7 @@ def pareto_shape(log_values: Floats) -> Floats:
     shapes = np.full(log_values.shape[:-1], -np.inf)
     start, quarter = kept - tail - 1, kept - tail - 1 + max(int(tail / 4 + 0.5), 1)
     around = np.partition(log_values, [start, quarter], axis=-1)
-    spread = around[..., quarter] > around[..., start]
+    spread = around[..., quarter] > around[..., start] + ROUNDING
     for row in zip(*np.nonzero(spread), strict=True):
         # arviz-stats expects log likelihoods and negates them inside: give it -log w
         shapes[row] = array_stats.psislw(-log_values[row], r_eff=relative)[1]

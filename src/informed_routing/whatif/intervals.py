@@ -1,9 +1,9 @@
-"""Confidence intervals of E_P[A] / E_P[T] from a sample of Q, with the exact lost mass (specification section 5).
+"""Confidence intervals of E_P[A] / E_P[T] from a sample of Q, with the exact lost mass tau.
 
-Let W = min(w, M), tau the lost target mass, 0 <= A <= T <= size_max. The part of E_P[A - r T] that truncation and q = 0
-hide is at least -tau r size_max, so E_Q[W A] <= r E_Q[W T + tau size_max] holds for every r that is not too low. That
-is tested by `betting` (or by the empirical Bernstein inequality); the upper limit comes from T - A. A mean has T = 1.
-The prompts must be independent and in random order.
+Let W = min(w, M) and 0 <= A <= T <= 1. The part of E_P[A - r T] that truncation and q = 0 hide is at least -tau r, so
+E_Q[W A] <= r E_Q[W T + tau] holds for every r that is not too low. That is tested by `betting` (or by the empirical
+Bernstein inequality); the upper limit comes from T - A. A mean has T = 1. The prompts must be independent and in
+random order.
 """
 
 from __future__ import annotations
@@ -42,31 +42,29 @@ def mean_interval(
 
     `weights` [K, n] are min(w, M), `y` is [n].
     """
-    return ratio_interval(weights, y, np.ones_like(y), 1.0, truncation, delta, method)
+    return ratio_interval(weights, y, np.ones_like(y), truncation, delta, method)
 
 
 def ratio_interval(
     weights: Floats,
     part: Floats,
     size: Floats,
-    size_max: float,
     truncation: Truncation,
     delta: float,
     method: Method = "betting",
 ) -> tuple[Floats, Floats]:
-    """Limits of E_P[A] / E_P[T] for 0 <= A <= T <= size_max: two arrays [K]; see `mean_interval`.
+    """Limits of E_P[A] / E_P[T] for 0 <= A <= T <= 1: two arrays [K]; see `mean_interval`.
 
     `part` = A and `size` = T are [n]. Where the two limits cross, ratios and sample contradict each other.
     """
     log_level = math.log(2 / delta)
-    stake = weights * size + truncation.lost_mass[:, None] * size_max
-    stake_max = (truncation.boundary + truncation.lost_mass) * size_max
-    prior = Prior(truncation.second_moment * size_max**2 / 4, stake=size_max)
-    span = truncation.boundary * size_max
+    stake = weights * size + truncation.lost_mass[:, None]
+    stake_max = truncation.boundary + truncation.lost_mass
+    prior = Prior(truncation.second_moment / 4)
 
     def lower(gain: Floats) -> Floats:
         if method == "bernstein":
-            return _bernstein_limits(gain, stake, span, log_level)
+            return _bernstein_limits(gain, stake, truncation.boundary, log_level)
         return lower_limits(gain, stake, stake_max, prior, log_level)
 
     return lower(weights * part), 1 - lower(weights * (size - part))

@@ -21,6 +21,12 @@ class Frozen(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def __eq__(self, other: object) -> bool:
+        """By settings; what is cached are arrays, which have no single truth."""
+        if type(self) is not type(other):
+            return False
+        return all(getattr(self, name) == getattr(other, name) for name in type(self).model_fields)
+
 
 class LengthLaw(Frozen):
     """A probability mass function on `first`, `first` + 1, ...; sub-classes say how it is made."""
@@ -39,6 +45,11 @@ class LengthLaw(Frozen):
     def support(self) -> Ints:
         """The possible lengths, ascending: int64 [support]."""
         return self.first + np.flatnonzero(np.isfinite(self.log_mass))
+
+    @cached_property
+    def mean(self) -> float:
+        """Expected length."""
+        return float(self.support @ np.exp(self.log_mass[self.support - self.first]))
 
     @cached_property
     def _cumulative(self) -> Floats:

@@ -1,9 +1,9 @@
-"""Metrics of a measurement table: means, ratios, tail probabilities and quantiles, with the bounds that limits need."""
+"""Metrics of a measurement table: means, totals, ratios, tail probabilities, quantiles, and the bounds they need."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -20,19 +20,18 @@ Columns = str | tuple[str, ...]
 
 @dataclass(frozen=True)
 class Outcome:
-    """A metric on a sample: `offset` + `scale` * E[part] / E[size], where 0 <= part <= size <= size_max."""
+    """A metric on a sample: `offset` + `scale` * E[part] / E[size], where 0 <= part <= size <= 1.
+
+    With `by_tokens`, both are per token, and E counts each prompt by its prompt and output tokens.
+    """
 
     part: Floats  # [n]
     size: Floats  # [n]
-    size_max: float
     offset: float
     scale: float  # the metric's range
     clipped: float  # share of the prompts whose value was cut to the bounds
-
-    @property
-    def is_mean(self) -> bool:
-        """Whether all prompts count the same."""
-        return bool((self.size == 1).all())
+    by_tokens: bool = False
+    total: bool = False  # the metric is this times the mean tokens of a prompt, which are known exactly
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class Ranking:
 
     values: Floats  # [n]
     level: float
+    by_tokens: bool = False
 
 
 class _Metric(Frozen):
@@ -77,23 +77,45 @@ class MeanMetric(_Bounded):
 
     def outcome(self, table: Table) -> Outcome:
         """Values in the metric's bounds, as shares of the range."""
-        return _outcome(self, _per_prompt(self, table), np.ones(len(table)), 1.0)
+        return _outcome(self, _per_prompt(self, table), np.ones(len(table)), np.ones(len(table)))
+
+
+class TotalMetric(_Bounded):
+    """The mean over prompts of a column that grows about like prompt and output tokens together, such as MACs.
+
+    It is the mean per token times the target's mean tokens, which are known exactly: limits are narrower than a
+    mean's. `lower` and `upper` are per token.
+    """
+
+    kind: Literal["total"] = "total"
+
+    def outcome(self, table: Table) -> Outcome:
+        """Values per token, as shares of their range."""
+        tokens = table.inputs.tokens
+        values = table.sum_of(_tuple(self.column))
+        return replace(_outcome(self, values, tokens, tokens, by_tokens=True), total=True)
 
 
 class RatioMetric(_Bounded):
-    """A quotient of expectations, such as loss per token: long prompts count more."""
+    """A quotient of expectations, such as loss per token: long prompts count more.
+
+    The denominator must grow about like prompt and output tokens together; limits are narrow when it does.
+    """
 
     kind: Literal["ratio"] = "ratio"
     per: Columns
-    per_max: float | None = Field(None, gt=0, description="bound of the denominator; None: the sample's largest")
+    per_token: float | None = Field(
+        None, gt=0, description="bound of the denominator per prompt and output token; None: the sample's largest"
+    )
 
     def outcome(self, table: Table) -> Outcome:
         """Numerators and denominators, as shares of the range of the quotient."""
         size = table.sum_of(_tuple(self.per))
         if not (size >= 0).all() or not (size > 0).any():
             raise InputError(f"metric {self.name}: column {self.per} holds no positive denominators", "Check the table")
-        size_max = self.per_max if self.per_max is not None else float(size.max())
-        return _outcome(self, table.sum_of(_tuple(self.column)), size, size_max)
+        tokens = table.inputs.tokens
+        largest = self.per_token if self.per_token is not None else float((size / tokens).max())
+        return _outcome(self, table.sum_of(_tuple(self.column)), size, largest * tokens, by_tokens=True)
 
 
 class TailMetric(_Metric):
@@ -106,7 +128,7 @@ class TailMetric(_Metric):
     def outcome(self, table: Table) -> Outcome:
         """Indicators."""
         exceeds = (_per_prompt(self, table) > self.above).astype(np.float64)
-        return Outcome(exceeds, np.ones(len(table)), 1.0, offset=0.0, scale=1.0, clipped=0.0)
+        return Outcome(exceeds, np.ones(len(table)), offset=0.0, scale=1.0, clipped=0.0)
 
 
 class QuantileMetric(_Metric):
@@ -126,12 +148,13 @@ def _kind(value: Any) -> str:
     return f"<{kind}>"
 
 
-Metric = MeanMetric | RatioMetric | TailMetric | QuantileMetric
+Metric = MeanMetric | TotalMetric | RatioMetric | TailMetric | QuantileMetric
 _METRICS: TypeAdapter[list[Metric]] = TypeAdapter(
     Annotated[
         list[
             Annotated[
                 Annotated[MeanMetric, Tag("<mean>")]
+                | Annotated[TotalMetric, Tag("<total>")]
                 | Annotated[RatioMetric, Tag("<ratio>")]
                 | Annotated[TailMetric, Tag("<tail>")]
                 | Annotated[QuantileMetric, Tag("<quantile>")],
@@ -144,7 +167,7 @@ _METRICS: TypeAdapter[list[Metric]] = TypeAdapter(
 
 DEFAULT_METRICS: tuple[Metric, ...] = (
     RatioMetric(name="executed_fraction", column="executed", per="possible", upper=1.0),
-    MeanMetric(name="macs", column="macs"),
+    TotalMetric(name="macs", column="macs"),
     RatioMetric(name="loss_per_token", column="loss_sum", per="loss_tokens"),
     MeanMetric(name="prefill_seconds", column="prefill_seconds"),
     MeanMetric(name="decode_seconds", column="decode_seconds"),
@@ -162,17 +185,18 @@ def metrics_from_sequence(data: Sequence[Any]) -> list[Metric]:
     return metrics
 
 
-def _outcome(metric: _Bounded, values: Floats, size: Floats, size_max: float) -> Outcome:
-    """`values` are numerators: those of the bounds are `lower` * size and `upper` * size."""
+def _outcome(metric: _Bounded, values: Floats, size: Floats, largest: Floats, by_tokens: bool = False) -> Outcome:
+    """From numerators and denominators; `largest` bounds the denominator of each prompt."""
     upper = metric.upper
     if upper is None:
         upper = max(float((values[size > 0] / size[size > 0]).max()), metric.lower)
     scale = (upper - metric.lower) or 1.0  # a constant metric
-    fitting = np.minimum(size, size_max)
-    part = (values - metric.lower * size) / scale
+    share = size / largest
+    fitting = np.minimum(share, 1.0)
+    part = (values - metric.lower * size) / (scale * largest)
     cut = np.clip(part, 0.0, fitting)
-    moved = (np.abs(cut - part) > 1e-9 * size_max) | (size > size_max)
-    return Outcome(cut, fitting, size_max, offset=metric.lower, scale=scale, clipped=float(moved.mean()))
+    moved = (np.abs(cut - part) > 1e-9) | (share > 1 + 1e-9)
+    return Outcome(cut, fitting, metric.lower, scale, clipped=float(moved.mean()), by_tokens=by_tokens)
 
 
 def _per_prompt(metric: Any, table: Table) -> Floats:

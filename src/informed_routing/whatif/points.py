@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
+from . import diagnostics
 from .arrays import Floats
-from .diagnostics import pareto_shape
 from .estimators import ratios, standard_error
 from .intervals import Truncation, quantile_interval, ratio_interval
 from .metrics import Outcome, Ranking
@@ -34,7 +35,10 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some targets with their weights on the sample."""
+    """Some targets with their weights on the sample.
+
+    For ratios per token the targets count each prompt by its tokens; log_w, divergences and all else are then of these.
+    """
 
     inputs: Inputs
     targets: Sequence[AnyWorkload]
@@ -42,8 +46,31 @@ class Chunk:
     log_w: Floats  # [K, n]
     weights: Floats  # [K, n], min(w, M)
     point_weights: Floats  # [K, n], the same, or post-stratified
+    units: Floats  # [n], by what the targets count each prompt
     shares: list[dict[str, float] | None]  # [K], target weights of the domains where only these differ
     truncation: Truncation
+    mean_tokens: Floats  # [K]
+
+    @cached_property
+    def ess(self) -> Floats:
+        """Effective sample size: [K]."""
+        return diagnostics.effective_sample_size(self.log_w)
+
+    @cached_property
+    def top_share(self) -> Floats:
+        """Part of the weight in the largest 1%: [K]."""
+        return diagnostics.top_share(self.log_w)
+
+    @cached_property
+    def mass_z(self) -> Floats:
+        """Standard errors by which the mean weight is off: [K]."""
+        outside = np.array([exact.outside for exact in self.divergences])
+        return diagnostics.mass_check(self.weights, self.truncation.lost_mass - outside)
+
+    @cached_property
+    def khat(self) -> Floats:
+        """Tail shape of the weights: [K]."""
+        return diagnostics.pareto_shape(self.log_w)
 
 
 @dataclass(frozen=True)
@@ -59,27 +86,29 @@ class Points:
     mass_corrected: Floats
     khat: Floats
     clipped: float
-    scale: float  # the metric's range
+    scale: Floats  # the metric's range
 
 
 def mean_points(chunk: Chunk, outcome: Outcome, each: float) -> Points:
-    """Of a mean, a ratio or a tail probability; limits at level `each`."""
+    """Of a mean, a total, a ratio or a tail probability; limits at level `each`."""
     part, size, weights, n = outcome.part, outcome.size, chunk.weights, len(outcome.part)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         w = ratios(chunk.log_w)
         truncated = weights @ part / (weights @ size)
         estimate = chunk.point_weights @ part / (chunk.point_weights @ size)
         error = standard_error(chunk.point_weights, part, size)
-        if outcome.is_mean:
+        if not outcome.by_tokens:
             classical = w @ part / n
             corrected = weights @ part / n + chunk.truncation.lost_mass * truncated
         else:  # filling the lost mass with the mean of the rest changes both sums alike
             classical, corrected = w @ part / (w @ size), truncated
     for row, share in enumerate(chunk.shares):
         if share is not None:
-            error[row] = stratified_error(share, chunk.inputs, part, size, float(estimate[row]))
-    lower, upper = ratio_interval(weights, part, size, outcome.size_max, chunk.truncation, each)
-    offset, scale = outcome.offset, outcome.scale
+            sums = (part * chunk.units, size * chunk.units)
+            error[row] = stratified_error(share, chunk.inputs, *sums, float(estimate[row]))
+    lower, upper = ratio_interval(weights, part, size, chunk.truncation, each)
+    unit = chunk.mean_tokens if outcome.total else np.ones(len(estimate))
+    offset, scale = outcome.offset * unit, outcome.scale * unit
     return Points(
         estimate=offset + scale * estimate,
         standard_error=scale * error,
@@ -119,7 +148,7 @@ def quantile_points(chunk: Chunk, ranking: Ranking, each: float) -> Points:
         mass_corrected=undefined,
         khat=_shape(chunk.log_w, above),
         clipped=0.0,
-        scale=float(np.ptp(sorted_values)) or 1.0,
+        scale=np.full_like(estimate, float(np.ptp(sorted_values)) or 1.0),
     )
 
 
@@ -132,4 +161,4 @@ def _weighted_quantile(sorted_values: Floats, weights: Floats, level: Floats | f
 
 def _shape(log_w: Floats, residual: Floats) -> Floats:
     with np.errstate(divide="ignore"):
-        return pareto_shape(log_w + np.log(np.abs(residual)))
+        return diagnostics.pareto_shape(log_w + np.log(np.abs(residual)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class Predictor:
         self.nominal = nominal
         self.targets = list(targets)
         self._support = NominalSupport(nominal)
-        self._known: dict[tuple[int, float], list[Divergence]] = {}
+        self._known: dict[tuple[int, float, bool], list[list[Divergence]]] = {}
 
     def predict(
         self,
@@ -90,17 +90,20 @@ class Predictor:
         each = delta / (len(self.targets) * len(metrics))
         outcomes = [metric.outcome(loaded) for metric in metrics]
         progress.stage("divergences", len(self.targets))
-        divergences = self._divergences(n, math.log(2 / each), progress)
+        exact = self._divergences(n, math.log(2 / each), any(outcome.by_tokens for outcome in outcomes), progress)
         progress.stage("predictions", len(self.targets))
         rows: list[Prediction] = []
-        for chunk in self._chunks(loaded, log_q, divergences):
+        step = max(CHUNK // n, 1)
+        for first in range(0, len(self.targets), step):
+            views = self._views(loaded, log_q, exact, slice(first, first + step))
+            chunks = [views[outcome.by_tokens] for outcome in outcomes]
             points = [
                 quantile_points(chunk, outcome, each)
                 if isinstance(outcome, Ranking)
                 else mean_points(chunk, outcome, each)
-                for outcome in outcomes
+                for chunk, outcome in zip(chunks, outcomes, strict=True)
             ]
-            rows += _rows(chunk, metrics, points, delta, len(self.targets) * len(metrics), tolerance)
+            rows += _rows(chunks, metrics, points, delta, len(self.targets) * len(metrics), tolerance)
             progress.advance(len(rows) // len(metrics))
         progress.done()
         return Predictions(tuple(rows), n, delta, seed)
@@ -118,39 +121,49 @@ class Predictor:
             )
         return log_q
 
-    def _divergences(self, n: int, log_level: float, progress: Progress) -> list[Divergence]:
-        if (n, log_level) not in self._known:
-            found = []
+    def _divergences(self, n: int, log_level: float, by_tokens: bool, progress: Progress) -> list[list[Divergence]]:
+        """Of all targets; with `by_tokens` also of those that count each prompt by its tokens."""
+        key = (n, log_level, by_tokens)
+        if key not in self._known:
+            found: list[list[Divergence]] = [[], []] if by_tokens else [[]]
             for done, target in enumerate(self.targets):
-                law = self._support.ratio_law(target)
-                boundary = b4(law, n, log_level)
-                lost, moment = float(law.lost_mass(boundary)), float(law.clipped_second_moment(boundary))
-                found.append(Divergence(boundary, lost, moment, law.d2, law.kl, law.outside))
+                for view, law in zip(found, self._support.ratio_laws(target, by_tokens), strict=True):
+                    boundary = b4(law, n, log_level)
+                    lost, moment = float(law.lost_mass(boundary)), float(law.clipped_second_moment(boundary))
+                    view.append(Divergence(boundary, lost, moment, law.d2, law.kl, law.outside))
                 progress.advance(done + 1)
-            self._known[n, log_level] = found
-        return self._known[n, log_level]
+            self._known[key] = found
+        return self._known[key]
 
-    def _chunks(self, table: Table, log_q: Floats, divergences: Sequence[Divergence]) -> Iterator[Chunk]:
-        step = max(CHUNK // len(table), 1)
-        for first in range(0, len(self.targets), step):
-            targets, facts = self.targets[first : first + step], divergences[first : first + step]
-            log_w = np.stack([target.log_density(table.inputs) for target in targets]) - log_q
-            truncation = Truncation(
-                np.array([fact.boundary for fact in facts]),
-                np.array([fact.lost_mass for fact in facts]),
-                np.array([fact.second_moment for fact in facts]),
+    def _views(self, table: Table, log_q: Floats, exact: Sequence[Sequence[Divergence]], part: slice) -> list[Chunk]:
+        """Some targets with their weights: as they are and, if `exact` has both, with prompts counted by tokens."""
+        inputs, targets = table.inputs, self.targets[part]
+        log_w = np.stack([target.log_density(inputs) for target in targets]) - log_q
+        shares = [domain_shares(self.nominal, target, inputs) for target in targets]
+        mean_tokens = np.array([target.mean_tokens() for target in targets])
+        per_token = np.log(inputs.tokens) - np.log(mean_tokens)[:, None]
+        views = []
+        for log_ratio, units, facts in zip(
+            (log_w, log_w + per_token),
+            (np.ones(len(inputs)), inputs.tokens),
+            (view[part] for view in exact),
+            strict=False,
+        ):
+            columns = [(fact.boundary, fact.lost_mass, fact.second_moment) for fact in facts]
+            truncation = Truncation(*np.array(columns).T)
+            weights = estimators.clipped(log_ratio, truncation.boundary)
+            points = weights.copy() if any(shares) else weights
+            for row, share in enumerate(shares):
+                if share is not None:
+                    points[row] = stratified_weights(share, inputs) * units
+            views.append(
+                Chunk(inputs, targets, facts, log_ratio, weights, points, units, shares, truncation, mean_tokens)
             )
-            weights = estimators.clipped(log_w, truncation.boundary)
-            shares = [domain_shares(self.nominal, target, table.inputs) for target in targets]
-            stratified = [row for row, share in enumerate(shares) if share is not None]
-            point_weights = weights.copy() if stratified else weights
-            for row in stratified:
-                point_weights[row] = stratified_weights(shares[row] or {}, table.inputs)
-            yield Chunk(table.inputs, targets, facts, log_w, weights, point_weights, shares, truncation)
+        return views
 
 
 def _rows(
-    chunk: Chunk,
+    chunks: Sequence[Chunk],
     metrics: Sequence[Metric],
     points: Sequence[Points],
     delta: float,
@@ -158,33 +171,31 @@ def _rows(
     tolerance: float | Mapping[str, float] | None,
 ) -> list[Prediction]:
     """Predictions of the targets of a chunk: target by target, metric by metric."""
-    n = chunk.log_w.shape[1]
-    ess, share = diagnostics.effective_sample_size(chunk.log_w), diagnostics.top_share(chunk.log_w)
-    z = diagnostics.mass_check(chunk.weights, chunk.truncation.lost_mass)
-    khat = diagnostics.pareto_shape(chunk.log_w)
+    n = len(chunks[0].inputs)
     rows = []
-    for k, (target, exact) in enumerate(zip(chunk.targets, chunk.divergences, strict=True)):
-        for metric, point in zip(metrics, points, strict=True):
+    for k, target in enumerate(chunks[0].targets):
+        for metric, chunk, point in zip(metrics, chunks, points, strict=True):
+            exact = chunk.divergences[k]
             lower, upper = float(point.lower[k]), float(point.upper[k])
-            allowed = _tolerance(tolerance, metric.name, point.scale)
+            allowed = _tolerance(tolerance, metric.name, float(point.scale[k]))
             colour, reasons = diagnostics.traffic_light(
                 diagnostics.Evidence(
                     prompts=n,
                     lost_mass=exact.lost_mass,
                     outside=exact.outside,
                     exact_ess=exact.worth(n),
-                    ess=float(ess[k]),
+                    ess=float(chunk.ess[k]),
                     kl=exact.kl,
-                    khat_weights=float(khat[k]),
+                    khat_weights=float(chunk.khat[k]),
                     khat_metric=float(point.khat[k]),
-                    mass_z=float(z[k]),
+                    mass_z=float(chunk.mass_z[k]),
                     clipped=point.clipped,
                     half_width=(upper - lower) / 2,
                     tolerance=allowed,
                     point=float(point.estimate[k]),
                 )
             )
-            error = min(allowed / point.scale, ADVISED_ERROR)
+            error = min(allowed / float(point.scale[k]), ADVISED_ERROR)
             rows.append(
                 Prediction(
                     target=target.name,
@@ -202,12 +213,12 @@ def _rows(
                     outside=exact.outside,
                     d2=exact.d2,
                     kl=exact.kl,
-                    ess=float(ess[k]),
+                    ess=float(chunk.ess[k]),
                     exact_ess=exact.worth(n),
-                    khat_weights=float(khat[k]),
+                    khat_weights=float(chunk.khat[k]),
                     khat_metric=float(point.khat[k]),
-                    mass_z=float(z[k]),
-                    top_share=float(share[k]),
+                    mass_z=float(chunk.mass_z[k]),
+                    top_share=float(chunk.top_share[k]),
                     clipped=point.clipped,
                     colour=colour,
                     reasons=tuple(reasons),

@@ -7,7 +7,7 @@ inexpensive draws of inputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -17,6 +17,7 @@ from .workloads import InputLaw
 
 ENUMERABLE = 2**21  # atoms of a support that is enumerated
 DRAWS = 2**17  # inputs drawn from each of the two laws where it is not
+ROUNDING = 1e-10  # target mass outside the support that sums of probabilities may show for nothing
 STANDARD_ERRORS = 4.0  # by which a lost mass from draws is raised, so that it stays an upper bound
 
 
@@ -24,23 +25,19 @@ STANDARD_ERRORS = 4.0  # by which a lost mass from draws is raised, so that it s
 class RatioLaw:
     """Atoms of (log q, log p), descending in w. Target mass where q = 0 is in `outside`, not among the atoms.
 
-    Made by `of_workloads`, `of_atoms`, `of_densities` or `of_draws`.
+    Made by `of_atoms`, `of_densities`, `of_draws`, or `NominalSupport` from workloads.
     """
 
     log_q: Floats  # [atoms]
     log_p: Floats  # [atoms]
     outside: float
     draws: int = 0  # atoms are this many random draws; 0: they are the support
+    largest: float = 0.0  # of draws: the bound of target mass per atom, times the number of draws
 
     @cached_property
     def log_w(self) -> Floats:
         """log p - log q of the atoms, descending."""
         return self.log_p - self.log_q
-
-    @property
-    def log_w_max(self) -> float:
-        """The log of the largest ratio that can occur in the sample."""
-        return float(self.log_w[0])
 
     @cached_property
     def _above(self) -> tuple[Floats, Floats, Floats]:
@@ -64,9 +61,9 @@ class RatioLaw:
         count = self._count_above(boundary)
         target, nominal, _ = self._above
         lost = self.outside + np.maximum(target[count] - boundary * nominal[count], 0.0)
-        if self.draws:  # Bernstein, for the integrand (w - M)+ / ((1 + w) / 2), which is at most 2
-            share = STANDARD_ERRORS**2 / self.draws
-            lost = lost + np.sqrt(2 * lost * share) + share / 3
+        if self.draws:  # Bernstein
+            share = self.largest * STANDARD_ERRORS**2 / self.draws
+            lost = lost + np.sqrt(lost * share) + share / 3
         return np.minimum(lost, 1.0)
 
     def clipped_second_moment(self, boundary: Floats | float) -> Floats:
@@ -109,18 +106,16 @@ class RatioLaw:
         return cls.of_atoms(log_p + np.log(spacing), log_q + np.log(spacing))
 
     @classmethod
-    def of_draws(cls, from_p: tuple[Floats, Floats], from_q: tuple[Floats, Floats]) -> RatioLaw:
-        """From (log p, log q) at equally many draws of p and of q: masses by sampling from (p + q) / 2.
-
-        All integrands are bounded by 2 there, however far p is from q.
-        """
-        log_p, log_q = (np.concatenate(pair) for pair in zip(from_p, from_q, strict=True))
-        half = np.logaddexp(log_p, log_q) - np.log(2) + np.log(len(log_p))
-        law = cls.of_atoms(log_p - half, log_q - half)
-        return cls(law.log_q, law.log_p, law.outside, draws=len(log_p))
+    def of_draws(cls, log_p: Floats, log_q: Floats, log_drawn: Floats) -> RatioLaw:
+        """From log densities at independent draws from a law, `log_drawn` its own, that is positive where p or q is."""
+        drawn = log_drawn + np.log(len(log_drawn))
+        law = cls.of_atoms(log_p - drawn, log_q - drawn)
+        return replace(law, draws=len(drawn), largest=float(np.exp((log_p - log_drawn).max())))
 
     @classmethod
     def _sorted(cls, log_p: Floats, log_q: Floats, outside: float) -> RatioLaw:
+        possible = np.isfinite(log_p)  # the others have w = 0 and change nothing
+        log_p, log_q = log_p[possible], log_q[possible]
         order = np.argsort(log_q - log_p, kind="stable")
         return cls(log_q[order], log_p[order], max(outside, 0.0))
 
@@ -130,32 +125,45 @@ class NominalSupport:
 
     def __init__(self, nominal: InputLaw, seed: int = 0) -> None:
         self.nominal = nominal
-        self._grids = {
-            name: (prompt, output)
-            for name, (prompt, output) in nominal.support().items()
-            if len(prompt) and len(output)
-        }
+        self._grids = nominal.support()
         self.atoms = sum(len(prompt) * len(output) for prompt, output in self._grids.values())
         self._seed = seed
 
     @cached_property
-    def _log_q(self) -> dict[str, Floats]:
-        return {name: self.nominal.log_grid(name, *grid) for name, grid in self._grids.items()}
+    def _log_q(self) -> Floats:
+        return np.concatenate([self.nominal.log_grid(name, *grid).ravel() for name, grid in self._grids.items()])
 
-    def ratio_law(self, target: InputLaw) -> RatioLaw:
-        """The exact law of p/q by enumeration, or from draws when the support has more than `ENUMERABLE` points."""
+    @cached_property
+    def _log_tokens(self) -> Floats:
+        return np.log(np.concatenate([np.add.outer(*grid).ravel() for grid in self._grids.values()]))
+
+    def ratio_laws(self, target: InputLaw, by_tokens: bool = False) -> tuple[RatioLaw, ...]:
+        """The exact law of p/q and, with `by_tokens`, that of p'/q, p' counting each prompt by its tokens.
+
+        p' = p * tokens / E_P[tokens] is the target of ratios per token. By enumeration, or from draws when the support
+        has more than `ENUMERABLE` points.
+        """
         if self.atoms > ENUMERABLE:
-            return self._drawn(target)
-        log_q = np.concatenate([self._log_q[name].ravel() for name in self._grids])
+            return self._drawn(target, by_tokens)
         log_p = np.concatenate([target.log_grid(name, *grid).ravel() for name, grid in self._grids.items()])
-        reached = np.isfinite(log_q)
-        outside = 1.0 - float(np.exp(log_p[reached]).sum())
-        return RatioLaw.of_atoms(log_p, log_q, outside if outside > 1e-12 else 0.0)
+        weighted = [log_p]
+        if by_tokens:
+            weighted.append(log_p + self._log_tokens - np.log(target.mean_tokens()))
+        return tuple(RatioLaw.of_atoms(each, self._log_q, self._missed(each)) for each in weighted)
 
-    def _drawn(self, target: InputLaw) -> RatioLaw:
+    def _missed(self, log_p: Floats) -> float:
+        outside = 1.0 - float(np.exp(log_p[np.isfinite(self._log_q)]).sum())
+        return outside if outside > ROUNDING else 0.0
+
+    def _drawn(self, target: InputLaw, by_tokens: bool) -> tuple[RatioLaw, ...]:
+        """From as many draws of p as of q: then no mass is more than twice its share, however far p is from q."""
         rng = np.random.default_rng(self._seed)
-        of_p, of_q = target.sample(DRAWS, rng), self.nominal.sample(DRAWS, rng)
-        return RatioLaw.of_draws(
-            (target.log_density(of_p), self.nominal.log_density(of_p)),
-            (target.log_density(of_q), self.nominal.log_density(of_q)),
-        )
+        drawn = [target.sample(DRAWS, rng), self.nominal.sample(DRAWS, rng)]
+        log_p = np.concatenate([target.log_density(inputs) for inputs in drawn])
+        log_q = np.concatenate([self.nominal.log_density(inputs) for inputs in drawn])
+        log_drawn = np.logaddexp(log_p, log_q) - np.log(2)
+        weighted = [log_p]
+        if by_tokens:
+            tokens = np.concatenate([inputs.tokens for inputs in drawn])
+            weighted.append(log_p + np.log(tokens) - np.log(target.mean_tokens()))
+        return tuple(RatioLaw.of_draws(each, log_q, log_drawn) for each in weighted)

@@ -33,6 +33,11 @@ class Inputs:
         return len(self.prompt_tokens)
 
     @cached_property
+    def tokens(self) -> Floats:
+        """Prompt and output tokens together: float64 [n]."""
+        return (self.prompt_tokens + self.output_tokens).astype(np.float64)
+
+    @cached_property
     def rows(self) -> dict[str, Ints]:
         """The positions of the prompts of each domain, ascending."""
         names, codes = np.unique(self.domain, return_inverse=True)
@@ -53,6 +58,9 @@ class InputLaw(Protocol):
 
     def support(self) -> dict[str, tuple[Ints, Ints]]:
         """Per possible domain, prompt and output lengths of a grid that holds all that is possible."""
+
+    def mean_tokens(self) -> float:
+        """Expected prompt and output tokens of a prompt."""
 
     def sample(self, size: int, rng: np.random.Generator) -> Inputs:
         """Independent inputs."""
@@ -114,6 +122,10 @@ class Workload(Frozen):
             for name, domain in self._possible.items()
         }
 
+    def mean_tokens(self) -> float:
+        """See InputLaw."""
+        return sum(d.weight * (d.prompt_tokens.mean + d.output_tokens.mean) for d in self._possible.values())
+
     def sample(self, size: int, rng: np.random.Generator) -> Inputs:
         """See InputLaw."""
         names = list(self._possible)
@@ -168,6 +180,10 @@ class WorkloadMixture(Frozen):
                 other = joined.get(name, (prompt, output))
                 joined[name] = (np.union1d(other[0], prompt), np.union1d(other[1], output))
         return joined
+
+    def mean_tokens(self) -> float:
+        """See InputLaw."""
+        return sum(part.weight * part.workload.mean_tokens() for part in self._possible)
 
     def sample(self, size: int, rng: np.random.Generator) -> Inputs:
         """See InputLaw."""
