@@ -64,7 +64,7 @@ def _draw_rates(rows: Table, axes: Any) -> None:
             upper = [row["T5_upper"] for row in own]
             axes.plot([row["n"] for row in own], upper, "--", lw=0.8, color=line[0].get_color(), label=f"T5 at {name}")
     axes.set(xscale="log", yscale="log", xlabel="sample size n", ylabel="P(|error| >= 0.3)", ylim=(1e-6, 2))
-    axes.legend(ncols=2)
+    axes.figure.legend(loc="outside lower center", ncols=4)
 
 
 def _draw_errors(rows: Table, axes: Any, parameter: str, keep: Callable[[dict[str, Any]], bool]) -> None:
