@@ -47,10 +47,10 @@ def test_measure_predict_and_check(run: Run, routing_folder: Path, text_file: Pa
     table, domain = files / "table.parquet", f"story={text_file}"
     common = ("--domain", domain, "--execution", "sparse")
     done = run(
-        "whatif", "measure", routing_folder, "--workload", files / "nominal.yaml", "-n", 40, "-o", table, *common, "-q"
+        "whatif", "measure", routing_folder, "--workload", files / "nominal.yaml", "-n", 60, "-o", table, *common, "-q"
     )
     assert done.code == 0, done.err
-    assert "40 prompts" in done.out
+    assert "60 prompts" in done.out
     plot = files / "plot.svg"
     found = run("whatif", "predict", table, "--targets", files / "targets.yaml", "--plot", plot, "--json", "-", "-q")
     assert found.code == 0, found.err
@@ -63,7 +63,7 @@ def test_measure_predict_and_check(run: Run, routing_folder: Path, text_file: Pa
     shown = run("whatif", "predict", table, "--targets", files / "targets.yaml", "-q")
     assert "elsewhere" in shown.out
     assert "red" in shown.out
-    arguments = ("--targets", files / "targets.yaml", "--only", "long", "-n", 40, "-o", files / "own")
+    arguments = ("--targets", files / "targets.yaml", "--only", "long", "-n", 60, "-o", files / "own")
     checked = run("whatif", "check", routing_folder, table, *arguments, *common, "--json", "-", "-q")
     assert checked.code == 0, checked.err
     own: list[dict[str, Any]] = checked.json["result"]["rows"]
