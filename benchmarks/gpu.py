@@ -181,17 +181,12 @@ class Bench:
         self.model.reset_routing_stats()
         stats = self.model.stats
         whole = self.engine.whole(case.batch, 1 if case.decode else case.length, 0.0)
+        state = copy.copy(self.model.routing_state)
+        state.decision = Threshold(0.0)
         for step in range(self.steps if case.decode else 1):
             part = gates[..., step : step + 1] if case.decode else gates
-            flat = part.flatten(1).double().cpu()
-            contexts = (past + 1 + torch.arange(part.shape[2])).repeat(case.batch).double()
-            executed = flat.sum(1)
-            stats.executed += executed
-            stats.executed_keys += flat @ contexts
-            outcome = torch.where(executed >= flat.shape[1], 0, torch.where(executed > 0, 1, 2))
-            stats.calls += torch.nn.functional.one_hot(outcome, 4)
-            zeros = torch.zeros(case.batch, dtype=torch.int32)
-            stats.add_tokens(part.shape[2], past, zeros, None, routed=True)
+            state.gates = dict(enumerate(part.cpu()))
+            stats.add(state, (past + 1 + torch.arange(part.shape[2])).expand(case.batch, -1))
         head = self.shape.vocabulary * self.shape.d
         rows = case.batch * (self.steps if case.decode else 1)
         limit = limit_speedup(stats, STORAGE["bfloat16"], self.balance, head, rows, decode=case.decode)

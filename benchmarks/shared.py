@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from informed_routing.assets import load_texts, load_tokenizer, pack
-from informed_routing.cli.loading import prompt_text
 from informed_routing.cli.progress import make_progress
 from informed_routing.evaluation.engines import Engine, RoutedEngine
 from informed_routing.evaluation.environment import environment
 from informed_routing.evaluation.perplexity import token_perplexity
+from informed_routing.evaluation.speed import prompt_text
 from informed_routing.files import write_json
 from informed_routing.routed_model import RoutedModelForCausalLM
 

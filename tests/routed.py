@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from tests.tiny import make_tiny
 
 from informed_routing.baselines.dynamic import attach
 from informed_routing.config import ForecasterConfig, RouterConfig
+from informed_routing.execution.cpu import build
 from informed_routing.routed_model import RoutedModelForCausalLM
 
 
@@ -53,3 +55,10 @@ def left_padded(ids: torch.Tensor, pads: tuple[int, ...]) -> torch.Tensor:
     for row, count in enumerate(pads):
         mask[row, :count] = 0
     return mask
+
+
+def execute(model: RoutedModelForCausalLM, execution: Any, policy: Any = "exact") -> None:
+    """Choose how units are computed; the test is skipped where the native engine cannot be built."""
+    if execution == "native" and build.compiler() is None:
+        pytest.skip("no C++ compiler")
+    model.set_execution(execution, policy=policy)

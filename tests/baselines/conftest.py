@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from tests.threads import on_one_thread
 from tests.tiny import make_tiny, random_ids
 from tests.training.conftest import text_file, tiny_folder
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-__all__ = ["text_file", "tiny_folder"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These models are so small that a second thread only costs time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["on_one_thread", "text_file", "tiny_folder"]
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tests.baselines.small_fit import SHORT, check_usable, fitted
+from tests.interruption import StopAt
 from tests.routed import left_padded, make_baseline
 from tests.tiny import make_tiny, random_ids
 from torch.nn import functional as F
@@ -19,7 +20,6 @@ from informed_routing.baselines.dynamic import attach, recipe_of
 from informed_routing.config import RouteStage
 from informed_routing.errors import InputError
 from informed_routing.execution.native import native_reason
-from informed_routing.progress import NullProgress
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.routing.budget import BudgetMeter
 from informed_routing.routing.decision import AlwaysExecute, Given, GumbelSample, Threshold
@@ -241,18 +241,6 @@ def test_engines_refuse_by_name() -> None:
 # -- fit ------------------------------------------------------------------------------------------------------
 
 
-class _StopAt(NullProgress):
-    def __init__(self, stage: str, step: int) -> None:
-        self.wanted, self.step, self.name = stage, step, ""
-
-    def stage(self, name: str, total: int) -> None:
-        self.name = name
-
-    def advance(self, step: int, **metrics: float | str) -> None:
-        if self.name == self.wanted and step >= self.step:
-            raise KeyboardInterrupt
-
-
 def test_fit_leaves_a_usable_folder(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     model = fitted("dllm", tiny_folder, text_file, tmp_path / "out")
     check_usable(model, "d-llm")
@@ -273,7 +261,7 @@ def test_joint_training_moves_both_parts_and_resumes_exactly(
     recipe = recipe_of("dllm").with_overrides(overrides)
     fit(recipe, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        fit(recipe, tmp_path / "parts", progress=_StopAt("joint", 4))
+        fit(recipe, tmp_path / "parts", progress=StopAt("joint", 4))
     fit(recipe, tmp_path / "parts", resume=True)
     for name in ("routing.safetensors", "lora/adapter_model.safetensors"):
         wanted, found = load_file(str(tmp_path / "whole" / name)), load_file(str(tmp_path / "parts" / name))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.threads import on_one_thread, one_thread
 from tests.tiny import make_tiny
 
 from informed_routing.cli import main
+
+__all__ = ["on_one_thread"]
 
 TEXT = (
     "the river rises in mountains and flows through a wide valley to sea where old town stands with its "
@@ -23,17 +25,6 @@ TEXT = (
 )
 WORDS = list(dict.fromkeys(TEXT.split()))
 SENTENCES = [" ".join(WORDS[(7 * i + 3 * j * j) % len(WORDS)] for j in range(40)) for i in range(60)]
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from threads, and lose a hundredfold when the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass
@@ -56,12 +47,6 @@ class Outcome:
         assert lines[0].startswith("error: ")
         assert "Traceback" not in self.err
         return lines[0]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture

@@ -153,7 +153,7 @@ def test_demo_runs_end_to_end_and_reuses_a_finished_fit(
     """The demo's own flow on a tiny model and text in place of the embedded ones."""
     recipe = tmp_path / "demo.yaml"
     recipe.write_text(f"model: {tiny_folder}\ndata: ['{text_file}']\nseed: 5\n" + RECIPE)
-    monkeypatch.setattr("informed_routing.cli.common.packaged_recipes", lambda: {"demo": recipe})
+    monkeypatch.setattr("informed_routing.recipes.packaged_recipes", lambda: {"demo": recipe})
     monkeypatch.setattr("informed_routing.cli.evaluate.DEFAULT_TEXTS", (str(text_file),))
     monkeypatch.setattr("informed_routing.cli.demo.PROMPT_TEXTS", [str(text_file)])
     monkeypatch.setattr("informed_routing.cli.demo.SEQUENCE", 32)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tests.evaluation.local_tasks import byte_tokenizer, write_rows, write_tasks
-from tests.routed import make_routed
+from tests.routed import execute, make_routed
 from tests.tiny import make_tiny
 
 from informed_routing.errors import InputError
@@ -226,10 +226,7 @@ def test_engines_execute_what_the_routers_ask_and_no_more(data_dir: Path, tokeni
     specs = [TaskSpec("arc_easy", 1)]
     expected = evaluate_tasks(routed(), tokenizer, specs, data_dir=data_dir)["arc_easy"]
     model = routed()
-    try:
-        model.set_execution("native")  # it rounds up such small calls
-    except InputError as error:
-        pytest.skip(str(error))
+    execute(model, "native", policy="auto")  # it rounds up such small calls
     engine = model.routing_state.native
     found = evaluate_tasks(model, tokenizer, specs, data_dir=data_dir)["arc_easy"]
     assert model.routing_state.native is engine

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.routed import make_routed
+from tests.routed import execute, make_routed
 from tests.tiny import make_tiny
 
 from informed_routing.errors import InputError
@@ -70,10 +70,7 @@ def test_routed_models_with_every_engine(execution: Any, batch_size: int) -> Non
     expected = naive(reference, questions())
     model = make_routed()
     model.set_decision(Threshold(0.1))
-    try:
-        model.set_execution(execution, policy="exact")
-    except InputError as error:
-        pytest.skip(str(error))
+    execute(model, execution)
     check(score(model, questions(), batch_size), expected)
     assert 0.1 < model.routing_stats()["units"] < 0.9
 
@@ -86,10 +83,7 @@ def test_padding_is_neither_computed_nor_counted(execution: Any) -> None:
     for batch_size in (1, 2, 5):
         model = make_routed()
         model.set_decision(Threshold(0.1))
-        try:
-            model.set_execution(execution, policy="exact")
-        except InputError as error:
-            pytest.skip(str(error))
+        execute(model, execution)
         score(model, pairs, batch_size)
         stats = model.routing_stats()
         assert stats["tokens"] == sum(len(context) + len(continuation) - 1 for context, continuation in pairs)

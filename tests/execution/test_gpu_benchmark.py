@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from gpu_masks import for_batch, for_layers, pack, random_like, unpack
+from gpu_masks import EVERY, for_batch, for_layers, pack, random_like, recorded, unpack
 from gpu_roofline import DEVICES, SHAPES, estimate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,4 +58,9 @@ def test_the_benchmark_runs_up_to_the_launch(tmp_path: Path) -> None:
     assert {"dense", "routed, recorded", "routed, random", "static depth"} < engines
     routed = [row for row in rows if row["engine"] == "routed, recorded"]
     assert {row["budget"] for row in routed} == {"units", "macs"}
-    assert all(row["limit_speedup"] > 0.5 and row["fraction_of_limit"] > 0 for row in routed)
+    for row in routed:
+        gates = for_layers(recorded(row["budget"], row["target"]), 2)
+        start, every, count = (row["tokens"], EVERY, 2) if row["phase"] == "decode" else (0, 1, row["tokens"])
+        approximated = ~for_batch(gates, row["batch"], start, count, every)
+        assert row["sparsity"]["attention"] == pytest.approx(float(approximated[0::2].float().mean()))
+        assert row["sparsity"]["ffn"] == pytest.approx(float(approximated[1::2].float().mean()))

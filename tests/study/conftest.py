@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from tests.evaluation.local_tasks import byte_tokenizer, words, write_tasks
+from tests.threads import on_one_thread
 from tests.tiny import make_tiny
 
 from informed_routing.study.grid import Grid, load_grid
+
+__all__ = ["on_one_thread"]
 
 SHORT: dict[str, Any] = {
     "training": {
@@ -52,15 +54,6 @@ ALL_METHODS: dict[str, Any] = {
     "informed": {"label": "Informed routing", "recipe": "small"},
 }
 FEW_METHODS = {name: ALL_METHODS[name] for name in ("dense", "shortgpt", "informed")}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from threads, and lose a hundredfold when the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

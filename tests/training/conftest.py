@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from tests.threads import on_one_thread
 from tests.tiny import make_tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from informed_routing.config import Recipe
 
+__all__ = ["on_one_thread"]
+
 WORDS = 120
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    """These models are so small that a second thread only costs time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -14,26 +14,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.interruption import StopAt
 
 from informed_routing.config import Recipe
 from informed_routing.errors import InputError, WorkError
-from informed_routing.progress import NullProgress
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.training.fit import fit
-
-
-class _StopAt(NullProgress):
-    """Raises KeyboardInterrupt at one step of one stage, as Ctrl-C would."""
-
-    def __init__(self, stage: str, step: int) -> None:
-        self.wanted, self.step, self.name = stage, step, ""
-
-    def stage(self, name: str, total: int) -> None:
-        self.name = name
-
-    def advance(self, step: int, **metrics: float | str) -> None:
-        if self.name == self.wanted and step >= self.step:
-            raise KeyboardInterrupt
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -209,7 +195,7 @@ def test_interrupted_anywhere_resume_gives_the_same_weights(
     wanted = _uninterrupted(whole, recipe)
     folder = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        fit(recipe, folder, progress=_StopAt(stage, step))
+        fit(recipe, folder, progress=StopAt(stage, step))
     assert not (folder / "routing_config.json").exists()
     fit(recipe, folder, resume=True)
     expected, found = _tensors(wanted), _tensors(folder)
@@ -224,7 +210,7 @@ def test_interrupted_training_of_routers_and_forecasters_resumes_exactly(recipe:
     both = recipe.with_overrides({"stages": ["forecast", "route"], "route.train_forecasters": True})
     fit(both, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        fit(both, tmp_path / "out", progress=_StopAt("route", 5))
+        fit(both, tmp_path / "out", progress=StopAt("route", 5))
     fit(both, tmp_path / "out", resume=True)
     expected, found = (load_file(str(tmp_path / name / "routing.safetensors")) for name in ("whole", "out"))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -309,7 +295,7 @@ def test_existing_folders_are_refused(recipe: Recipe, whole: dict[str, Any], tmp
 def test_another_recipe_is_not_resumed(recipe: Recipe, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        fit(recipe, folder, progress=_StopAt("route", 2))
+        fit(recipe, folder, progress=StopAt("route", 2))
     with pytest.raises(InputError, match="another recipe"):
         fit(recipe.with_overrides({"route.steps": 9}), folder, resume=True)
 
@@ -396,7 +382,7 @@ def test_latency_budget_measures_once_and_keeps_its_table(
     monkeypatch.setattr(module, "measure_latency", fake)
     chosen = recipe.with_overrides({"route.budget": "latency", "stages": ["forecast", "route"]})
     with pytest.raises(KeyboardInterrupt):
-        fit(chosen, tmp_path / "out", progress=_StopAt("route", 4))
+        fit(chosen, tmp_path / "out", progress=StopAt("route", 4))
     fit(chosen, tmp_path / "out", resume=True)
     assert len(measured) == 1
     model = RoutedModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from transformers import PreTrainedModel
 
 from ..config import Recipe
 from ..errors import InputError
+from ..recipes import packaged_recipes
 from ..routed_model import RoutedModelForCausalLM
 
 RECIPES = ("skipgpt", "skipgpt-faithful", "mod", "mod-block", "dllm")
@@ -18,7 +17,7 @@ def recipe_of(name: str) -> Recipe:
     """The recipe of a dynamic baseline. Raises InputError for an unknown name."""
     if name not in RECIPES:
         raise InputError(f"baseline {name!r} is not known", f"Choose one of {', '.join(RECIPES)}")
-    return Recipe.from_yaml(Path(__file__).resolve().parent.parent / "recipes" / f"{name}.yaml")
+    return Recipe.from_yaml(packaged_recipes()[name])
 
 
 def attach(model: PreTrainedModel, name: str) -> RoutedModelForCausalLM:

@@ -74,10 +74,10 @@ def benchmark(
     with session("benchmark", common) as run:
         from informed_routing.evaluation.engines import make_engines
         from informed_routing.evaluation.environment import environment
-        from informed_routing.evaluation.speed import benchmark_rows
+        from informed_routing.evaluation.speed import benchmark_rows, prompt_text
         from informed_routing.execution.native import native_reason
 
-        from .loading import load_base_of, load_routed, prompt_text
+        from .loading import load_base_of, load_routed
         from .tables import phase_table, speed_table
 
         loaded = load_routed(folder, run, base)

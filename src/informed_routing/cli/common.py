@@ -196,23 +196,6 @@ def check_at_least(name: str, values: Sequence[int], least: int) -> None:
             raise InputError(f"{name} {value} is below {least}", f"Give {least} or more")
 
 
-def recipe_path(name: str) -> Path:
-    """A recipe file of the user, or one that comes with the library by its name (`demo`, `paper-8b`)."""
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
-    packaged = packaged_recipes()
-    if name.removesuffix(".yaml") in packaged:
-        return packaged[name.removesuffix(".yaml")]
-    raise InputError(f"recipe {name} does not exist", f"Give a YAML file, or one of {', '.join(sorted(packaged))}")
-
-
-def packaged_recipes() -> dict[str, Path]:
-    """Recipes inside the package, by name."""
-    folder = Path(__file__).resolve().parent.parent / "recipes"
-    return {path.stem: path for path in folder.glob("*.yaml")}
-
-
 def dtype_name(model: Any) -> str:
     """`float32`, `bfloat16`, ... of a loaded model."""
     return str(model.dtype).removeprefix("torch.")

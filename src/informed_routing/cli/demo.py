@@ -154,10 +154,10 @@ def _attainable(run: Session, loaded: Loaded) -> list[float]:
 def _speed(run: Session, loaded: Loaded, targets: Sequence[float], repeats: int) -> list[dict[str, Any]]:
     """Prefill at 512 tokens and batch-1 decode; the decode starts from a shorter prompt."""
     from informed_routing.evaluation.engines import make_engines
-    from informed_routing.evaluation.speed import benchmark_rows
+    from informed_routing.evaluation.speed import benchmark_rows, prompt_text
     from informed_routing.execution.native import native_reason
 
-    from .loading import load_base_of, prompt_text
+    from .loading import load_base_of
 
     names = ["torch" if native_reason(loaded.model, run.progress) else "native", "transformers"]
     weights = "bfloat16" if dtype_name(loaded.model) == "bfloat16" else "float32"

@@ -125,9 +125,9 @@ def evaluate(
         about_tasks = {"harness": options.described()} if options.specs else {}
         loaded = load_any(model, run, base)
         if loaded.routed:
-            choose_execution(run, loaded.model, "native" if weights and execution == "sparse" else execution, weights)
-            if loaded.model.routing_state.native is not None:  # to execute more where it is faster would change scores
-                loaded.model.set_execution("native", weights=weights, policy="exact")
+            engine = "native" if weights and execution == "sparse" else execution
+            # Exact: to execute more where that is faster would make scores depend on the machine.
+            choose_execution(run, loaded.model, engine, weights, policy="exact")
         elif weights or execution != "sparse":
             raise InputError(f"{model} is a dense model, it has no engine", "Give a routing folder, and --sparsity 0")
         if not targets:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Common, check_at_least, check_sparsities, recipe_path, session, with_common
+from .common import Common, check_at_least, check_sparsities, session, with_common
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -162,6 +162,7 @@ def _model_of(start: str) -> str:
 def build_recipe(name: str | None, overrides: Mapping[str, Any]) -> Recipe:
     """The recipe of that name (or the defaults) under the flags. InputError names the first bad value."""
     from informed_routing.config import Recipe
+    from informed_routing.recipes import recipe_path
 
     for key, value in overrides.items():
         if isinstance(value, int) and key.endswith(".steps"):

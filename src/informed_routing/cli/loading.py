@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from informed_routing.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from .common import Session
 
 
@@ -26,9 +24,14 @@ class Loaded:
 
 
 def load_any(ref: str, run: Session, base: str | None = None) -> Loaded:
-    """A routing folder (or Hub id of one) as a routed model, everything else as an ordinary dense model."""
+    """A routing folder (or Hub id of one) as a routed model, a pruned one or an ordinary dense model as it is."""
     from informed_routing.assets import load_model
+    from informed_routing.baselines.folder import is_static_folder, load_static
 
+    path = Path(ref).expanduser()
+    if is_static_folder(path):
+        pruned, tokenizer = load_static(path, dtype=run.common.dtype, device=run.device)
+        return Loaded(pruned, tokenizer, routed=False)
     if is_routing(ref):
         return load_routed(ref, run, base)
     model, tokenizer = load_model(ref, dtype=run.common.dtype, device=run.device)
@@ -50,7 +53,14 @@ def load_routed(ref: str, run: Session, base: str | None = None) -> Loaded:
     return Loaded(model.eval(), load_tokenizer(name, revision=revision), routed=True, base=base)
 
 
-def choose_execution(run: Session, model: Any, execution: str, weights: str | None, kv: str | None = None) -> None:
+def choose_execution(
+    run: Session,
+    model: Any,
+    execution: str,
+    weights: str | None,
+    kv: str | None = None,
+    policy: Literal["auto", "exact"] = "auto",
+) -> None:
     """Set a routed model's execution; `auto` is the native engine where it runs. InputError where it was asked for."""
     from informed_routing.execution.native import native_reason
 
@@ -64,7 +74,7 @@ def choose_execution(run: Session, model: Any, execution: str, weights: str | No
         raise InputError(f"--weights {weights} needs the native engine", "Leave it out, or give --execution native")
     if execution == "native" and kv == "drop":
         raise InputError("kv='drop' needs --execution sparse", "Leave out --execution native, or give --kv keep")
-    model.set_execution(execution, kv, weights=weights)
+    model.set_execution(execution, kv, weights=weights, policy=policy)
 
 
 def load_base_of(loaded: Loaded, run: Session) -> Any:
@@ -149,17 +159,3 @@ def task_names(refs: list[str]) -> list[str]:
 
 def _looks_like_path(ref: str) -> bool:
     return Path(ref).expanduser().exists() or "*" in ref or ":" not in ref
-
-
-def prompt_text(refs: list[str], tokenizer: Any, needed: int) -> Tensor:
-    """At least `needed` tokens, if there are so many, of the held-out part of the texts: int64 `[tokens]`."""
-    import torch
-
-    from informed_routing.assets import load_texts
-
-    ids: list[int] = []
-    for document in load_texts(",".join(refs), "heldout"):
-        ids += tokenizer.encode(document, add_special_tokens=False)
-        if len(ids) >= needed:
-            break
-    return torch.tensor(ids, dtype=torch.long)

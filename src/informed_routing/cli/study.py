@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from informed_routing.study.store import Store
 
 SHAPES = "shapes"
+SAMPLING = "importance-sampling"
 
 
 @with_common
@@ -28,7 +29,8 @@ def study(
         typer.Argument(
             metavar="NAME...",
             help="table1, table2, table3, table4, table5, table8, table9, figure1, figure3, all of them (all), a YAML "
-            "grid of your own, or shapes: parameters and MACs on the paper's models, without weights.",
+            "grid of your own; or shapes: parameters and MACs on the paper's models, without weights; or "
+            "importance-sampling: experiments with known truth behind `whatif`.",
         ),
     ],
     model: Annotated[
@@ -78,11 +80,12 @@ def study(
     """
     check_at_least("--limit", [] if limit is None else [limit], 1)
     with session("study", common) as run:
-        if SHAPES in names:
-            if len(names) > 1:
-                raise InputError("shapes stands alone", "Run it on its own")
-            _shapes(run)
-            return
+        for alone, command in ((SHAPES, _shapes), (SAMPLING, _importance_sampling)):
+            if alone in names:
+                if len(names) > 1:
+                    raise InputError(f"{alone} stands alone", "Run it on its own")
+                command(run, Path(out).expanduser())
+                return
         from informed_routing.study.plan import expand, matching
         from informed_routing.study.store import Store
 
@@ -185,7 +188,7 @@ def _finish(run: Session, grids: Sequence[Grid], expanded: dict[str, list[Cell]]
     )
 
 
-def _shapes(run: Session) -> None:
+def _shapes(run: Session, out: Path) -> None:
     from informed_routing.study.report import as_json
     from informed_routing.study.shapes import shape_table
     from informed_routing.study.tables import markdown
@@ -196,6 +199,19 @@ def _shapes(run: Session) -> None:
         console.print(markdown(table), soft_wrap=True, markup=False)
 
     run.finish({"tables": {"shapes": as_json(table)}}, show, model="shapes", dtype=run.common.dtype)
+
+
+def _importance_sampling(run: Session, out: Path) -> None:
+    """Minutes on one core; writes tables and figures into `out`."""
+    from informed_routing.study.importance_sampling import run as run_experiments
+
+    results = run_experiments(out, progress=run.progress)
+    run.finish(
+        {"experiments": {name: len(rows) for name, rows in results.items()}},
+        lambda console: console.print(f"Written: {out / 'importance_sampling.md'}", soft_wrap=True),
+        model="",
+        dtype="float64",
+    )
 
 
 def _minutes(seconds: float) -> str:

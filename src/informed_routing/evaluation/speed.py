@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from informed_routing.assets import load_texts
 from informed_routing.errors import InputError
 from informed_routing.evaluation.engines import Engine
 from informed_routing.evaluation.perplexity import sparsity_record
@@ -151,6 +152,16 @@ def benchmark_rows(
                 targets = [0.0, *(s for s in sparsities if s)]
                 rows += _compare(engines, case, targets, repeats, warmup, profile, progress)
     return rows
+
+
+def prompt_text(refs: Sequence[str], tokenizer: Any, needed: int) -> Tensor:
+    """At least `needed` tokens, if there are so many, of the held-out part of texts: int64 `[tokens]`."""
+    ids: list[int] = []
+    for document in load_texts(",".join(refs), "heldout"):
+        ids += tokenizer.encode(document, add_special_tokens=False)
+        if len(ids) >= needed:
+            break
+    return torch.tensor(ids, dtype=torch.long)
 
 
 def take_prompts(text: Tensor, batch: int, length: int) -> Tensor:

@@ -6,15 +6,14 @@ import json
 import shutil
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..assets import load_model, load_texts, pack
+from ..assets import load_model
 from ..config import Recipe
 from ..persistence import is_routing_folder
 from ..progress import Progress
 from ..training.folder import CHECKPOINTS, RECIPE_FILE
-from ..training.schedule import seed_of
+from ..training.texts import Texts
 from .plan import Cell
 from .stages import Stage
 from .store import Record, Store
@@ -52,13 +51,8 @@ def text_rows(
     data: list[str], split: str, tokenizer: Any, length: int, tokens: int | None, seed: int, name: str
 ) -> Tensor:
     """Packed text [n, length] of a split: all of it, or a seeded choice of rows worth `tokens` tokens."""
-    # A text that is named twice has twice the weight in training; elsewhere it would only be read twice.
-    chosen = data if split == "train" else list(dict.fromkeys(data))
-    rows = pack(load_texts(",".join(chosen), split), tokenizer, length)  # type: ignore[arg-type]
-    if tokens is None:
-        return rows
-    generator = torch.Generator().manual_seed(seed_of(seed, name))
-    return rows[torch.randperm(len(rows), generator=generator)[: max(tokens // length, 1)]]
+    text = Texts(data, tokenizer, seed)
+    return text.rows(split, length) if tokens is None else text.some(split, length, tokens, name)
 
 
 def _fit(stage: Stage, store: Store, device: str, progress: Progress) -> Record:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..assets import load_model, load_texts
+from ..assets import load_model
 from ..evaluation.engines import Engine, RoutedEngine
 from ..evaluation.environment import environment
-from ..evaluation.speed import Timing, Workload, decode_callable, measure, prefill_callable, take_prompts
+from ..evaluation.speed import Timing, Workload, decode_callable, measure, prefill_callable, prompt_text, take_prompts
 from ..progress import NullProgress, Progress
 from ..routing.decision import AlwaysExecute, Threshold
 from .build import load
@@ -143,9 +143,5 @@ def _workload(phase: str, engine: Engine, prompts: Tensor, following: Tensor) ->
 def _prompts(cell: Cell, tokenizer: Any, settings: Speed) -> Tensor:
     """Held-out text [batch, prompt + new]: what is approximated depends on it."""
     length = settings.prompt_tokens + settings.new_tokens
-    ids: list[int] = []
-    for text in load_texts(",".join(dict.fromkeys(cell.training["data"])), "heldout"):
-        ids += tokenizer.encode(text, add_special_tokens=False)
-        if len(ids) >= length * settings.batch_size:
-            break
-    return take_prompts(torch.tensor(ids, dtype=torch.long), settings.batch_size, length)
+    data = list(dict.fromkeys(cell.training["data"]))
+    return take_prompts(prompt_text(data, tokenizer, length * settings.batch_size), settings.batch_size, length)

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from ..config import LoraStage, Recipe, RouteStage, StageConfig
 from ..errors import InputError
+from ..recipes import recipe_path
 from .grid import Grid, Method
 from .identity import content_id, digest
-from .recipes import recipe_path
 
 VERSION = 1
 """Of what stages and cells compute: raise it when the same settings give other results."""

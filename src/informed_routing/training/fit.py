@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from .. import __version__
-from ..assets import load_model, load_texts, pack
+from ..assets import load_model
 from ..config import LatencyGains, Recipe
 from ..errors import InputError
 from ..evaluation.environment import environment
@@ -45,6 +45,7 @@ from .lora import LoraObjective, add_lora, merge_lora, save_lora
 from .methods import route_objective
 from .route import freeze_all_but, learning_rates, router_parameters
 from .schedule import seed_of
+from .texts import Texts
 from .throughput import flops_per_token, throughput
 from .warm_start import warm_start
 
@@ -142,11 +143,11 @@ class _Fit:
             load_routing_tensors(self.model, beginning / TENSOR_FILE)
         if self.adapter:
             with_lora(self.model, self.adapter, merge=True)
-        self._texts: dict[tuple[str, int], Tensor] = {}
+        self.text = Texts(recipe.data, self.tokenizer, recipe.seed)
         # Text is read before anything is written, so that a refused fit leaves no folder behind.
         if recipe.stages != ("calibrate",):
-            self.rows("train", recipe.route.sequence_length)
-        self.rows("calibration", recipe.calibration.sequence_length)
+            self.text.rows("train", recipe.route.sequence_length)
+        self.text.rows("calibration", recipe.calibration.sequence_length)
         self.meter = BudgetMeter(
             self.model.costs,
             [u.kind for u in self.model.units],
@@ -180,33 +181,13 @@ class _Fit:
             found: list[Any] = [None]
             if self.accelerator.is_main_process:
                 length = self.recipe.route.sequence_length
-                ids = self.rows("calibration", length)[:1].to(self.model.device)
+                ids = self.text.rows("calibration", length)[:1].to(self.model.device)
                 half = self.base.dtype == torch.bfloat16
                 weights = None if native_reason(self.model, self.progress) else "bfloat16" if half else "float32"
                 found = [measure_latency(self.model, ids, weights=weights, progress=self.progress)]
             gains = broadcast_object_list(found)[0]
         self.model.routing_config = self.model.routing_config.model_copy(update={"latency": gains})
         return gains
-
-    # -- text -----------------------------------------------------------------------------------------------
-
-    def rows(self, split: str, length: int) -> Tensor:
-        """Packed text [n, length] of a split, tokenised once per length.
-
-        A text that `data` names twice has twice the weight in training; elsewhere it would only be read twice.
-        """
-        key = (split, length)
-        if key not in self._texts:
-            data = self.recipe.data if split == "train" else dict.fromkeys(self.recipe.data)
-            self._texts[key] = pack(load_texts(",".join(data), split), self.tokenizer, length)  # type: ignore[arg-type]
-        return self._texts[key]
-
-    def some_rows(self, split: str, length: int, tokens: int, name: str) -> Tensor:
-        """A seeded random choice of rows worth `tokens` tokens."""
-        rows = self.rows(split, length)
-        generator = torch.Generator().manual_seed(seed_of(self.recipe.seed, name))
-        order = torch.randperm(len(rows), generator=generator)
-        return rows[order[: max(tokens // length, 1)]]
 
     # -- phases -------------------------------------------------------------------------------------------
 
@@ -250,7 +231,7 @@ class _Fit:
         config, tensors = self.recipe.forecaster, stage1.forecaster_parameters(self.model)
         report: dict[str, Any] = {"fit": config.fit, "rank": config.rank}
         length = self.recipe.forecast.sequence_length
-        rows = self.some_rows("train", length, config.tokens, "forecast")
+        rows = self.text.some("train", length, config.tokens, "forecast")
         if config.fit == "closed-form" or config.start == "closed-form":
 
             def work() -> dict[str, Any]:
@@ -265,7 +246,7 @@ class _Fit:
             report["gradient"] = self.fit_by_gradient(tensors)
 
         def judge() -> dict[str, Any]:
-            unseen = self.rows("calibration", length)[: max(MEASURE_TOKENS // length, 1)]
+            unseen = self.text.rows("calibration", length)[: max(MEASURE_TOKENS // length, 1)]
             self.progress.stage("judge forecasters", len(unseen))
             return stage1.measure(self.model, unseen, self.progress).as_dict([u.kind for u in self.model.units])
 
@@ -276,7 +257,7 @@ class _Fit:
         """The paper's stage 1: AdamW on every unit's own loss at once."""
         config, stage = self.recipe.forecaster, self.recipe.forecast
         freeze_all_but(self.model, tensors)
-        rows = self.some_rows("train", stage.sequence_length, 10**12, "forecast-gradient")
+        rows = self.text.some("train", stage.sequence_length, 10**12, "forecast-gradient")
         objective = stage1.ForecastObjective(self.model, config)
         if config.target == "normalised":
             objective.scales = stage1.output_scales(self.model, rows.to(self.model.device))
@@ -291,7 +272,7 @@ class _Fit:
         report = self.begin_routing()
         if config.steps:
             objective = route_objective(self.model, config, self.meter)
-            rates, rows = learning_rates(config, tensors), self.rows("train", config.sequence_length)
+            rates, rows = learning_rates(config, tensors), self.text.rows("train", config.sequence_length)
             report["train"] = self.routing_summary(self.stage("route", objective, tensors, rows, config, rates))
         if self.refits and not config.train_forecasters:
             report["refit"] = self.phase("refit", stage1.forecaster_parameters(self.model), self.refit)
@@ -314,7 +295,8 @@ class _Fit:
         adapters = add_lora(self.model, lora)
         freeze_all_but(self.model, routers | adapters)
         rates = learning_rates(config, routers) | dict.fromkeys(adapters, lora.learning_rate)
-        objective, rows = route_objective(self.model, config, self.meter), self.rows("train", config.sequence_length)
+        objective = route_objective(self.model, config, self.meter)
+        rows = self.text.rows("train", config.sequence_length)
         record = self.stage("joint", objective, routers | adapters, rows, config, rates)
         adapter_weights = sum(tensor.numel() for tensor in adapters.values())
         return {**report, "rank": lora.rank, "train": self.routing_summary(record, adapter_weights)}
@@ -329,7 +311,7 @@ class _Fit:
         recipe, router = self.recipe, self.recipe.router
         length = recipe.route.sequence_length
         first, further = (max(tokens // length, 1) for tokens in (router.warm_start_tokens, router.sweep_tokens))
-        rows = self.some_rows("train", length, (first + further * router.sweeps) * length, "warm start")
+        rows = self.text.some("train", length, (first + further * router.sweeps) * length, "warm start")
         self.progress.stage("start routers", len(rows))
         found = warm_start(
             self.model,
@@ -346,7 +328,7 @@ class _Fit:
         """Solve the forecasters again on the tokens, and at the inputs, that routing gives them."""
         recipe = self.recipe
         length = recipe.forecast.sequence_length
-        rows = self.some_rows("train", length, recipe.forecaster.tokens, "refit")
+        rows = self.text.some("train", length, recipe.forecaster.tokens, "refit")
         self.progress.stage("refit", len(rows))
         some = rows[: max(len(rows) // 8, 2)]
         threshold = threshold_at(self.model, some, recipe.route.sparsity, recipe.route.budget)
@@ -363,11 +345,11 @@ class _Fit:
     def lora(self) -> dict[str, Any]:
         """Stage 3 at the threshold of its sparsity."""
         config = self.recipe.lora
-        rows = self.rows("train", config.sequence_length)
+        rows = self.text.rows("train", config.sequence_length)
         sparsity = self.recipe.route.sparsity if config.sparsity is None else config.sparsity
 
         def find() -> dict[str, Any]:
-            text = self.some_rows("calibration", self.recipe.calibration.sequence_length, 16_384, "lora")
+            text = self.text.some("calibration", self.recipe.calibration.sequence_length, 16_384, "lora")
             return {"threshold": threshold_at(self.model, text, sparsity, self.recipe.route.budget)}
 
         rule: DecisionRule = AlwaysExecute()
@@ -444,7 +426,7 @@ class _Fit:
     def calibration(self) -> dict[str, Any]:
         """The threshold table, on its own split; after LoRA, since that moves the margins."""
         config = self.recipe.calibration
-        rows = self.some_rows("calibration", config.sequence_length, config.tokens, "calibrate")
+        rows = self.text.some("calibration", config.sequence_length, config.tokens, "calibrate")
 
         def work() -> dict[str, Any]:
             table = calibrate(self.model, rows, config, self.recipe.route.budget, self.progress)

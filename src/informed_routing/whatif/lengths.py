@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Annotated, Any
@@ -28,18 +29,18 @@ class Frozen(BaseModel):
         return all(getattr(self, name) == getattr(other, name) for name in type(self).model_fields)
 
 
-class LengthLaw(Frozen):
+class LengthLaw(Frozen, ABC):
     """A probability mass function on `first`, `first` + 1, ...; sub-classes say how it is made."""
 
-    @cached_property
+    @property
+    @abstractmethod
     def first(self) -> int:
         """The shortest length of `log_mass`."""
-        raise NotImplementedError
 
-    @cached_property
+    @property
+    @abstractmethod
     def log_mass(self) -> Floats:
         """Log probabilities of `first`, `first` + 1, ...: float64 [lengths], -inf where impossible."""
-        raise NotImplementedError
 
     @cached_property
     def support(self) -> Ints:

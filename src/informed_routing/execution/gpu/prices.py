@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 from ...files import write_json
 from ..kernels.tuning import bucket
 
@@ -81,8 +83,6 @@ def rounds_up(price: Price | None, kind: int, rows: int, share: float) -> bool:
 
 def executed_shares(thresholds: Sequence[Any], value: float) -> tuple[float, float]:
     """Shares of attention and FFN units that execute at a margin threshold, by the calibrated table (ThresholdRow)."""
-    import numpy
-
     rows = sorted(thresholds, key=lambda row: row.threshold)
     if not rows:
         return UNKNOWN_SHARE, UNKNOWN_SHARE
