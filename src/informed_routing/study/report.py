@@ -15,6 +15,7 @@ from .plan import Cell
 from .results import entries
 from .store import Store
 from .tables import Table, comma_separated, markdown
+from .trade_off import trade_off
 
 
 @dataclass(frozen=True)
@@ -27,23 +28,22 @@ class Report:
 
 
 def write_report(grids: Sequence[Grid], expanded: Mapping[str, Sequence[Cell]], store: Store) -> Report:
-    """GRID.md, GRID.csv and GRID.svg of each grid, and agreement.md of each model, in the store's folder."""
+    """GRID.md, .csv and .svg of each grid and agreement.md of each model, in the store's folder.
+
+    A grid that prunes and routes also gets GRID_trade_off.md and .csv.
+    """
     from .figures import draw
 
     found = {grid.name: entries(expanded[grid.name], store) for grid in grids}
     report = Report([], {}, [])
     for grid in grids:
-        table = build_table(grid, found[grid.name])
         plots = draw(grid, found[grid.name], store.root)
-        text = markdown(table)
-        report.texts.append(text)
         shown = "".join(f"\n![{grid.title}]({path.name})\n" for path in plots)
-        for suffix, content in ((".md", text + shown), (".csv", comma_separated(table))):
-            path = store.root / f"{grid.name}{suffix}"
-            write_text(path, content)
-            report.files.append(path)
+        _write(build_table(grid, found[grid.name]), shown, store, report)
         report.files.extend(plots)
-        report.tables[grid.name] = as_json(table)
+        compared = trade_off(grid.name, found[grid.name])
+        if compared is not None:
+            _write(compared, "", store, report)
     models = list(dict.fromkeys(entry.model for one in found.values() for entry in one))
     pages = [agreement(found, model) for model in models]
     path = store.root / "agreement.md"
@@ -51,6 +51,16 @@ def write_report(grids: Sequence[Grid], expanded: Mapping[str, Sequence[Cell]], 
     report.files.append(path)
     report.texts.extend(pages)
     return report
+
+
+def _write(table: Table, shown: str, store: Store, report: Report) -> None:
+    text = markdown(table)
+    report.texts.append(text)
+    for suffix, content in ((".md", text + shown), (".csv", comma_separated(table))):
+        path = store.root / f"{table.name}{suffix}"
+        write_text(path, content)
+        report.files.append(path)
+    report.tables[table.name] = as_json(table)
 
 
 def as_json(table: Table) -> list[dict[str, Any]]:
