@@ -164,6 +164,21 @@ def test_weights_of_another_shape_are_refused(rows: Tensor, tmp_path: Path) -> N
         load_static(tmp_path / "other")
 
 
+@pytest.mark.parametrize("method", ["llm-drop", "slicegpt"])
+def test_a_reshaped_model_saves_itself_as_what_it_is(method: str, rows: Tensor, tmp_path: Path) -> None:
+    """transformers' own folder would load with random weights for what is missing."""
+    model = make_tiny("llama")
+    prune(model, method, 0.25, rows)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    again, _ = load_static(tmp_path)
+    assert torch.equal(_logits(again), _logits(model))
+    again.save_pretrained(tmp_path / "again")
+    assert is_static_folder(tmp_path / "again")
+    with pytest.raises(TypeError, match="push_to_hub"):
+        model.save_pretrained(tmp_path, push_to_hub=True)
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     assert not is_static_folder(tmp_path)
     with pytest.raises(InputError, match="no folder of a pruned model"):

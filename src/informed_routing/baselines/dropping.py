@@ -18,6 +18,7 @@ from ..config import UnitKind
 from ..errors import InputError
 from ..models.families import family_of
 from ..models.units import Unit
+from .reshaped import mark_reshaped
 
 UnitName = tuple[int, UnitKind]
 """A unit of a model: layer index and kind."""
@@ -142,6 +143,8 @@ def drop_units(model: Any, dropped: Collection[UnitName]) -> None:
         layer.kept_units = kept
         if (index, "attention") in dropped:
             layer.keyless = (index, with_keys[0])
+    if dropped:
+        mark_reshaped(model)
 
 
 def _delete(layer: nn.Module, unit: Unit) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..models.units import Unit
 from .dropping import units_of
+from .reshaped import mark_reshaped
 
 SLICEABLE = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 """Families whose layer is two pre-norm units with split projections, and nothing else on the residual stream."""
@@ -104,6 +105,7 @@ def reshape_sliced(model: Any, width: int) -> None:
         layer.units, layer.hidden_size = units, width
         layer.__class__ = sliced_layer_class(type(layer))  # type: ignore[arg-type]
     decoder.norm = SlicedRMSNorm(full, decoder.norm.variance_epsilon)
+    mark_reshaped(model)
 
 
 def sliced_width(model: Any) -> int | None:
