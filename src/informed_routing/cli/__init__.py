@@ -17,10 +17,10 @@ import typer
 
 from informed_routing.errors import InformedRoutingError
 
-from . import benchmark, demo, evaluate, fit, generate, study, whatif
+from . import benchmark, demo, evaluate, fit, generate, prune, study, whatif
 
 _PROGRAM = "informed-routing"
-_RESUMABLE = ("fit", "demo", "study")
+_RESUMABLE = ("demo", "study")
 
 app = typer.Typer(
     name=_PROGRAM,
@@ -32,6 +32,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("fit")(fit.fit)
+app.command("prune")(prune.prune)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("benchmark")(benchmark.benchmark)
@@ -118,7 +119,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _again(command: str) -> str:
-    if command == "fit":
+    if command in ("fit", "prune"):
         return "; run again with --resume to continue"
     return "; run again to continue" if command in _RESUMABLE else ""
 

@@ -1,0 +1,99 @@
+"""`prune`: static methods from the command line, their folders in the other commands, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.cli.conftest import Outcome
+from transformers import AutoModelForCausalLM
+
+from informed_routing.baselines import static
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def small(text_file: Path) -> list[object]:
+    return ["--data", text_file, "--tokens", 512, "--sequence-length", 64, "--dtype", "float32", "-q"]
+
+
+def test_removed_layers_leave_an_ordinary_model(
+    run: Run, tiny_folder: Path, text_file: Path, small: list[object], tmp_path: Path
+) -> None:
+    out = tmp_path / "pruned"
+    outcome = run("prune", tiny_folder, "--method", "shortgpt", "-s", 0.34, "--out", out, *small, "--json", "-")
+    assert outcome.code == 0, outcome.err
+    report = outcome.json["result"]["pruning"]
+    assert len(report["removed"]) == 1
+    assert report["saved"]["macs"] == pytest.approx(1 / 3)
+    assert AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 2
+    assert not (out / "checkpoints").exists()
+    scored = run("evaluate", out, "--data", text_file, "--split", "all", "--sequence-length", 64, "-q", "--json", "-")
+    assert scored.code == 0, scored.err
+    assert scored.json["result"]["runs"][0]["tasks"]["story.jsonl"]["loss"] > 0
+
+
+def test_settings_recovery_and_what_is_said(run: Run, tiny_folder: Path, small: list[object], tmp_path: Path) -> None:
+    out = tmp_path / "sliced"
+    more = ["--set", "measure=body", "--set", "round_to=4", "--recovery-steps", 2, "--batch-size", 2]
+    outcome = run("prune", tiny_folder, "--method", "slicegpt", "-s", 0.2, "--out", out, *small, *more)
+    assert outcome.code == 0, outcome.err
+    for said in ("of body", "Saved: ", "Recovered on 256 tokens", "evaluate"):
+        assert said in outcome.out
+    model, _ = static.load_static(out)
+    assert model.prune_report.settings["round_to"] == 4
+
+
+def test_an_interrupted_recovery_goes_on(
+    run: Run, tiny_folder: Path, small: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "dropped"
+    command = ["prune", tiny_folder, "--method", "llm-drop-ffn", "-s", 0.17, "--out", out, *small]
+    command += ["--recovery-steps", 2]
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(static, "save_static", killed)
+        outcome = run(*command)
+    assert "--resume" in outcome.one_line_error(1)
+    assert (out / "checkpoints").is_dir()
+    assert "not empty" in run(*command).one_line_error()
+    assert run(*command, "--resume").code == 0
+    assert static.is_static_folder(out)
+
+
+def test_only_a_pruned_model_is_replaced(run: Run, tiny_folder: Path, small: list[object], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["prune", tiny_folder, "--method", "shortgpt", "-s", 0.34, "--out", out, *small]
+    assert run(*command).code == 0
+    assert "--overwrite" in run(*command).one_line_error()
+    assert run(*command, "--overwrite").code == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    command[command.index(out)] = tmp_path / "mine"
+    assert "not empty" in run(*command, "--overwrite").one_line_error()
+    assert (tmp_path / "mine" / "notes.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--method", "magnitude"], "magnitude"),
+        (["--sparsity", "1.5"], "1.5"),
+        (["--set", "keep"], "--set keep"),
+        (["--set", "depth=3"], "depth"),
+        (["--tokens", "0"], "--tokens 0"),
+        (["--recovery-steps", "1", "--batch-size", "0"], "batch_size"),
+        (["--resume", "--overwrite"], "--overwrite"),
+    ],
+)
+def test_bad_values_are_named(
+    run: Run, tiny_folder: Path, small: list[object], tmp_path: Path, flags: list[str], named: str
+) -> None:
+    given = ["--method", "shortgpt", "--sparsity", 0.34, "--out", tmp_path / "out", *small, *flags]
+    assert named in run("prune", tiny_folder, *given).one_line_error()
+    assert not (tmp_path / "out").exists()
