@@ -91,3 +91,21 @@ def test_bad_input_is_one_line(
     assert code == 2
     assert message in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_shapes_are_written_too(
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table itself is tested in test_shapes.py: it takes a while."""
+    from informed_routing.study import shapes
+    from informed_routing.study.results import Value
+    from informed_routing.study.tables import Block, Column, Row, Table
+
+    row = Row("D-LLM", {"kv": Value(25.0)})
+    table = Table("shapes", "Shapes", (Column("kv", "KV saved %"),), (Block("8B", (row,)),))
+    monkeypatch.setattr(shapes, "shape_table", lambda: table)
+    code, shown, _ = run("shapes", "--out", tmp_path, "-q")
+    assert code == 0
+    assert "| D-LLM | 25.00 |" in shown
+    assert (tmp_path / "shapes.md").exists()
+    assert "25.0" in (tmp_path / "shapes.csv").read_text()

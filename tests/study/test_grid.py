@@ -17,7 +17,7 @@ from informed_routing.study.grid import Grid, built_in_grids, load_grid
 from informed_routing.study.plan import expand, matching
 from informed_routing.study.stages import text_read
 
-NAMES = ("figure1", "figure3", "table1", "table2", "table3", "table4", "table5", "table8", "table9")
+NAMES = ("control", "figure1", "figure3", "table1", "table2", "table3", "table4", "table5", "table8", "table9")
 
 
 @pytest.mark.parametrize("scale", ["cpu", "full"])

@@ -15,6 +15,7 @@ from .common import Common, Session, check_at_least, session, with_common
 if TYPE_CHECKING:
     from informed_routing.study.grid import Grid
     from informed_routing.study.plan import Cell
+    from informed_routing.study.report import Report
     from informed_routing.study.store import Store
 
 SHAPES = "shapes"
@@ -28,9 +29,9 @@ def study(
         list[str],
         typer.Argument(
             metavar="NAME...",
-            help="table1, table2, table3, table4, table5, table8, table9, figure1, figure3, all of them (all), a YAML "
-            "grid of your own; or shapes: parameters and MACs on the paper's models, without weights; or "
-            "importance-sampling: experiments with known truth behind `whatif`.",
+            help="table1, table2, table3, table4, table5, table8, table9, figure1, figure3, control (static dropping), "
+            "all of them (all), a YAML grid of your own; or shapes: parameters and MACs on the paper's models, without "
+            "weights; or importance-sampling: experiments with known truth behind `whatif`.",
         ),
     ],
     model: Annotated[
@@ -172,33 +173,29 @@ def _finish(run: Session, grids: Sequence[Grid], expanded: dict[str, list[Cell]]
     """Write the tables and show them."""
     from informed_routing.study.report import write_report
 
-    report = write_report(grids, expanded, store)
+    cells = [cell for found in expanded.values() for cell in found]
+    _tables(run, write_report(grids, expanded, store), _models(cells))
+
+
+def _tables(run: Session, report: Report, model: str) -> None:
+    """Show what was written."""
 
     def show(console: Any) -> None:
         for text in report.texts:  # as they are: so many columns are cut short in a drawn table
             console.print(text, soft_wrap=True, markup=False)
-        console.print("Written: " + ", ".join(str(path) for path in report.files))
+        console.print("Written: " + ", ".join(str(path) for path in report.files), soft_wrap=True)
 
-    cells = [cell for found in expanded.values() for cell in found]
-    run.finish(
-        {"tables": report.tables, "files": [str(path) for path in report.files]},
-        show,
-        model=_models(cells),
-        dtype=run.common.dtype,
-    )
+    result = {"tables": report.tables, "files": [str(path) for path in report.files]}
+    run.finish(result, show, model=model, dtype=run.common.dtype)
 
 
 def _shapes(run: Session, out: Path) -> None:
-    from informed_routing.study.report import as_json
+    from informed_routing.study.report import Report, write_table
     from informed_routing.study.shapes import shape_table
-    from informed_routing.study.tables import markdown
 
-    table = shape_table()
-
-    def show(console: Any) -> None:
-        console.print(markdown(table), soft_wrap=True, markup=False)
-
-    run.finish({"tables": {"shapes": as_json(table)}}, show, model="shapes", dtype=run.common.dtype)
+    report = Report([], {}, [])
+    write_table(shape_table(), out, report)
+    _tables(run, report, "shapes")
 
 
 def _importance_sampling(run: Session, out: Path) -> None:

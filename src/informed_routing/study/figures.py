@@ -120,7 +120,7 @@ def _curves(axis: Any, own: Sequence[Entry], read: Callable[[Entry], Value | Non
             (100 * entry.sparsity, value) for entry in own if entry.name == name and (value := read(entry)) is not None
         ]
         _line(axis, ([dense] if dense and points else []) + points, name, place)
-    axis.set_xlabel("units approximated, %")
+    axis.set_xlabel("units approximated or dropped, %")
 
 
 def _figure_1(own: Sequence[Entry]) -> Any:

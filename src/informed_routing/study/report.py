@@ -39,11 +39,11 @@ def write_report(grids: Sequence[Grid], expanded: Mapping[str, Sequence[Cell]], 
     for grid in grids:
         plots = draw(grid, found[grid.name], store.root)
         shown = "".join(f"\n![{grid.title}]({path.name})\n" for path in plots)
-        _write(build_table(grid, found[grid.name]), shown, store, report)
+        write_table(build_table(grid, found[grid.name]), store.root, report, shown)
         report.files.extend(plots)
         compared = trade_off(grid.name, found[grid.name])
         if compared is not None:
-            _write(compared, "", store, report)
+            write_table(compared, store.root, report)
     models = list(dict.fromkeys(entry.model for one in found.values() for entry in one))
     pages = [agreement(found, model) for model in models]
     path = store.root / "agreement.md"
@@ -53,11 +53,12 @@ def write_report(grids: Sequence[Grid], expanded: Mapping[str, Sequence[Cell]], 
     return report
 
 
-def _write(table: Table, shown: str, store: Store, report: Report) -> None:
+def write_table(table: Table, folder: Path, report: Report, more: str = "") -> None:
+    """TABLE.md (ending with `more`) and TABLE.csv in a folder; `report` is told."""
     text = markdown(table)
     report.texts.append(text)
-    for suffix, content in ((".md", text + shown), (".csv", comma_separated(table))):
-        path = store.root / f"{table.name}{suffix}"
+    for suffix, content in ((".md", text + more), (".csv", comma_separated(table))):
+        path = folder / f"{table.name}{suffix}"
         write_text(path, content)
         report.files.append(path)
     report.tables[table.name] = as_json(table)
