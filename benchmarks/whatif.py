@@ -119,6 +119,7 @@ def page() -> None:
     for target, reasons in record["reasons"].items():
         parts.append(f"Why {target} is red: {'; '.join(reasons)}.")
     parts += ["## Drift", _DRIFT, _drift(record), _fifths(record)]
+    parts += _known_truth(json.loads((ROOT / "docs/study/importance_sampling.json").read_text()))
     if (DATA / "scale.json").exists():
         big = json.loads((DATA / "scale.json").read_text())
         parts.append(
@@ -138,6 +139,32 @@ _DRIFT = (
     "is therefore the machine: 'drift' is measured over predicted seconds of the dense model, and 'corrected' the "
     "prediction of the routed model's seconds times that."
 )
+
+
+def _known_truth(found: dict[str, Any]) -> list[str]:
+    """What the experiments say of the intervals and the lights."""
+    *cells, whole = found["coverage"]
+    poor = [cell for cell in cells if cell["normal_coverage"] < 0.85]
+    green = max(cell["green_share"] for cell in poor)
+    gap = next(row for row in found["support-gap"] if row["metric"] == "seconds")
+    return [
+        "## Where the truth is known",
+        f"On a cost model with exact answers (`informed-routing study importance-sampling`, "
+        f"[all of it](study/importance_sampling.md)), {len(cells)} cells (10 targets x 3 metrics) in "
+        f"{whole['repeats']} repeats of {whole['n']:,} prompts:",
+        "\n".join(
+            [
+                f"- all {len(cells)} intervals held the truth together in {100 * whole['interval_coverage']:.1f} % of "
+                f"the repeats (asked for: {100 * (1 - whole['delta']):g} %);",
+                f"- the usual error bars of green rows held it in {100 * whole['green_normal_coverage']:.1f} %;",
+                f"- in {len(poor)} cells error bars held it in less than 85 %: these were green in {100 * green:.1f} % "
+                "of the repeats at most;",
+                f"- a nominal workload that lacks {100 * gap['outside']:.1f} % of the target looks well by effective "
+                f"sample size ({gap['ess']:.0f} of 4,000) and tail shape ({gap['khat_weights']:.2f}) and is "
+                f"{gap['colour']} by lost mass and by the mass check (z = {gap['mass_z']:.1f}).",
+            ]
+        ),
+    ]
 
 
 def _rows(rows: list[dict[str, Any]]) -> str:
