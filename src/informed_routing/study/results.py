@@ -141,6 +141,19 @@ def share(entry: Entry, name: str) -> Value | None:
     return entry.value(read)
 
 
+def task_share(entry: Entry) -> Value | None:
+    """Units approximated on the tasks alone, in per cent: short prompts are routed unlike the long text of WikiText."""
+
+    def read(record: Record) -> float | None:
+        parts = [
+            task["sparsity"] for name, task in record["tasks"].items() if name != "wikitext" and "sparsity" in task
+        ]
+        tokens = sum(part["tokens"] for part in parts)
+        return 100 * sum(part["units"] * part["tokens"] for part in parts) / tokens if tokens else None
+
+    return entry.value(read)
+
+
 def cost(entry: Entry, name: str, scale: float = 1.0) -> Value | None:
     """A number of the accounting."""
     return entry.value(lambda record: scale * record["accounting"][name])
