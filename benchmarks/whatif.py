@@ -118,7 +118,7 @@ def page() -> None:
     ]
     for target, reasons in record["reasons"].items():
         parts.append(f"Why {target} is red: {'; '.join(reasons)}.")
-    parts += ["## Drift", _DRIFT, _drift(record), _fifths(record)]
+    parts += ["## Seconds, and what drifts", _DRIFT, _drift(record), _fifths(record)]
     parts += _known_truth(json.loads((ROOT / "docs/study/importance_sampling.json").read_text()))
     if (DATA / "scale.json").exists():
         big = json.loads((DATA / "scale.json").read_text())
@@ -135,9 +135,9 @@ def page() -> None:
 
 
 _DRIFT = (
-    "What the dense model costs depends on lengths alone, which the weights account for. What its seconds are off by "
-    "is therefore the machine: 'drift' is measured over predicted seconds of the dense model, and 'corrected' the "
-    "prediction of the routed model's seconds times that."
+    "What the dense model costs depends on lengths alone. What its seconds are off by is therefore the machine, and the "
+    "chance of which lengths were drawn: neither is the routing's. 'Off by' is measured over predicted seconds of the "
+    "dense model, and 'corrected' the prediction of the routed model's seconds times that."
 )
 
 
@@ -190,7 +190,7 @@ def _drift(record: dict[str, Any]) -> str:
             drift = dense["direct"] / dense["estimate"]
             numbers = [routed["estimate"], routed["estimate"] * drift, routed["direct"]]
             body.append([target, phase, f"{drift:.3f}", *(f"{number:.4g}" for number in numbers)])
-    return _markdown(["target", "phase", "drift", "predicted s", "corrected s", "measured s"], body)
+    return _markdown(["target", "phase", "off by", "predicted s", "corrected s", "measured s"], body)
 
 
 def _fifths(record: dict[str, Any]) -> str:
