@@ -135,9 +135,9 @@ def page() -> None:
 
 
 _DRIFT = (
-    "What the dense model costs depends on lengths alone. What its seconds are off by is therefore the machine, and the "
-    "chance of which lengths were drawn: neither is the routing's. 'Off by' is measured over predicted seconds of the "
-    "dense model, and 'corrected' the prediction of the routed model's seconds times that."
+    "What the dense model costs depends on lengths alone. What its seconds are off by is therefore the machine, and "
+    "the chance of which lengths were drawn: neither is the routing's. 'Off by' is measured over predicted seconds of "
+    "the dense model, and 'corrected' the prediction of the routed model's seconds times that."
 )
 
 
