@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gpu_page import markdown
 
 from informed_routing.evaluation.environment import environment
 from informed_routing.evaluation.workload import Measurement, read_rows
@@ -35,16 +36,15 @@ PARTS = 5  # of a run, for its drift
 
 def real(folder: Path, prompts: int) -> None:
     """Measure, predict, measure the targets, compare."""
-    shared = ["--domain", "wiki=demo:wiki", "--domain", "c4=demo:c4", "--domain", "code=demo:code"]
     table = OUT / "nominal.parquet"
     OUT.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     count = ["--prompts", str(prompts)]
     files = ["--workload", str(DATA / "nominal.yaml")]
-    _run("measure", str(folder), *files, *count, "--out", str(table), "--resume", *shared)
+    _run("measure", str(folder), *files, *count, "--out", str(table), "--resume")
     targets = ["--targets", str(DATA / "targets.yaml"), "--metrics", str(DATA / "metrics.yaml")]
     predicted = _run("predict", str(table), *targets, "--plot", str(ROOT / "docs/whatif.svg"))
-    found = _run("check", str(folder), str(table), *targets, *count, "--out", str(OUT), *shared)
+    found = _run("check", str(folder), str(table), *targets, *count, "--out", str(OUT))
     tables = {path.stem: read_rows(path) for path in sorted(OUT.glob("*.parquet"))}
     record = {
         "prompts": prompts,
@@ -175,7 +175,7 @@ def _rows(rows: list[dict[str, Any]]) -> str:
         inside = "yes" if row["covered"] else "**no**"
         interval = f"{row['lower']:.4g} to {row['upper']:.4g}"
         body.append([row["target"], row["metric"], row["colour"], estimate, interval, measured, inside])
-    return _markdown(["target", "metric", "light", "predicted", "interval", "measured", "inside"], body)
+    return markdown(["target", "metric", "light", "predicted", "interval", "measured", "inside"], body)
 
 
 def _drift(record: dict[str, Any]) -> str:
@@ -190,7 +190,7 @@ def _drift(record: dict[str, Any]) -> str:
             drift = dense["direct"] / dense["estimate"]
             numbers = [routed["estimate"], routed["estimate"] * drift, routed["direct"]]
             body.append([target, phase, f"{drift:.3f}", *(f"{number:.4g}" for number in numbers)])
-    return _markdown(["target", "phase", "off by", "predicted s", "corrected s", "measured s"], body)
+    return markdown(["target", "phase", "off by", "predicted s", "corrected s", "measured s"], body)
 
 
 def _fifths(record: dict[str, Any]) -> str:
@@ -199,7 +199,7 @@ def _fifths(record: dict[str, Any]) -> str:
         for name, about in record["tables"].items()
     ]
     head = ["table", "prompts", *(f"part {number + 1}" for number in range(PARTS))]
-    return "Dense prefill seconds over a line in the length, in five parts of each run:\n\n" + _markdown(head, body)
+    return "Dense prefill seconds over a line in the length, in five parts of each run:\n\n" + markdown(head, body)
 
 
 def _described(rows: list[Measurement]) -> dict[str, Any]:
@@ -217,10 +217,6 @@ def _described(rows: list[Measurement]) -> dict[str, Any]:
 
 def _all_seconds(row: Measurement) -> float:
     return row.prefill_seconds + row.decode_seconds + row.dense_prefill_seconds + row.dense_decode_seconds
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
 def _run(*arguments: str) -> dict[str, Any]:

@@ -90,6 +90,62 @@ def test_domain_weights_follow_the_formulas() -> None:
     assert spread[0] < spread[1] / 3 < spread[2] / 9
 
 
+RATES = {  # (estimator, n): P(|error| >= 0.3) at rate 0.6, by another program, with as many repeats
+    ("LR", 30): 3.4e-2,
+    ("LR", 100): 6.8e-3,
+    ("LR", 300): 1.2e-3,
+    ("LR", 1000): 1.0e-4,
+    ("B0", 30): 9.0e-3,
+    ("B0", 100): 2.5e-4,
+    ("B0", 300): 0.0,
+    ("B2", 30): 2.3e-2,
+    ("B2", 100): 2.3e-4,
+    ("B3", 30): 3.3e-2,
+    ("B3", 100): 2.5e-3,
+    ("B3", 300): 1e-5,
+}
+PRICES = {  # ((sigma, rate), estimator): root mean square error, by another program
+    ((0.25, 0.02), "LR"): 0.46,
+    ((0.25, 0.02), "B0"): 0.46,
+    ((0.30, 0.02), "LR"): 1.31,
+    ((0.30, 0.02), "B0"): 1.08,
+    ((0.30, 0.02), "SN"): 1.18,
+    ((0.35, 0.02), "LR"): 3.02,
+    ((0.35, 0.02), "B0"): 1.83,
+    ((0.20, 0.10), "LR"): 0.40,
+    ((0.20, 0.10), "SN"): 0.33,
+}
+POLICIES = {  # (gain, estimator): the same
+    (0.3, "LR"): 0.53,
+    (0.3, "B0"): 0.29,
+    (0.3, "SN"): 0.27,
+    (0.9, "LR"): 0.39,
+    (0.9, "B0"): 0.155,
+    (0.9, "SN"): 0.064,
+}
+
+
+@pytest.mark.slow
+def test_full_runs_give_the_known_figures_within_their_monte_carlo_error() -> None:
+    rows = study.rates()
+    for (name, n), known in RATES.items():
+        row = pick(rows, target_rate=0.6, estimator=name, n=n)
+        found = row["over"] + row["under"]
+        assert abs(found - known) <= 3 * math.sqrt((found + known + 2e-5) / row["repeats"]), (name, n)
+    # Without truncation a rare path decides the error of a whole run: its range over runs is what it can be held to.
+    prices = [study.european_call(seed=seed) for seed in range(20)]
+    for ((sigma, rate), name), known in PRICES.items():
+        found = [pick(rows, sigma=sigma, rate=rate, estimator=name)["rmse"] for rows in prices]
+        assert 0.97 * min(found) <= known <= 1.03 * max(found), (sigma, rate, name)
+    policies = [study.policy_evaluation(seed=seed) for seed in range(20)]
+    for (gain, name), known in POLICIES.items():
+        found = [pick(rows, gain=gain, estimator=name)["rmse"] for rows in policies]
+        assert 0.97 * min(found) <= known <= 1.03 * max(found), (gain, name)
+    spread = {row["estimator"]: row["sd"] for row in study.domain_mix()}
+    for name, known in (("LR", 0.0360), ("SN", 0.0086), ("post-stratified", 0.0022)):
+        assert spread[name] == pytest.approx(known, rel=0.05)
+
+
 def test_the_synthetic_truth_is_the_mean_of_direct_measurements() -> None:
     law = synthetic.workload("t", shift=0.4)
     table = synthetic.measure(law, 300_000, np.random.default_rng(2))
