@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -224,12 +224,22 @@ def _batch_loss(model: torch.nn.Module, inputs: Tensor, targets: Tensor) -> floa
         return _summed(logits, targets)
     flat = hidden.flatten(0, 1)
     chunks = range(0, len(flat), HEAD_ROWS)
+    losses = _engine_losses(wrapped)
+    if losses is not None:
+        return sum(float(losses(flat[i : i + HEAD_ROWS], targets[i : i + HEAD_ROWS]).double().sum()) for i in chunks)
     return sum(_summed(_head(wrapped, flat[i : i + HEAD_ROWS]), targets[i : i + HEAD_ROWS]) for i in chunks)
 
 
 def _summed(logits: Tensor, targets: Tensor) -> float:
     losses = F.cross_entropy(logits.float(), targets, ignore_index=_IGNORED, reduction="none")
     return float(losses.double().sum())
+
+
+def _engine_losses(model: Any) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """How a native engine computes losses without storing logits, where the model's engine can."""
+    if not getattr(model, "runs_native", False):
+        return None
+    return getattr(model.routing_state.native.of(model), "losses", None)
 
 
 def _hidden_states(model: Any, inputs: Tensor) -> tuple[Tensor | None, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from ..errors import InformedRoutingError
 from ..evaluation.environment import environment
 from ..evaluation.perplexity import merge_stats, token_perplexity
+from ..evaluation.precision import factors_in
 from ..progress import Progress
 from .accounting import accounting
 from .build import ensure, load, text_rows
@@ -70,12 +71,17 @@ def failure(cell: Cell, error: BaseException) -> Record:
 
 def judge(cell: Cell, store: Store, *, device: str, progress: Progress) -> Record:
     """Tasks, perplexities and costs of a cell whose stages are done."""
+    with factors_in(cell.evaluation.precision):
+        return _judged(cell, store, device, progress)
+
+
+def _judged(cell: Cell, store: Store, device: str, progress: Progress) -> Record:
     settings, text = cell.evaluation, cell.training
     model, tokenizer = load(cell, store, device=device)
     engine = "torch" if hasattr(model, "routing_config") else "transformers"
     costs = accounting(model)
     if settings.native:
-        model, engine = engage_native(model, progress)
+        model, engine = engage_native(model, progress, settings.precision)
     found: Record = {"engine": engine}
     length = text["sequence_length"]
     if cell.kind == "dynamic":

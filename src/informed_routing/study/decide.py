@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..execution.native import native_reason
+from ..evaluation.precision import Precision
+from ..execution.native import Weights, native_reason
 from ..models.families import FAMILIES
 from ..progress import Progress
 from ..routing.decision import Threshold
@@ -45,7 +47,7 @@ def decide(model: Any, cell: Cell, rows: Tensor, progress: Progress) -> dict[str
     return {**best, "tokens": rows.numel()}
 
 
-def engage_native(model: Any, progress: Progress) -> tuple[Any, str]:
+def engage_native(model: Any, progress: Progress, precision: Precision) -> tuple[Any, str]:
     """The model in the native engine where that can run it, else as it is; and the name of what runs it.
 
     Dense and depth-pruned models run in it as routed models that execute every token.
@@ -58,8 +60,13 @@ def engage_native(model: Any, progress: Progress) -> tuple[Any, str]:
         return model, "transformers"
     if model.routing_state.kv != "keep" or native_reason(model, progress) is not None:
         return model, "torch"
-    model.set_execution("native", policy="exact")
+    model.set_execution("native", weights=native_weights(model, precision), policy="exact")
     return model, "native"
+
+
+def native_weights(model: Any, precision: Precision) -> Weights:
+    """The native engine's format: the model's own, or that of the factors where they are below it."""
+    return "bfloat16" if precision == "bfloat16" or model.dtype == torch.bfloat16 else "float32"
 
 
 def _is_ordinary(model: Any) -> bool:

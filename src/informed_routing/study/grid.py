@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..config import Budget, Decision, describe
 from ..errors import InputError
+from ..evaluation.precision import Precision
 
 Layout = Literal["accuracy", "split", "loss", "columns", "curve", "allocation"]
 """The form of a table: see tables.py and figures.py."""
@@ -94,6 +95,9 @@ class Evaluation(_Frozen):
     validation_tokens: int = Field(16_384, ge=0, description="held-out part of the training text, for the loss")
     feature_tokens: int = Field(0, ge=0, description="of those: compared with the dense model, layer by layer")
     batch_size: int = Field(8, ge=1)
+    precision: Precision = Field(
+        "float32", description="of the factors of matrix products on a CPU; bfloat16 where it multiplies them faster"
+    )
     native: bool = Field(True, description="use the native engine where it can run")
 
 

@@ -17,11 +17,12 @@ from torch import Tensor
 from ..assets import load_model
 from ..evaluation.engines import Engine, RoutedEngine
 from ..evaluation.environment import environment
+from ..evaluation.precision import Precision, factors_in
 from ..evaluation.speed import Timing, Workload, decode_callable, measure, prefill_callable, prompt_text, take_prompts
 from ..progress import NullProgress, Progress
 from ..routing.decision import AlwaysExecute, Threshold
 from .build import load
-from .decide import engage_native
+from .decide import engage_native, native_weights
 from .grid import Speed
 from .plan import Cell
 from .store import Record, Store
@@ -39,7 +40,9 @@ def run_speed(
         for model in dict.fromkeys(cell.model for cell in waiting):
             group = [cell for cell in waiting if cell.model == model]
             for start in range(0, len(group), settings.at_once):
-                _time(group[start : start + settings.at_once], store, settings, device, progress)
+                chosen = group[start : start + settings.at_once]
+                with factors_in(chosen[0].evaluation.precision):
+                    _time(chosen, store, settings, device, progress)
                 gc.collect()
     return len(waiting)
 
@@ -47,10 +50,11 @@ def run_speed(
 def _time(cells: Sequence[Cell], store: Store, settings: Speed, device: str, progress: Progress) -> None:
     first = cells[0]
     dense, tokenizer = load_model(first.model, dtype=first.training["dtype"], device=device)
-    engines = {DENSE: list(_engines(dense, None, progress))}
+    precision = first.evaluation.precision
+    engines = {DENSE: list(_engines(dense, None, precision, progress))}
     for cell in cells:
         model, _ = load(cell, store, device=device)
-        engines[cell.key] = list(_engines(model, store.record(cell), progress))
+        engines[cell.key] = list(_engines(model, store.record(cell), precision, progress))
     ids = _prompts(first, tokenizer, settings).to(device)
     prompts, following = ids.split([settings.prompt_tokens, settings.new_tokens], dim=1)
     found: dict[str, dict[str, Timing]] = {}
@@ -64,7 +68,11 @@ def _time(cells: Sequence[Cell], store: Store, settings: Speed, device: str, pro
         found[phase] = measure(workloads, settings.repeats, 1, progress)
     for cell in cells:
         phases = {phase: _compared(timings, cell.key) for phase, timings in found.items()}
-        record = {"workload": settings.model_dump(exclude={"at_once"}), "threads": torch.get_num_threads()}
+        record = {
+            "workload": settings.model_dump(exclude={"at_once"}),
+            "precision": precision,
+            "threads": torch.get_num_threads(),
+        }
         store.keep_speed(cell, {"cell": cell.labels(), **phases, **record, "environment": environment()})
 
 
@@ -100,18 +108,17 @@ class _Placed(RoutedEngine):
         state.decision = self.rule
 
 
-def _engines(model: Any, record: Record | None, progress: Progress) -> Iterator[Engine]:
+def _engines(model: Any, record: Record | None, precision: Precision, progress: Progress) -> Iterator[Engine]:
     """Every way in which this model can run here."""
     routed = hasattr(model, "routing_config")
     if not routed:
         yield Engine(_unattached(model))
-    model, engine = engage_native(model, progress)
+    model, engine = engage_native(model, progress, precision)
     threshold = (record or {}).get("threshold")
     if routed:
         yield _Placed(model, None, _rule(model, threshold))
     if engine == "native":
-        weights = "bfloat16" if model.dtype == torch.bfloat16 else "float32"
-        yield _Placed(model, weights, _rule(model, threshold))
+        yield _Placed(model, native_weights(model, precision), _rule(model, threshold))
 
 
 def _unattached(model: Any) -> Any:

@@ -18,9 +18,10 @@ from ...errors import InputError
 
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
 FLAGS_VARIABLE = "INFORMED_ROUTING_CXXFLAGS"
-"""Further compiler flags, such as -DINFORMED_ROUTING_WIDE (the layout of AVX-512 on any machine)."""
+"""Further compiler flags, such as -DINFORMED_ROUTING_WIDE (the layout of AVX-512 on any machine), and with it
+-DINFORMED_ROUTING_TILES (matrix instructions by plain code)."""
 
-_SOURCES = ("vec.h", "linear.h", "attention.h", "interface.h", "engine.cpp")
+_SOURCES = ("vec.h", "tiles.h", "linear.h", "attention.h", "interface.h", "engine.cpp")
 
 
 def compiler() -> str | None:
@@ -64,7 +65,12 @@ def library_path() -> Path:
 @functools.cache
 def library() -> ctypes.CDLL:
     """The loaded engine."""
-    lib = ctypes.CDLL(str(library_path()))
+    return loaded(library_path())
+
+
+def loaded(path: Path) -> ctypes.CDLL:
+    """A compiled engine with the types of its functions."""
+    lib = ctypes.CDLL(str(path))
     lib.ir_packed_bytes.restype = ctypes.c_int64
     lib.ir_scratch.restype = ctypes.c_void_p
     return lib

@@ -204,6 +204,24 @@ class CpuEngine:
         )
         return out
 
+    def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """float32 [rows]: minus the log probabilities of `targets` int64 [rows] after normed states [rows, d].
+
+        Logits are never stored. A target outside the vocabulary (-100) is none, and loses 0.
+        """
+        x, wanted = hidden.float().contiguous(), targets.contiguous()
+        out = torch.empty(len(x))
+        at = ctypes.c_void_p
+        self.library.ir_loss(
+            ctypes.byref(self.model.head),
+            at(x.data_ptr()),
+            len(x),
+            at(wanted.data_ptr()),
+            at(out.data_ptr()),
+            self.threads,
+        )
+        return out
+
     def forced_forward(self, model: Any, ids: Tensor, choices: Tensor | None) -> Tensor:
         """Hidden states of ids [B, N] with the same choice (attention, ffn) in all layers, no cache; None is dense."""
         batch, length = ids.shape

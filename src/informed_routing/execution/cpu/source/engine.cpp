@@ -15,6 +15,7 @@
 extern "C" {
 
 int32_t ir_panel() { return NR; }
+int32_t ir_tiles() { return tiles_ready(); }  // whether many rows meet weights below float32 in bfloat16
 int64_t ir_packed_bytes(int32_t type, int32_t n, int32_t k) {
     return (int64_t)((n + NR - 1) / NR) * (int64_t)panel_bytes(type, k);
 }
@@ -34,13 +35,47 @@ void ir_unpack(int32_t type, const void* data, int32_t n, int32_t k, float* out)
             for (int c = 0; c < k; c++) out[(size_t)(p * NR + r) * k + c] = panel[(size_t)c * NR + r];
     }
 }
-// y [rows, n] = x [rows, k] W^T + bias: one layer alone, for price tables and tests.
+// y [rows, n] = x [rows, k] W^T + bias: one layer alone, for heads, price tables and tests.
 void ir_linear(const Linear* w, const float* x, int32_t rows, float* y, int32_t threads) {
     const Rows in{x, (size_t)w->k, nullptr, rows};
 #pragma omp parallel num_threads(threads)
     multiply(*w, in, omp_get_thread_num(), threads, [&](int i, int column, vf a, vf b) {
-        for (int r = 0; r < NR && column + r < w->n; r++) y[(size_t)i * w->n + column + r] = r < VL ? a[r] : b[r - VL];
+        store_part(y + (size_t)i * w->n + column, w->n - column, a, b);
     });
+}
+// losses [rows]: minus the log probability of targets [rows] by logits x W^T + bias, which are never stored.
+// Targets outside the vocabulary lose nothing.
+void ir_loss(const Linear* w, const float* x, int32_t rows, const int64_t* targets, float* losses, int32_t threads) {
+    const Rows in{x, (size_t)w->k, nullptr, rows};
+    // Of each thread and row: VL running maxima, and the sums of exp(logit - maximum) that belong to them.
+    std::vector<vf> peaks((size_t)threads * rows, (vf){} + MASKED), masses((size_t)threads * rows, (vf){});
+    std::vector<float> chosen(rows, 0.0f);
+#pragma omp parallel num_threads(threads)
+    {
+        const int tid = omp_get_thread_num();
+        vf* peak = peaks.data() + (size_t)tid * rows;
+        vf* mass = masses.data() + (size_t)tid * rows;
+        multiply(*w, in, tid, threads, [&](int i, int column, vf a, vf b) {
+            for (int r = w->n - column; r < NR; r++) (r < VL ? a[r] : b[r - VL]) = MASKED;
+            const int64_t place = targets[i] - column;
+            if (place >= 0 && place < NR) chosen[i] = place < VL ? a[place] : b[place - VL];
+            const vf top = vmax(peak[i], vmax(a, b));
+            mass[i] = mass[i] * vexp(peak[i] - top) + vexp(a - top) + vexp(b - top);
+            peak[i] = top;
+        });
+    }
+    for (int i = 0; i < rows; i++) {
+        losses[i] = 0;
+        if (targets[i] < 0 || targets[i] >= w->n) continue;
+        vf top = {}, sum_of = {};
+        top += MASKED;
+        for (int t = 0; t < threads; t++) top = vmax(top, peaks[(size_t)t * rows + i]);
+        float most = top[0];
+        for (int r = 1; r < VL; r++) most = std::max(most, top[r]);
+        for (int t = 0; t < threads; t++)
+            sum_of += masses[(size_t)t * rows + i] * vexp(peaks[(size_t)t * rows + i] - most);
+        losses[i] = std::log(sum(sum_of)) + most - chosen[i];
+    }
 }
 }
 
@@ -412,13 +447,7 @@ struct Forward {
         }
 #pragma omp barrier
         multiply(m.head, {x, (size_t)d, nullptr, kept}, tid, threads, [&](int i, int column, vf a, vf b) {
-            float* out = c.logits + (size_t)i * m.head.n + column;
-            if (column + NR <= m.head.n) {
-                store(out, a);
-                store(out + VL, b);
-            } else {
-                for (int r = 0; column + r < m.head.n; r++) out[r] = r < VL ? a[r] : b[r - VL];
-            }
+            store_part(c.logits + (size_t)i * m.head.n + column, m.head.n - column, a, b);
         });
 #pragma omp barrier
         lap(HEAD);

@@ -1,11 +1,12 @@
 // Linear layers with weights packed in panels of NR outputs: [N / NR][K][NR], so that one row (decode) streams
-// memory in order and many rows (prefill) reuse a panel from the cache. Quantised panels hold groups of 32 inputs
-// with a half-precision scale (int8) or scale and minimum (int4) per output.
+// memory in order and many rows (prefill) reuse a panel from the cache. Panels of bfloat16 hold pairs of inputs side by
+// side, [K / 2][NR][2], as matrix instructions read them (tiles.h). Quantised panels hold groups of 32 inputs with a
+// half-precision scale (int8) or scale and minimum (int4) per output.
 #pragma once
 #include <cmath>
 #include <vector>
 
-#include "vec.h"
+#include "tiles.h"
 
 enum Type : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 
@@ -17,11 +18,13 @@ struct Linear {
 
 INLINE int panels(const Linear& w) { return (w.n + NR - 1) / NR; }
 
+INLINE int steps_of(int k) { return (k + STEP - 1) / STEP; }
+
 INLINE size_t panel_bytes(int type, int k) {
     size_t groups = k / GROUP;
     switch (type) {
         case F32: return (size_t)k * NR * 4;
-        case BF16: return (size_t)k * NR * 2;
+        case BF16: return (size_t)steps_of(k) * STEP * NR * 2;
         case INT8: return groups * NR * (2 + GROUP);
         default: return groups * NR * (4 + GROUP / 2);
     }
@@ -31,12 +34,14 @@ INLINE size_t panel_bytes(int type, int k) {
 
 static void pack_panel(int type, const float* src, int n, int k, int first, char* out) {
     auto at = [&](int row, int col) { return first + row < n ? src[(size_t)(first + row) * k + col] : 0.0f; };
-    if (type == F32 || type == BF16) {
+    if (type == F32) {
         for (int c = 0; c < k; c++)
-            for (int r = 0; r < NR; r++) {
-                if (type == F32) ((float*)out)[(size_t)c * NR + r] = at(r, c);
-                else ((bf16*)out)[(size_t)c * NR + r] = to_bf16(at(r, c));
-            }
+            for (int r = 0; r < NR; r++) ((float*)out)[(size_t)c * NR + r] = at(r, c);
+        return;
+    }
+    if (type == BF16) {
+        for (int c = 0; c < steps_of(k) * STEP; c++)
+            for (int r = 0; r < NR; r++) ((bf16*)out)[((size_t)(c / 2) * NR + r) * 2 + c % 2] = to_bf16(c < k ? at(r, c) : 0);
         return;
     }
     for (int g = 0; g < k / GROUP; g++) {
@@ -74,7 +79,11 @@ static void pack_panel(int type, const float* src, int n, int k, int first, char
 // A panel as float32 [K][NR]: worth its cost once several tiles of rows use it.
 static void unpack_panel(int type, const char* src, int k, float* out) {
     if (type == BF16) {
-        for (size_t i = 0; i < (size_t)k * NR; i += VL) store(out + i, load((const bf16*)src + i));
+        for (int c = 0; c < k; c++)
+            for (int r = 0; r < NR; r += VL) {
+                const vi both = load_pairs((const bf16*)src + (size_t)(c / 2) * NR * 2 + 2 * r);
+                store(out + (size_t)c * NR + r, c % 2 ? second(both) : first(both));
+            }
         return;
     }
     for (int g = 0; g < k / GROUP; g++) {
@@ -136,7 +145,34 @@ INLINE void tile_plain(int k, const float* const* a, const T* b, vf acc[M][2], s
         for (int r = 0; r < M; r++) acc[r][0] += part[u][r][0], acc[r][1] += part[u][r][1];
 }
 
-// As above for the last VL columns of a b whose width is no multiple of NR.
+// As above for a panel of pairs.
+template <int M, int KU>
+INLINE void tile_pairs(int k, const float* const* a, const bf16* b, vf acc[M][2]) {
+    vf part[KU][M][2] = {};
+    constexpr int PAIRS = KU < 4 ? 1 : KU / 2;
+    auto step = [&](int c, int to, bool whole) __attribute__((always_inline)) {
+        const vi w0 = load_pairs(b + (size_t)c * NR), w1 = load_pairs(b + (size_t)c * NR + 2 * VL);
+        const vf e0 = first(w0), e1 = first(w1);
+#pragma GCC unroll 12
+        for (int r = 0; r < M; r++) part[to][r][0] += e0 * a[r][c], part[to][r][1] += e1 * a[r][c];
+        if (!whole) return;
+        to += KU > 1;
+        const vf o0 = second(w0), o1 = second(w1);
+#pragma GCC unroll 12
+        for (int r = 0; r < M; r++) part[to][r][0] += o0 * a[r][c + 1], part[to][r][1] += o1 * a[r][c + 1];
+    };
+    int c = 0;
+    for (; c + 2 * PAIRS <= k; c += 2 * PAIRS)
+#pragma GCC unroll 2
+        for (int u = 0; u < PAIRS; u++) step(c + 2 * u, 2 * u, true);
+    for (; c < k; c += 2) step(c, 0, c + 1 < k);
+#pragma GCC unroll 4
+    for (int u = 0; u < KU; u++)
+#pragma GCC unroll 12
+        for (int r = 0; r < M; r++) acc[r][0] += part[u][r][0], acc[r][1] += part[u][r][1];
+}
+
+// As tile_plain for the last VL columns of a b whose width is no multiple of NR.
 template <int M, class T>
 INLINE void tile_half(int k, const float* const* a, const T* b, vf acc[M], size_t ld) {
     for (int c = 0; c < k; c++) {
@@ -205,6 +241,16 @@ INLINE void tile_int4(int k, const float* const* a, const float* const* sums, co
     }
 }
 
+// The first n of two vectors.
+INLINE void store_part(float* out, int n, vf a, vf b) {
+    if (n >= NR) {
+        store(out, a);
+        store(out + VL, b);
+    } else {
+        for (int r = 0; r < n; r++) out[r] = r < VL ? a[r] : b[r - VL];
+    }
+}
+
 // Calls f with M as a compile-time constant, so that accumulators are registers.
 template <class F>
 INLINE void with_rows(int m, F&& f) {
@@ -231,6 +277,29 @@ INLINE void with_rows(int m, F&& f) {
 
 // ---- driver -------------------------------------------------------------------------------------------------
 
+// Blocks of rows times groups of panels, divided among threads; a thread's tasks share rows as far as can be.
+struct Tasks {
+    int rows, panels, threads, height, width, columns, count;
+    // Blocks have `most` rows or somewhat fewer, so that they are alike; all but the last are whole tiles.
+    Tasks(int rows, int panels, int threads, int most, int tile) : rows(rows), panels(panels), threads(threads) {
+        most = most < tile ? tile : most / tile * tile;
+        int blocks = (rows + most - 1) / most;
+        height = ((rows + blocks - 1) / blocks + tile - 1) / tile * tile;
+        blocks = (rows + height - 1) / height;
+        // Enough panels to a task that threads seldom meet, few enough that they end together.
+        width = (int)((long)panels * blocks / (threads * 8));
+        width = width < 1 ? 1 : width > 8 ? 8 : width;
+        columns = (panels + width - 1) / width;
+        count = columns * blocks;
+    }
+    int begin(int tid) const { return (int)((long)count * tid / threads); }
+    struct Task { int low, high, from, to; };  // rows and panels
+    Task at(int task) const {
+        const int low = task / columns * height, from = task % columns * width;
+        return {low, low + height < rows ? low + height : rows, from, from + width < panels ? from + width : panels};
+    }
+};
+
 // The rows of a product: row i is base + index[i] * stride (index may be null: 0, 1, 2, ...).
 struct Rows {
     const float* base;
@@ -247,6 +316,57 @@ INLINE int tile_rows(int type, bool direct) {
 }
 
 // out(i, column, v0, v1) gets the product of row i with the outputs column .. column + NR.
+#if HAS_TILES
+// A panel of any format as pairs of bfloat16 [steps][16][NR].
+static const uint32_t* panel_pairs(const Linear& w, const char* panel, std::vector<float>& plain, std::vector<vi>& pairs) {
+    if (w.type == BF16) return (const uint32_t*)panel;
+    unpack_panel(w.type, panel, w.k, plain.data());  // its inputs fill groups of 32: nothing is left over
+    vi* out = pairs.data();
+    for (int c = 0; c < w.k; c += 2)
+        for (int r = 0; r < NR; r += VL)
+            *out++ = bf16_pairs(load(plain.data() + (size_t)c * NR + r), load(plain.data() + (size_t)(c + 1) * NR + r));
+    return (const uint32_t*)pairs.data();
+}
+
+// `multiply` of many rows, none of them by float32 weights.
+template <class Out>
+static void multiply_tiles(const Linear& w, const Rows& x, int tid, int threads, Out&& out) {
+    const int steps = steps_of(w.k);
+    const size_t bytes = panel_bytes(w.type, w.k), stack = (size_t)steps * 16 * STEP;
+    // Rows of a block fit a quarter of a private cache.
+    const Tasks plan(x.count, panels(w), threads, 262144 / (steps * STEP), 32);
+    thread_local std::vector<float> plain;
+    thread_local std::vector<bf16> rows;
+    thread_local std::vector<vi> pairs;
+    if (w.type != BF16) plain.resize((size_t)w.k * NR), pairs.resize((size_t)w.k * NR / 2 / VL);
+    rows.resize((size_t)(plan.height + 15) / 16 * stack);
+    alignas(64) float sums[32 * NR];
+    int packed = -1;
+    tiles_begin();
+    for (int task = plan.begin(tid); task < plan.begin(tid + 1); task++) {
+        const auto [low, high, from, to] = plan.at(task);
+        if (low != packed) {
+            for (int i = low; i < high; i++)
+                pack_row(x.row(i), w.k, rows.data() + (i - low) / 16 * stack + (size_t)((i - low) % 16) * STEP);
+            packed = low;
+        }
+        for (int p = from; p < to; p++) {
+            const uint32_t* panel = panel_pairs(w, (const char*)w.data + p * bytes, plain, pairs);
+            vf b0 = {}, b1 = {};
+            if (w.bias) b0 = load(w.bias + p * NR), b1 = load(w.bias + p * NR + VL);
+            for (int i = low; i < high; i += 32) {
+                const bf16* a = rows.data() + (i - low) / 16 * stack;
+                if (high - i > 16) tile_block<2>(steps, a, stack, panel, sums);
+                else tile_block<1>(steps, a, stack, panel, sums);
+                for (int r = 0; r < 32 && i + r < high; r++)
+                    out(i + r, p * NR, load(sums + r * NR) + b0, load(sums + r * NR + VL) + b1);
+            }
+        }
+    }
+    tiles_end();
+}
+#endif
+
 // Called by every thread of a parallel region; no barrier at its end.
 template <class Out>
 static void multiply(const Linear& w, const Rows& x, int tid, int threads, Out&& out) {
@@ -254,18 +374,11 @@ static void multiply(const Linear& w, const Rows& x, int tid, int threads, Out&&
     const int p_count = panels(w), k = w.k;
     const size_t bytes = panel_bytes(w.type, k);
     const bool direct = x.count <= direct_rows(w.type);
+#if HAS_TILES
+    if (!direct && tiles_ready()) return multiply_tiles(w, x, tid, threads, out);
+#endif
     // Rows of a block fit half of a private cache, so that each panel finds them there.
-    int block = 65536 / k / MR * MR;
-    block = block < MR ? MR : block;
-    if (!direct && w.type != F32) block *= 2;
-    const int blocks = (x.count + block - 1) / block;
-    const int height = (x.count + blocks - 1) / blocks;
-    // Enough panels to a task that threads seldom meet, few enough that they end together.
-    const int tasks_wanted = threads * 8;
-    int width = (int)((long)p_count * blocks / tasks_wanted);
-    width = width < 1 ? 1 : width > 8 ? 8 : width;
-    const int columns = (p_count + width - 1) / width;
-    const int tasks = columns * blocks;
+    const Tasks plan(x.count, p_count, threads, 65536 / k * (direct || w.type == F32 ? 1 : 2), MR);
     thread_local std::vector<float> unpacked, group_sums;
     if (!direct && w.type != F32) unpacked.resize((size_t)k * NR + VL);
     if (direct && w.type == INT4) {
@@ -279,10 +392,9 @@ static void multiply(const Linear& w, const Rows& x, int tid, int threads, Out&&
                 group_sums[(size_t)i * groups + g] = sum(s);
             }
     }
-    for (int task = (int)((long)tasks * tid / threads); task < (int)((long)tasks * (tid + 1) / threads); task++) {
-        const int low = task / columns * height, high = low + height < x.count ? low + height : x.count;
-        const int first = task % columns * width, last = first + width < p_count ? first + width : p_count;
-        for (int p = first; p < last; p++) {
+    for (int task = plan.begin(tid); task < plan.begin(tid + 1); task++) {
+        const auto [low, high, from, to] = plan.at(task);
+        for (int p = from; p < to; p++) {
             const char* panel = (const char*)w.data + p * bytes;
             const float* plain = (const float*)panel;
             if (!direct && w.type != F32) {
@@ -301,7 +413,7 @@ static void multiply(const Linear& w, const Rows& x, int tid, int threads, Out&&
                     for (int r = 0; r < M; r++) a[r] = x.row(i0 + r), acc[r][0] = b0, acc[r][1] = b1;
                     constexpr int KU = M == 1 ? 4 : M == 2 ? 2 : 1;
                     if (w.type == F32 || !direct) tile_plain<M, KU>(k, a, plain, acc);
-                    else if (w.type == BF16) tile_plain<M, KU>(k, a, (const bf16*)panel, acc);
+                    else if (w.type == BF16) tile_pairs<M, KU>(k, a, (const bf16*)panel, acc);
                     else if (w.type == INT8) tile_int8<M>(k, a, panel, acc);
                     else {
                         const float* sums[M];

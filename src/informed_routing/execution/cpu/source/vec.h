@@ -49,6 +49,15 @@ INLINE vf load(const _Float16* p) { return __builtin_convertvector(*(const vhf*)
 #endif
 INLINE vf load(const int8_t* p) { return __builtin_convertvector(widen(p), vf); }
 
+// VL pairs of bfloat16, and the first and second ones of them.
+INLINE vi load_pairs(const bf16* p) {
+    vi both;
+    std::memcpy(&both, p, sizeof both);
+    return both;
+}
+INLINE vf first(vi pairs) { return (vf)(pairs << 16); }
+INLINE vf second(vi pairs) { return (vf)(pairs & (int32_t)0xffff0000); }
+
 INLINE bf16 to_bf16(float x) {  // round to nearest even
     uint32_t u;
     std::memcpy(&u, &x, 4);
