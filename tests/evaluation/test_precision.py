@@ -16,9 +16,14 @@ from informed_routing.routing.decision import Threshold
 def test_the_setting_of_torch_is_put_back() -> None:
     products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = products.fp32_precision
-    with pytest.raises(ZeroDivisionError), factors_in("bfloat16"):
-        assert products.fp32_precision == "bf16"
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with factors_in("bfloat16"):
+            assert products.fp32_precision == "bf16"
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert products.fp32_precision == before
     x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     with factors_in("float32"):
