@@ -166,6 +166,10 @@ def _prefix(model: Any, tokens: tuple[int, ...], repeats: int) -> DynamicCache:
 def _forward(model: Any, inputs: Tensor, keep: int, arguments: dict[str, Any]) -> Tensor:
     """Logits of the last `keep` positions; by keywords, since native engines take no other call."""
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        arguments = {**arguments, "logits_to_keep": keep}
+        length = inputs.shape[1]
+        # Torch multiplies a slice of a batch by a copy of the head for each sequence; engines take no indices.
+        native = getattr(model, "runs_native", False)
+        kept = keep if native else torch.arange(length - keep, length, device=model.device)
+        arguments = {**arguments, "logits_to_keep": kept}
     logits: Tensor = model(input_ids=inputs.to(model.device), **arguments).logits
     return logits[:, -keep:]

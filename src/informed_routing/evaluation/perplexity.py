@@ -256,7 +256,9 @@ def _hidden_states(model: Any, inputs: Tensor) -> tuple[Tensor | None, Tensor]:
 
     handle = model.get_decoder().register_forward_hook(keep)
     try:
-        output = model(input_ids=inputs, use_cache=False, logits_to_keep=1)
+        # by index, since torch multiplies a slice of a batch by a copy of the head for each sequence
+        last = torch.tensor([inputs.shape[1] - 1], device=inputs.device)
+        output = model(input_ids=inputs, use_cache=False, logits_to_keep=last)
     finally:
         handle.remove()
     return (kept[-1] if kept else None), output.logits[:, -1]
