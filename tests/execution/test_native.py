@@ -412,3 +412,29 @@ def test_losses_are_those_of_the_logits(weights: Weights, rows: int) -> None:
     targets[rows // 2] = -100
     expected = nn.functional.cross_entropy(engine.head(hidden), targets, reduction="none")
     torch.testing.assert_close(engine.losses(hidden, targets), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@pytest.mark.parametrize("window", [None, 70])
+def test_long_prompts_below_float32_agree_with_the_reference(weights: Weights, window: int | None) -> None:
+    """Attention by matrix instructions, where the machine has them: several blocks of keys, windows and padding."""
+    settings = {"head_dim": 32, "max_position_embeddings": 512}
+    model = make_routed("mistral", sliding_window=window, **settings)
+    reference = rounded(model, weights)
+    ids = random_ids(3, 300)
+    mask = left_padded(ids, (0, 5, 230))
+    gates = torch.rand(len(model.units), *ids.shape, generator=torch.Generator().manual_seed(1)) < 0.6
+    reference.set_execution("masked")
+    reference.set_decision(Replay(gates))
+    engine = native(model, weights)
+    model.set_decision(Threshold(0.0))
+    rows = cast(Rows, Rows.from_mask(mask, *ids.shape))
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.inference_mode():
+        expected = reference(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False).logits
+        embeddings = model.decoder.embed_tokens(ids)
+        rope = model.decoder.rotary_emb(embeddings, position_ids=places)
+        found = engine.forward(embeddings, rope, rows, None, model.routing_state, model.stats, keep=300, forced=gates)
+    difference = (found - expected)[mask.bool()].abs()
+    assert difference.max() < tolerance(weights)
+    assert difference.mean() < tolerance(weights) / 10

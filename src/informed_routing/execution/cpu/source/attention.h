@@ -3,6 +3,7 @@
 // Keys lie in panels [S / NR][head_dim][NR], values in rows [S][head_dim], per sequence and key-value head; the
 // query heads that share a key-value head are rows of the same tiles.
 #pragma once
+#include <type_traits>
 #include <vector>
 
 #include "linear.h"
@@ -23,13 +24,136 @@ struct KeyValues {
     int head_dim;
 };
 
-// Rows q[i] [head_dim] (rotated and scaled) see keys low[i] .. last[i]; of these the part from..to is done here.
+// The two products of a block of KEY_BLOCK keys from `start`: scores [n][KEY_BLOCK] of n rows q [head_dim], and
+// out [n][head_dim] += weights times values, where the weights [n][KEY_BLOCK] have taken the place of the scores.
 template <class T>
+struct PlainProducts {
+    const KeyValues<T>& kv;
+    const int n;
+    const float* const* q;
+    float *scores, *out;
+
+    template <class F>
+    void each_tile(F&& f) const {
+        const int tiles = (n + MR - 1) / MR;
+        for (int t = 0; t < tiles; t++) {
+            const int i0 = n * t / tiles, i1 = n * (t + 1) / tiles;
+            with_rows(i1 - i0, [&](auto rows) { f(rows, i0); });
+        }
+    }
+
+    void score(int start, int columns) const {
+        const int hd = kv.head_dim;
+        each_tile([&](auto rows, int i0) {
+            constexpr int M = decltype(rows)::value;
+            for (int p = 0; p < columns; p++) {
+                vf acc[M][2] = {};
+                tile_plain<M, (M < 3 ? 2 : 1)>(hd, q + i0, kv.keys + (size_t)(start / NR + p) * hd * NR, acc);
+                for (int r = 0; r < M; r++) {
+                    store(scores + (i0 + r) * KEY_BLOCK + p * NR, acc[r][0]);
+                    store(scores + (i0 + r) * KEY_BLOCK + p * NR + VL, acc[r][1]);
+                }
+            }
+        });
+    }
+
+    void mix(int start, int used) const {
+        const int hd = kv.head_dim;
+        each_tile([&](auto rows, int i0) {
+            constexpr int M = decltype(rows)::value;
+            const float* a[M];
+            for (int r = 0; r < M; r++) a[r] = scores + (i0 + r) * KEY_BLOCK;
+            const T* v = kv.values + (size_t)start * hd;
+            int c = 0;
+            for (; c + NR <= hd; c += NR) {
+                vf acc[M][2];
+                for (int r = 0; r < M; r++) {
+                    acc[r][0] = load(out + (i0 + r) * hd + c);
+                    acc[r][1] = load(out + (i0 + r) * hd + c + VL);
+                }
+                tile_plain<M, (M < 3 ? 2 : 1)>(used, a, v + c, acc, hd);
+                for (int r = 0; r < M; r++) {
+                    store(out + (i0 + r) * hd + c, acc[r][0]);
+                    store(out + (i0 + r) * hd + c + VL, acc[r][1]);
+                }
+            }
+            if (c < hd) {
+                vf acc[M];
+                for (int r = 0; r < M; r++) acc[r] = load(out + (i0 + r) * hd + c);
+                tile_half<M>(used, a, v + c, acc, hd);
+                for (int r = 0; r < M; r++) store(out + (i0 + r) * hd + c, acc[r]);
+            }
+        });
+    }
+};
+
+#if HAS_TILES
+// The same by matrix instructions: queries and weights are rounded to bfloat16, as keys and values are.
+struct TileProducts {
+    static constexpr int ROWS = 128;  // most of them
+    static constexpr int KEY_STEPS = KEY_BLOCK / STEP;
+    const KeyValues<bf16>& kv;
+    const int n, steps;
+    float *scores, *out;  // with room for whole tiles of rows
+    std::vector<bf16>&queries, &weights;
+    std::vector<uint32_t>& pairs;
+
+    static bool can(int n, int head_dim) { return tiles_ready() && n >= 8 && n <= ROWS && head_dim % NR == 0; }
+
+    TileProducts(const KeyValues<bf16>& kv, int n, const float* const* q, float* scores, float* out)
+        : kv(kv), n(n), steps(kv.head_dim / STEP), scores(scores), out(out), queries(kept<bf16, 0>()),
+          weights(kept<bf16, 1>()), pairs(kept<uint32_t, 2>()) {
+        queries.resize((size_t)ROWS * kv.head_dim), weights.resize((size_t)ROWS * KEY_BLOCK);
+        pairs.resize((size_t)KEY_BLOCK / 2 * kv.head_dim);
+        for (int i = 0; i < n; i++)
+            pack_row(q[i], kv.head_dim, queries.data() + (size_t)(i / 16) * steps * 16 * STEP + i % 16 * STEP);
+        tiles_begin();
+    }
+    ~TileProducts() { tiles_end(); }
+
+    template <class E, int>
+    static std::vector<E>& kept() {
+        thread_local std::vector<E> memory;
+        return memory;
+    }
+
+    void score(int start, int columns) const {
+        const int hd = kv.head_dim;
+        for (int p = 0; p < columns; p++) {
+            const bf16* panel = kv.keys + (size_t)(start / NR + p) * hd * NR;
+            for (int e = 0; e < hd; e += 2) pair_rows(panel + e * NR, panel + (e + 1) * NR, pairs.data() + e / 2 * NR);
+            tile_rows_block(n, steps, queries.data(), (size_t)steps * 16 * STEP, pairs.data(), scores + p * NR, KEY_BLOCK);
+        }
+    }
+
+    void mix(int start, int used) const {
+        const int hd = kv.head_dim, width = (used + NR - 1) / NR * NR;
+        for (int i = 0; i < n; i++) {
+            float* row = scores + i * KEY_BLOCK;
+            for (int c = width; c < KEY_BLOCK; c += VL) store(row + c, (vf){});
+            pack_row(row, KEY_BLOCK, weights.data() + (size_t)(i / 16) * KEY_STEPS * 16 * STEP + i % 16 * STEP);
+        }
+        for (int c = 0; c < hd; c += NR) {
+            for (int k = 0; k < KEY_BLOCK; k += 2) {
+                const bf16* v = kv.values + (size_t)(start + k) * hd + c;
+                pair_rows(v, v + hd, pairs.data() + k / 2 * NR);
+            }
+            tile_rows_block<true>(
+                n, KEY_STEPS, weights.data(), (size_t)KEY_STEPS * 16 * STEP, pairs.data(), out + c, hd
+            );
+        }
+    }
+};
+#endif
+
+// Rows see keys low[i] .. last[i]; of these the part from..to is done here. `out` [n][head_dim] and `state` [n] get the
+// sums and what they have to be divided by.
+template <class Products>
 static void attend(
-    const KeyValues<T>& kv, int n, const float* const* q, const int* low, const int* last, int from, int to,
-    float* out, Partial* state, float* scores
+    const Products& products, const int* low, const int* last, int from, int to, Partial* state
 ) {
-    const int hd = kv.head_dim;
+    const int n = products.n, hd = products.kv.head_dim;
+    float *scores = products.scores, *out = products.out;
     int least_last = last[0], most_low = low[0];
     for (int i = 0; i < n; i++) {
         least_last = last[i] < least_last ? last[i] : least_last;
@@ -37,24 +161,10 @@ static void attend(
         state[i] = {MASKED, 0.0f};
     }
     std::memset(out, 0, sizeof(float) * (size_t)n * hd);
-    const int tiles = (n + MR - 1) / MR;
     for (int start = from / KEY_BLOCK * KEY_BLOCK; start < to; start += KEY_BLOCK) {
         const int used = to - start < KEY_BLOCK ? to - start : KEY_BLOCK;
         const int columns = (used + NR - 1) / NR;
-        for (int t = 0; t < tiles; t++) {
-            const int i0 = n * t / tiles, i1 = n * (t + 1) / tiles;
-            with_rows(i1 - i0, [&](auto constant) {
-                constexpr int M = decltype(constant)::value;
-                for (int p = 0; p < columns; p++) {
-                    vf acc[M][2] = {};
-                    tile_plain<M, (M < 3 ? 2 : 1)>(hd, q + i0, kv.keys + (size_t)(start / NR + p) * hd * NR, acc);
-                    for (int r = 0; r < M; r++) {
-                        store(scores + (i0 + r) * KEY_BLOCK + p * NR, acc[r][0]);
-                        store(scores + (i0 + r) * KEY_BLOCK + p * NR + VL, acc[r][1]);
-                    }
-                }
-            });
-        }
+        products.score(start, columns);
         const int width = columns * NR;
         const bool partly = start + width - 1 > least_last || start < most_low || start < from || used < width;
         for (int i = 0; i < n; i++) {
@@ -83,33 +193,20 @@ static void attend(
             }
             state[i].mass += sum(mass);
         }
-        for (int t = 0; t < tiles; t++) {
-            const int i0 = n * t / tiles, i1 = n * (t + 1) / tiles;
-            with_rows(i1 - i0, [&](auto constant) {
-                constexpr int M = decltype(constant)::value;
-                const float* a[M];
-                for (int r = 0; r < M; r++) a[r] = scores + (i0 + r) * KEY_BLOCK;
-                const T* v = kv.values + (size_t)start * hd;
-                int c = 0;
-                for (; c + NR <= hd; c += NR) {
-                    vf acc[M][2];
-                    for (int r = 0; r < M; r++) {
-                        acc[r][0] = load(out + (i0 + r) * hd + c);
-                        acc[r][1] = load(out + (i0 + r) * hd + c + VL);
-                    }
-                    tile_plain<M, (M < 3 ? 2 : 1)>(used, a, v + c, acc, hd);
-                    for (int r = 0; r < M; r++) {
-                        store(out + (i0 + r) * hd + c, acc[r][0]);
-                        store(out + (i0 + r) * hd + c + VL, acc[r][1]);
-                    }
-                }
-                if (c < hd) {
-                    vf acc[M];
-                    for (int r = 0; r < M; r++) acc[r] = load(out + (i0 + r) * hd + c);
-                    tile_half<M>(used, a, v + c, acc, hd);
-                    for (int r = 0; r < M; r++) store(out + (i0 + r) * hd + c, acc[r]);
-                }
-            });
-        }
+        products.mix(start, used);
     }
+}
+
+// All keys from..to of a row by the fastest products; `out` and `scores` have room for whole tiles of rows.
+template <class T>
+static void attend_to(
+    const KeyValues<T>& kv, int n, const float* const* q, const int* low, const int* last, int from, int to,
+    float* out, Partial* state, float* scores
+) {
+#if HAS_TILES
+    if constexpr (std::is_same_v<T, bf16>)
+        if (TileProducts::can(n, kv.head_dim))
+            return attend(TileProducts(kv, n, q, scores, out), low, last, from, to, state);
+#endif
+    attend(PlainProducts<T>{kv, n, q, scores, out}, low, last, from, to, state);
 }

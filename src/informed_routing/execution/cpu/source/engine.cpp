@@ -324,8 +324,9 @@ struct Forward {
         const int height = per_task * shared;
         float* mixed = s.mixed.store.data();
         thread_local std::vector<float> scores, local;
-        scores.resize((size_t)height * KEY_BLOCK);
-        local.resize((size_t)height * hd);
+        const size_t room = (height + 15) / 16 * 16;  // whole tiles of rows
+        scores.resize(room * KEY_BLOCK);
+        local.resize(room * hd);
         std::vector<const float*> q(height);
         std::vector<int> first(height), last(height);
         std::vector<Partial> state(height);
@@ -348,12 +349,13 @@ struct Forward {
             const KeyValues<T> kv{(const T*)c.keys[index] + base, (const T*)c.values[index] + base, hd};
             if (splits > 1) {
                 const size_t at = (size_t)(item * splits + part) * height;
-                attend(kv, n, q.data(), first.data(), last.data(), std::max(since, part * span),
-                       std::min(until, (part + 1) * span), s.partial.store.data() + at * hd, s.states.data() + at,
-                       scores.data());
+                const PlainProducts<T> products{kv, n, q.data(), scores.data(), s.partial.store.data() + at * hd};
+                attend(products, first.data(), last.data(), std::max(since, part * span),
+                       std::min(until, (part + 1) * span), s.states.data() + at);
                 continue;
             }
-            attend(kv, n, q.data(), first.data(), last.data(), since, until, local.data(), state.data(), scores.data());
+            attend_to(kv, n, q.data(), first.data(), last.data(), since, until, local.data(), state.data(),
+                      scores.data());
             for (int r = 0; r < n; r++) {
                 float* out = mixed + (size_t)(from + r / shared) * width + (size_t)(h * shared + r % shared) * hd;
                 // Padding may see no key at all; what it gets only must be a number.

@@ -33,13 +33,13 @@ static_assert(VL == 16, "tiles are 16 outputs wide: compile with INFORMED_ROUTIN
 struct PlainTile { uint32_t at[16][16]; };
 static thread_local PlainTile plain_tiles[8];
 
-static void plain_load(int t, const void* p, size_t stride) {
+static __attribute__((noinline)) void plain_load(int t, const void* p, size_t stride) {
     for (int r = 0; r < 16; r++) std::memcpy(plain_tiles[t].at[r], (const char*)p + r * stride, 64);
 }
-static void plain_store(int t, void* p, size_t stride) {
+static __attribute__((noinline)) void plain_store(int t, void* p, size_t stride) {
     for (int r = 0; r < 16; r++) std::memcpy((char*)p + r * stride, plain_tiles[t].at[r], 64);
 }
-static void plain_product(int c, int a, int b) {
+static __attribute__((noinline)) void plain_product(int c, int a, int b) {
     auto low = [](uint32_t v) {
         const bf16 half{(uint16_t)v};
         return get(&half);
@@ -100,15 +100,28 @@ INLINE void pack_row(const float* x, int k, bf16* out) {
     for (int c = 0; c < STEP; c++) out[c] = c < k ? to_bf16(x[c]) : bf16{0};
 }
 
-// sums [16 TALL][NR] = TALL stacks of tiles (`height` apart) times a panel of pairs [steps][16][NR].
-template <int TALL>
-INLINE void tile_block(int steps, const bf16* a, size_t height, const uint32_t* panel, float* sums) {
+// sums [16 TALL][stride] = (or with ADD, +=) TALL stacks of tiles, `height` apart, times a panel of pairs
+// [steps][16][NR].
+template <int TALL, bool ADD = false>
+INLINE void tile_block(
+    int steps, const bf16* a, size_t height, const uint32_t* panel, float* sums, size_t stride = NR
+) {
     memory_fence();
-    TILE_ZERO(0);
-    TILE_ZERO(1);
-    if (TALL == 2) {
-        TILE_ZERO(2);
-        TILE_ZERO(3);
+    float* lower = sums + 16 * stride;
+    if (ADD) {
+        TILE_LOAD(0, sums, stride * 4);
+        TILE_LOAD(1, sums + 16, stride * 4);
+        if (TALL == 2) {
+            TILE_LOAD(2, lower, stride * 4);
+            TILE_LOAD(3, lower + 16, stride * 4);
+        }
+    } else {
+        TILE_ZERO(0);
+        TILE_ZERO(1);
+        if (TALL == 2) {
+            TILE_ZERO(2);
+            TILE_ZERO(3);
+        }
     }
     for (int s = 0; s < steps; s++, a += 16 * STEP, panel += 16 * NR) {
         TILE_LOAD(4, panel, NR * 4);
@@ -122,13 +135,34 @@ INLINE void tile_block(int steps, const bf16* a, size_t height, const uint32_t* 
             TILE_PRODUCT(3, 7, 5);
         }
     }
-    TILE_STORE(0, sums, NR * 4);
-    TILE_STORE(1, sums + 16, NR * 4);
+    TILE_STORE(0, sums, stride * 4);
+    TILE_STORE(1, sums + 16, stride * 4);
     if (TALL == 2) {
-        TILE_STORE(2, sums + 16 * NR, NR * 4);
-        TILE_STORE(3, sums + 16 * NR + 16, NR * 4);
+        TILE_STORE(2, lower, stride * 4);
+        TILE_STORE(3, lower + 16, stride * 4);
     }
     memory_fence();
+}
+
+// As above for any number of rows; `sums` has room for whole tiles.
+template <bool ADD = false>
+INLINE void tile_rows_block(
+    int rows, int steps, const bf16* a, size_t height, const uint32_t* panel, float* sums, size_t stride
+) {
+    for (int i = 0; i < rows; i += 32, a += 2 * height, sums += 32 * stride) {
+        if (rows - i > 16) tile_block<2, ADD>(steps, a, height, panel, sums, stride);
+        else tile_block<1, ADD>(steps, a, height, panel, sums, stride);
+    }
+}
+
+// NR pairs of two rows.
+INLINE void pair_rows(const bf16* even, const bf16* odd, uint32_t* out) {
+    for (int r = 0; r < NR; r += VL) {
+        const vi a = __builtin_convertvector(*(const vh*)(even + r), vi);
+        const vi b = __builtin_convertvector(*(const vh*)(odd + r), vi);
+        const vi both = a | (b << 16);
+        std::memcpy(out + r, &both, sizeof both);
+    }
 }
 #else
 INLINE bool tiles_ready() { return false; }
