@@ -418,8 +418,7 @@ def test_losses_are_those_of_the_logits(weights: Weights, rows: int) -> None:
 @pytest.mark.parametrize("window", [None, 70])
 def test_long_prompts_below_float32_agree_with_the_reference(weights: Weights, window: int | None) -> None:
     """Attention by matrix instructions, where the machine has them: several blocks of keys, windows and padding."""
-    settings = {"head_dim": 32, "max_position_embeddings": 512}
-    model = make_routed("mistral", sliding_window=window, **settings)
+    model = make_routed("mistral", sliding_window=window, head_dim=32, max_position_embeddings=512)
     reference = rounded(model, weights)
     ids = random_ids(3, 300)
     mask = left_padded(ids, (0, 5, 230))
