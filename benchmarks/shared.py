@@ -22,6 +22,7 @@ from informed_routing.routed_model import RoutedModelForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "data" / "speed"
 UNITS, MACS = ROOT / "out/quality/dial", ROOT / "out/quality/macs-100"
+DEMO = ROOT / "out/demo"
 BASE = "demo:smollm2-135m"
 TEXTS = ("demo:wiki", "demo:c4")
 FORMATS = ("float32", "bfloat16", "int8", "int4")

@@ -3,6 +3,7 @@
     python benchmarks/quality.py units-start units-100 macs-100   # the routed models, if they are not there yet
     python benchmarks/dial.py
     python benchmarks/speed.py prefill decode                     # on an otherwise idle machine
+    python benchmarks/speed.py matrix                             # on a machine with AMX, after `make demo`
     python benchmarks/equal_speed.py budgets depth
     python benchmarks/agreement.py agreement
     python benchmarks/speed_page.py                               # docs/benchmarks.md from what was measured
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shared import BASE, FORMATS, MACS, PROGRESS, natives, perplexity, routed, run_sections, text
+from shared import BASE, DEMO, FORMATS, MACS, PROGRESS, natives, perplexity, routed, run_sections, text
 
 from informed_routing.assets import load_model
 from informed_routing.evaluation.engines import CompiledEngine, Engine, RoutedEngine
@@ -55,6 +56,17 @@ def prefill() -> Any:
     return both_budgets(
         ("float32", "bfloat16"), others, prompt_tokens=(512, 2048), phases=("prefill",), repeats=7, profile=True
     )
+
+
+def matrix() -> Any:
+    """Prefill where the processor has matrix instructions (AMX), of the model that `make demo` leaves in out/demo."""
+    engines = natives(routed(DEMO), FORMATS)
+    for kind in (torch.float32, torch.bfloat16):
+        dense = load_model(BASE, dtype=kind)[0]
+        engines.append(Engine(dense, f"transformers {str(kind).removeprefix('torch.')}"))
+    settings: dict[str, Any] = {"prompt_tokens": (512, 2048), "phases": ("prefill",), "repeats": 7, "profile": True}
+    rows = benchmark_rows(engines, text(), sparsities=(0.25, 0.4), budget="macs", progress=PROGRESS, **settings)
+    return [{"budget": "macs", **row} for row in rows]
 
 
 def decode() -> Any:
@@ -210,4 +222,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--peak"]:  # one memory figure, from a process of its own
         print(json.dumps(peak(sys.argv[2], float(sys.argv[3]), int(sys.argv[4]))))
     else:
-        run_sections(__doc__, (prefill, decode, batch_8, batch_32, formats, torchao, lengths))
+        run_sections(__doc__, (prefill, matrix, decode, batch_8, batch_32, formats, torchao, lengths))

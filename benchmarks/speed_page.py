@@ -84,6 +84,15 @@ def prefill(rows: list[Row]) -> list[str]:
     return ["## Prefill: `python benchmarks/speed.py prefill`", speed(rows, per_token=False)]
 
 
+def matrix(rows: list[Row]) -> list[str]:
+    return [
+        "## Prefill with matrix instructions: `python benchmarks/speed.py matrix`",
+        "On a processor with AMX the engine multiplies by it wherever weights are below float32, and so does torch with "
+        "models in bfloat16. The routed model is the one of `make demo`, its targets are shares of the body's MACs.",
+        speed(rows, per_token=False),
+    ]
+
+
 def decode(rows: list[Row]) -> list[str]:
     return [
         "## Decode, batch 1: `python benchmarks/speed.py decode`",
@@ -239,6 +248,7 @@ SECTIONS: dict[str, Callable[[Any], list[str]]] = {
     f.__name__: f
     for f in (
         prefill,
+        matrix,
         decode,
         batch_8,
         batch_32,
