@@ -87,7 +87,7 @@ def prefill(rows: list[Row]) -> list[str]:
 def matrix(rows: list[Row]) -> list[str]:
     return [
         "## Prefill with matrix instructions: `python benchmarks/speed.py matrix`",
-        "On a processor with AMX the engine multiplies by it wherever weights are below float32, and so does torch with "
+        "On a processor with AMX the engine multiplies by it where weights are below float32, and so does torch with "
         "models in bfloat16. The routed model is the one of `make demo`, its targets are shares of the body's MACs.",
         speed(rows, per_token=False),
     ]
