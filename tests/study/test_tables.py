@@ -20,7 +20,7 @@ from informed_routing.study.report import write_report
 from informed_routing.study.results import Value, entries
 from informed_routing.study.store import Store
 from informed_routing.study.tables import Block, Column, Row, Table, comma_separated, markdown
-from informed_routing.study.verdicts import less
+from informed_routing.study.verdicts import ahead, less
 
 LLAMA = "meta-llama/Llama-3.1-8B"
 TASKS = {
@@ -185,6 +185,10 @@ def test_a_difference_within_the_error_decides_nothing(tmp_path: Path) -> None:
     assert less(found, sides[0], sides[1], perplexity).word == "holds"
     assert less(found, sides[1], sides[0], perplexity).word == "does not hold"
     assert less(found, ("mod", 0.25, True), sides[0], perplexity).word == "not measured"
+    assert ahead(found, sides[0], sides[1:]).word == "within the error"
+    assert ahead(found, sides[1], sides[:1]).word == "does not hold"
+    _, cells, store = filled("table1", tmp_path / "clear", {sides[0]: (9.0, 0.60), sides[1]: (9.5, 0.50)})
+    assert ahead(entries(cells, store), sides[0], sides[1:]).word == "holds"
 
 
 def test_the_page_counts_and_names_every_claim(tmp_path: Path) -> None:

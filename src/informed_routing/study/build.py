@@ -6,6 +6,7 @@ import json
 import shutil
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..assets import load_model
@@ -25,7 +26,8 @@ def ensure(stage: Stage, store: Store, *, device: str, progress: Progress) -> Re
     if report is None:
         work = {"fit": _fit, "prune": _prune, "recover": _recover}[stage.kind]
         found = work(stage, store, device, progress)
-        report = {"stage": stage.kind, "key": stage.key, "tokens": stage.tokens, **found}
+        known = {"stage": stage.kind, "key": stage.key, "tokens": stage.tokens, "threads": torch.get_num_threads()}
+        report = {**known, **found}
         store.finish_stage(stage, report)
     return report
 

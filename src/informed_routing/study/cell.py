@@ -42,7 +42,9 @@ def run_cell(cell: Cell, store: Store, *, device: str, progress: Progress) -> Re
         "training": {
             "tokens": cell.tokens,
             "seconds": round(sum(seconds.values()), 2),
-            "stages": [{k: report[k] for k in ("stage", "key", "tokens", "seconds")} for report in reports],
+            "stages": [
+                {k: report.get(k) for k in ("stage", "key", "tokens", "seconds", "threads")} for report in reports
+            ],
         },
         "wall_seconds": {"training": round(made - begun, 2), "evaluation": round(time.perf_counter() - made, 2)},
         "threads": torch.get_num_threads(),

@@ -38,7 +38,7 @@ def less(found: Sequence[Entry], low: Side, high: Side, read: Read) -> Verdict:
     if one is None or other is None:
         return NOT_MEASURED
     shown = f"{text(one)} against {text(other)}"
-    if abs(one.value - other.value) < math.hypot(one.stderr or 0.0, other.stderr or 0.0):
+    if abs(one.value - other.value) < _joint(one, other):
         return Verdict("within the error", shown)
     return verdict(one.value < other.value, shown)
 
@@ -52,17 +52,23 @@ def rising(found: Sequence[Entry], sides: Sequence[Side], read: Read) -> Verdict
 
 
 def ahead(found: Sequence[Entry], own: Side, rivals: Sequence[Side]) -> Verdict:
-    """Whether a side has a lower perplexity and a higher mean accuracy than the best of its rivals in each."""
-    holds, shown = True, []
+    """Whether a side has a lower perplexity and a higher mean accuracy than the best of its rivals in each.
+
+    A lead below one joint standard error is none, and no loss either.
+    """
+    leads, shown = [], []
     for read, sign in ((results.perplexity, 1), (results.average, -1)):
         mine = _number(found, own, read)
         theirs = [number for side in rivals if (number := _number(found, side, read)) is not None]
         if mine is None or len(theirs) < len(rivals):
             return NOT_MEASURED
         best = min(theirs, key=lambda number, sign=sign: sign * number.value)  # type: ignore[misc]
-        holds &= sign * mine.value < sign * best.value
+        lead = sign * (best.value - mine.value)
+        leads.append(0.0 if abs(lead) < _joint(mine, best) else lead)
         shown.append(f"{text(mine)} against {text(best)}")
-    return verdict(holds, "; ".join(shown))
+    if min(leads) < 0:
+        return verdict(False, "; ".join(shown))
+    return Verdict("within the error", "; ".join(shown)) if min(leads) == 0 else verdict(True, "; ".join(shown))
 
 
 def better_by_perplexity(found: Sequence[Entry], own: Side, others: Sequence[Side]) -> Verdict:
@@ -110,6 +116,10 @@ def seconds(entry: Entry) -> Value | None:
 
 def text(number: Value) -> str:
     return f"{number.value:.2f}" + (f" ± {number.stderr:.2f}" if number.stderr else "")
+
+
+def _joint(one: Value, other: Value) -> float:
+    return math.hypot(one.stderr or 0.0, other.stderr or 0.0)
 
 
 def _number(found: Sequence[Entry], side: Side, read: Read) -> Value | None:
