@@ -178,7 +178,7 @@ def test_adapter_is_a_peft_adapter_of_the_dense_model(recipe: Recipe, whole: dic
     folder = _uninterrupted(whole, recipe)
     base = AutoModelForCausalLM.from_pretrained(tiny_folder)
     adapted = PeftModel.from_pretrained(base, str(folder / "lora")).merge_and_unload()
-    routed = RoutedModelForCausalLM.from_pretrained(folder)
+    routed = RoutedModelForCausalLM.from_pretrained(folder, dtype="float32")
     routed.set_sparsity(0.0)
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
