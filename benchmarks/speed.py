@@ -65,7 +65,7 @@ def matrix() -> Any:
         dense = load_model(BASE, dtype=kind)[0]
         engines.append(Engine(dense, f"transformers {str(kind).removeprefix('torch.')}"))
     settings: dict[str, Any] = {"prompt_tokens": (512, 2048), "phases": ("prefill",), "repeats": 7, "profile": True}
-    rows = benchmark_rows(engines, text(), sparsities=(0.25, 0.4), budget="macs", progress=PROGRESS, **settings)
+    rows = benchmark_rows(engines, text(), sparsities=(0.25, 0.35), budget="macs", progress=PROGRESS, **settings)
     return [{"budget": "macs", **row} for row in rows]
 
 
