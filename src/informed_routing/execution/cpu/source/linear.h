@@ -41,7 +41,8 @@ static void pack_panel(int type, const float* src, int n, int k, int first, char
     }
     if (type == BF16) {
         for (int c = 0; c < steps_of(k) * STEP; c++)
-            for (int r = 0; r < NR; r++) ((bf16*)out)[((size_t)(c / 2) * NR + r) * 2 + c % 2] = to_bf16(c < k ? at(r, c) : 0);
+            for (int r = 0; r < NR; r++)
+                ((bf16*)out)[((size_t)(c / 2) * NR + r) * 2 + c % 2] = to_bf16(c < k ? at(r, c) : 0);
         return;
     }
     for (int g = 0; g < k / GROUP; g++) {
@@ -315,7 +316,6 @@ INLINE int tile_rows(int type, bool direct) {
     return !direct || type == F32 || type == BF16 ? MR : type == INT8 ? 4 : 3;
 }
 
-// out(i, column, v0, v1) gets the product of row i with the outputs column .. column + NR.
 #if HAS_TILES
 // A panel of any format as pairs of bfloat16 [steps][16][NR].
 static const uint32_t* panel_pairs(const Linear& w, const char* panel, std::vector<float>& plain, std::vector<vi>& pairs) {
@@ -355,10 +355,9 @@ static void multiply_tiles(const Linear& w, const Rows& x, int tid, int threads,
             vf b0 = {}, b1 = {};
             if (w.bias) b0 = load(w.bias + p * NR), b1 = load(w.bias + p * NR + VL);
             for (int i = low; i < high; i += 32) {
-                const bf16* a = rows.data() + (i - low) / 16 * stack;
-                if (high - i > 16) tile_block<2>(steps, a, stack, panel, sums);
-                else tile_block<1>(steps, a, stack, panel, sums);
-                for (int r = 0; r < 32 && i + r < high; r++)
+                const int tall = high - i < 32 ? high - i : 32;
+                tile_rows_block(tall, steps, rows.data() + (i - low) / 16 * stack, stack, panel, sums, NR);
+                for (int r = 0; r < tall; r++)
                     out(i + r, p * NR, load(sums + r * NR) + b0, load(sums + r * NR + VL) + b1);
             }
         }
@@ -367,6 +366,7 @@ static void multiply_tiles(const Linear& w, const Rows& x, int tid, int threads,
 }
 #endif
 
+// out(i, column, v0, v1) gets the product of row i with the outputs column .. column + NR.
 // Called by every thread of a parallel region; no barrier at its end.
 template <class Out>
 static void multiply(const Linear& w, const Rows& x, int tid, int threads, Out&& out) {

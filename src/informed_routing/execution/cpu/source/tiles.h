@@ -104,7 +104,7 @@ INLINE void pack_row(const float* x, int k, bf16* out) {
 // [steps][16][NR].
 template <int TALL, bool ADD = false>
 INLINE void tile_block(
-    int steps, const bf16* a, size_t height, const uint32_t* panel, float* sums, size_t stride = NR
+    int steps, const bf16* a, size_t height, const uint32_t* panel, float* sums, size_t stride
 ) {
     memory_fence();
     float* lower = sums + 16 * stride;
