@@ -10,7 +10,7 @@ import pytest
 from informed_routing.study.grid import load_grid
 from informed_routing.study.plan import expand
 from informed_routing.study.report import write_report
-from informed_routing.study.results import Value, entries
+from informed_routing.study.results import Value, entries, speedup
 from informed_routing.study.store import Store
 from informed_routing.study.trade_off import read_off, trade_off
 
@@ -25,6 +25,20 @@ def test_values_are_read_off_lines_between_points_and_nowhere_else() -> None:
     assert read_off(points, -0.01) is None
     assert read_off(points, 0.41) is None
     assert read_off([(0.1, 5.0), (0.1, 5.0)], 0.1) == 5.0
+
+
+def _timed(speedup: float, engine: str = "native") -> dict[str, Any]:
+    dense = {"native": {"median": speedup}, "transformers": {"median": 3 * speedup}}
+    return {"engine": engine, "seconds": 1.0, "dense_engines": dense}
+
+
+def test_speed_ups_are_within_one_engine(tmp_path: Path) -> None:
+    _, cells, store = filled(tmp_path, None)
+    cell = next(cell for cell in cells if cell.method == "shortgpt")
+    for engine, expected in (("native", 1.5), ("torch", 4.5), ("transformers", 4.5)):
+        store.keep_speed(cell, {"prefill": _timed(1.5, engine)})
+        found = next(entry for entry in entries([cell], store))
+        assert speedup(found, "prefill") == Value(expected)
 
 
 def filled(root: Path, routed_speed: float | None) -> Any:
@@ -45,7 +59,7 @@ def filled(root: Path, routed_speed: float | None) -> Any:
         store.keep(cell, record(cell, *known[:2], accounting=costs))
         speed = routed_speed if cell.method == "informed" else 1.25
         if speed is not None and cell.kind != "dense":
-            store.keep_speed(cell, {"prefill": {"speedup_vs_dense": speed}})
+            store.keep_speed(cell, {"prefill": _timed(speed)})
     return grid, cells, store
 
 

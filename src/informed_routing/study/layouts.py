@@ -79,8 +79,9 @@ _NOTES = (
     "bold, the second best underlined, within a block only; the dense model and the paper's rows do not compete.",
     "Shares are those realised on all evaluated text, of which WikiText-2 is most, and on the tasks alone; thresholds "
     "were placed on other text. MACs saved are net of routers, forecasters, and keys and values of approximated "
-    "tokens. Training tokens are all text that sets weights, read with or without "
-    "gradients. Speed-ups are over the fastest dense engine that took turns with the method.",
+    "tokens. Training tokens are all text that sets weights, read with or without gradients. Speed-ups are over the "
+    "dense model in the same engine, in turns: the native one where it runs the method, else transformers (SliceGPT, "
+    "MoD and D-LLM on a CPU), which is slower.",
 )
 
 
