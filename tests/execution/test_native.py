@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from informed_routing.errors import InputError
 from informed_routing.execution.architecture import FAMILIES
 from informed_routing.execution.call import Rows
-from informed_routing.execution.cpu import build
+from informed_routing.execution.cpu import availability, build
+from informed_routing.execution.cpu import engine as cpu_engine
 from informed_routing.execution.cpu.engine import CpuEngine
 from informed_routing.execution.cpu.packing import FORMATS, Packer, Weights
 from informed_routing.execution.cpu.prices import ROWS, PriceTable
@@ -416,8 +417,14 @@ def test_losses_are_those_of_the_logits(weights: Weights, rows: int) -> None:
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 @pytest.mark.parametrize("window", [None, 70])
-def test_long_prompts_below_float32_agree_with_the_reference(weights: Weights, window: int | None) -> None:
-    """Attention by matrix instructions, where the machine has them: several blocks of keys, windows and padding."""
+@pytest.mark.parametrize("tiles", ["of the machine", "plain"])
+def test_long_prompts_below_float32_agree_with_the_reference(
+    weights: Weights, window: int | None, tiles: str, plain_tiles: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several blocks of keys, windows and padding; attention by matrix instructions, or by what stands in for them."""
+    if tiles == "plain":
+        for module in (build, cpu_engine, availability):
+            monkeypatch.setattr(module, "library", lambda: plain_tiles)
     model = make_routed("mistral", sliding_window=window, head_dim=32, max_position_embeddings=512)
     reference = rounded(model, weights)
     ids = random_ids(3, 300)
