@@ -17,7 +17,10 @@ from informed_routing.study.grid import Grid, built_in_grids, load_grid
 from informed_routing.study.plan import expand, matching
 from informed_routing.study.stages import text_read
 
-NAMES = ("control", "figure1", "figure3", "table1", "table2", "table3", "table4", "table5", "table8", "table9")
+NAMES = (
+    *("control", "equal-cost", "figure1", "figure3"),
+    *("table1", "table2", "table3", "table4", "table5", "table8", "table9"),
+)
 
 
 @pytest.mark.parametrize("scale", ["cpu", "full"])
@@ -41,6 +44,12 @@ def test_table_1_has_the_paper_rows_at_both_sparsities() -> None:
             assert (method, sparsity, False) in found
     assert ("dense", 0.0, False) in found
     assert len(found) == 19
+
+
+def test_equal_cost_shares_its_cells_with_table_1() -> None:
+    known = {cell.key for cell in expand(load_grid("table1"))}
+    own = [cell for cell in expand(load_grid("equal-cost")) if cell.key not in known]
+    assert [(cell.method, cell.sparsity) for cell in own] == [("informed", 0.55), ("informed", 0.70)]
 
 
 def test_keys_do_not_depend_on_the_run_and_names_tell_cells_apart(make_grid: Callable[..., Grid]) -> None:

@@ -203,7 +203,7 @@ def test_the_page_counts_and_names_every_claim(tmp_path: Path) -> None:
     assert counts == [2, 0, 0, len(claims()) - 2]
 
 
-@pytest.mark.parametrize("name", ["table1", "table2", "table4", "table9", "figure1", "figure3"])
+@pytest.mark.parametrize("name", ["table1", "table2", "table4", "table9", "figure1", "figure3", "equal-cost"])
 def test_every_layout_is_written_with_its_plot(name: str, tmp_path: Path) -> None:
     grid, store = load_grid(name, models=("m/m",)), Store(tmp_path)
     cells = expand(grid)

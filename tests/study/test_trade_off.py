@@ -43,7 +43,7 @@ def test_speed_ups_are_within_one_engine(tmp_path: Path) -> None:
 
 def filled(root: Path, routed_speed: float | None) -> Any:
     """Dense 10; informed 20 and 40 at 20 and 30 % of the MACs; one pruned model each at 25 and at 40 %."""
-    grid, store = load_grid("table1", models=("m/m",)), Store(root)
+    grid, store = load_grid("equal-cost", models=("m/m",)), Store(root)
     cells = expand(grid)
     for cell in cells:
         known = {
@@ -64,35 +64,36 @@ def filled(root: Path, routed_speed: float | None) -> Any:
 
 
 def test_a_pruned_model_stands_beside_the_routed_one_at_its_macs(tmp_path: Path) -> None:
-    _, cells, store = filled(tmp_path, None)
-    table = trade_off("table1", entries(cells, store))
-    assert table is not None
+    grid, cells, store = filled(tmp_path, None)
+    table = trade_off(grid, entries(cells, store))
     assert [block.title for block in table.blocks] == [
-        "m/m, at equal MACs",
-        "m/m, at equal prefill time",  # the routed cells have no seconds: nothing can be read off
+        "m/m, Informed routing, recovered at equal MACs",
+        "m/m, Informed routing, recovered at equal prefill time",  # of the pruned ones
     ]
-    first, second = table.blocks[0].rows
+    first, second, *own = table.blocks[0].rows
     assert (first.label, second.label) == ("ShortGPT, recovered, 25 %", "ShortGPT, recovered, 40 %")
     routed = first.cells["wikitext_routed"]
     assert isinstance(routed, Value)
     assert routed.value == pytest.approx((20 * 40) ** 0.5)  # half way, on a log scale
     assert first.cells["average_routed"] == Value(pytest.approx(45.0))  # type: ignore[arg-type]
     assert second.cells["wikitext_routed"] is None  # routing never saves 40 % here
+    assert [row.label for row in own] == ["Informed routing, recovered, 25 %", "Informed routing, recovered, 40 %"]
+    assert (own[1].cells["saved"], own[1].cells["wikitext"]) == (Value(pytest.approx(30.0)), Value(40.0))  # type: ignore[arg-type]
     assert table.blocks[1].rows[0].cells["wikitext_routed"] is None
 
 
 def test_time_is_what_the_speed_pass_measured(tmp_path: Path) -> None:
-    _, cells, store = filled(tmp_path, 1.25)
-    table = trade_off("table1", entries(cells, store))
-    assert table is not None
+    grid, cells, store = filled(tmp_path, 1.25)
+    table = trade_off(grid, entries(cells, store))
     row = table.blocks[1].rows[0]
     assert row.cells["saved"] == Value(pytest.approx(20.0))  # type: ignore[arg-type]
 
 
-def test_it_is_written_where_both_kinds_have_results(tmp_path: Path) -> None:
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
     grid, cells, store = filled(tmp_path, None)
-    report = write_report([grid], {"table1": cells}, store)
-    assert tmp_path / "table1_trade_off.md" in report.files
-    assert "routed there" in (tmp_path / "table1_trade_off.md").read_text()
-    other = load_grid("table5", models=("m/m",))
-    assert trade_off("table5", entries(expand(other), store)) is None
+    store.keep_failure(next(cell for cell in cells if cell.method == "slicegpt"), {"error": "too thin"})
+    report = write_report([grid], {grid.name: cells}, store)
+    text = (tmp_path / "equal-cost.md").read_text()
+    assert "routed there" in text
+    assert "- SliceGPT, recovered, 25 %: too thin\n- SliceGPT, recovered, 40 %: not run" in text
+    assert report.tables["equal-cost"]

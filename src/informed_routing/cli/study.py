@@ -30,8 +30,9 @@ def study(
         typer.Argument(
             metavar="NAME...",
             help="table1, table2, table3, table4, table5, table8, table9, figure1, figure3, control (static dropping), "
-            "all of them (all), a YAML grid of your own; or shapes: parameters and MACs on the paper's models, without "
-            "weights; or importance-sampling: experiments with known truth behind `whatif`.",
+            "equal-cost (pruned and routed at equal MACs and time), all of them (all), a YAML grid of your own; or "
+            "shapes: parameters and MACs on the paper's models, without weights; or importance-sampling: experiments "
+            "with known truth behind `whatif`.",
         ),
     ],
     model: Annotated[

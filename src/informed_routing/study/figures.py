@@ -202,4 +202,5 @@ _DRAWINGS: dict[str, Callable[[Sequence[Entry]], Any]] = {
     "columns": _bars,
     "curve": _figure_1,
     "allocation": _allocation,
+    "trade_off": _trade_off,
 }

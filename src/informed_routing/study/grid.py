@@ -15,8 +15,8 @@ from ..config import Budget, Decision, describe
 from ..errors import InputError
 from ..evaluation.precision import Precision
 
-Layout = Literal["accuracy", "split", "loss", "columns", "curve", "allocation"]
-"""The form of a table: see tables.py and figures.py."""
+Layout = Literal["accuracy", "split", "loss", "columns", "curve", "allocation", "trade_off"]
+"""The form of a table: see layouts.py, trade_off.py and figures.py."""
 
 HERE = Path(__file__).resolve().parent
 

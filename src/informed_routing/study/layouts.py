@@ -10,6 +10,7 @@ from .grid import Grid
 from .paper import printed
 from .results import Entry, Value
 from .tables import Block, Column, Content, Row, Table
+from .trade_off import trade_off
 
 Read = Callable[[Entry], Value | None]
 
@@ -87,6 +88,8 @@ _NOTES = (
 
 def build_table(grid: Grid, found: Sequence[Entry]) -> Table:
     """The table of a grid. Rows that were not run or failed say so, with the errors in the notes."""
+    if grid.layout == "trade_off":
+        return trade_off(grid, found)
     measures = LAYOUTS[grid.layout]
     blocks = []
     for model in dict.fromkeys(entry.model for entry in found):

@@ -15,7 +15,6 @@ from .plan import Cell
 from .results import entries
 from .store import Store
 from .tables import Table, comma_separated, markdown
-from .trade_off import trade_off
 
 
 @dataclass(frozen=True)
@@ -28,10 +27,7 @@ class Report:
 
 
 def write_report(grids: Sequence[Grid], expanded: Mapping[str, Sequence[Cell]], store: Store) -> Report:
-    """GRID.md, .csv and .svg of each grid and agreement.md of each model, in the store's folder.
-
-    A grid that prunes and routes also gets GRID_trade_off.md and .csv.
-    """
+    """GRID.md, .csv and .svg of each grid and agreement.md of each model, in the store's folder."""
     from .figures import draw
 
     found = {grid.name: entries(expanded[grid.name], store) for grid in grids}
@@ -41,9 +37,6 @@ def write_report(grids: Sequence[Grid], expanded: Mapping[str, Sequence[Cell]], 
         shown = "".join(f"\n![{grid.title}]({path.name})\n" for path in plots)
         write_table(build_table(grid, found[grid.name]), store.root, report, shown)
         report.files.extend(plots)
-        compared = trade_off(grid.name, found[grid.name])
-        if compared is not None:
-            write_table(compared, store.root, report)
     models = list(dict.fromkeys(entry.model for one in found.values() for entry in one))
     pages = [agreement(found, model) for model in models]
     path = store.root / "agreement.md"

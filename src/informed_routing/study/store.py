@@ -5,7 +5,7 @@ failed/NAME_KEY.json    why a cell failed; removed when it succeeds
 stages/NAME-KEY/        what training left; stage.json in it says that it is complete
 tasks/                  results of single tasks, so that a killed evaluation continues
 speed/NAME_KEY.json     seconds of a cell, from the speed pass
-GRID.md, .csv, .svg     the tables; GRID_trade_off.md, .csv: pruning and routing at equal cost
+GRID.md, .csv, .svg     the tables
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from . import results
+from .grid import Grid
 from .results import Entry, Value
 from .tables import Block, Column, Content, Row, Table
 
@@ -25,27 +26,33 @@ COLUMNS = (
     Column("average_routed", "routed there"),
 )
 
+_NOTE = (
+    "'Routed there' is read off the curve through the dense model and the routed method's own cells, which are the "
+    "last rows (perplexity log-linear, accuracy linear); '-' where it saves nowhere so much. Time saved is "
+    "1 - 1/speed-up, from the speed pass, over the dense model in the same engine."
+)
 
-def trade_off(grid: str, found: Sequence[Entry], routed: str = "informed", recovered: bool = True) -> Table | None:
-    """Each pruned model of a grid beside the routed method at the same saving; None where one of the two is missing."""
+
+def trade_off(grid: Grid, found: Sequence[Entry]) -> Table:
+    """Each pruned model of a grid beside each method that routes, at the same saving; then that method's own cells."""
     blocks = []
     for model in dict.fromkeys(entry.model for entry in found):
         own = [entry for entry in found if entry.model == model and entry.records]
-        curve = [e for e in own if e.kind == "dense" or (e.method, e.recovered) == (routed, recovered)]
-        pruned = [entry for entry in own if entry.kind == "static" and entry.recovered == recovered]
-        for title, saved in _MEASURES:
-            rows = [_row(entry, curve, saved) for entry in pruned if saved(entry) is not None]
-            if rows and len(curve) > 1:
-                blocks.append(Block(f"{model}, at equal {title}", tuple(rows), model))
-    if not blocks:
-        return None
-    name = next(entry.name for entry in found if (entry.method, entry.recovered) == (routed, recovered))
-    notes = (
-        f"'Routed there' is {name}, read off the curve through the dense model and its own cells (perplexity "
-        "log-linear, accuracy linear); '-' where it saves nowhere so much. Time saved is 1 - 1/speed-up, from the "
-        "speed pass.",
-    )
-    return Table(f"{grid}_trade_off", "Pruning against routing at equal cost", COLUMNS, tuple(blocks), notes)
+        sides = dict.fromkeys((entry.method, entry.recovered) for entry in own if entry.kind == "dynamic")
+        for method, recovered in sides:
+            routed = [entry for entry in own if (entry.method, entry.recovered) == (method, recovered)]
+            pruned = [entry for entry in own if entry.kind == "static" and entry.recovered == recovered]
+            curve = [entry for entry in own if entry.kind == "dense"] + routed
+            for title, saved in _MEASURES:
+                rows = [_row(entry, curve, saved) for entry in pruned if saved(entry) is not None]
+                rows += [_own_row(entry, saved) for entry in routed if saved(entry) is not None]
+                if rows:
+                    blocks.append(Block(f"{model}, {routed[0].name} at equal {title}", tuple(rows), model))
+    missing = [
+        f"- {_name(entry)}: {entry.errors[0] if entry.errors else 'not run'}" for entry in found if not entry.records
+    ]
+    absent = "Missing:\n\n" + "\n".join(missing) if missing else ""
+    return Table(grid.name, grid.title or grid.name, COLUMNS, tuple(blocks), (_NOTE, absent))
 
 
 def read_off(points: Sequence[Point], place: float) -> float | None:
@@ -58,13 +65,10 @@ def read_off(points: Sequence[Point], place: float) -> float | None:
 
 
 def _row(entry: Entry, curve: Sequence[Entry], saved: Saved) -> Row:
+    """A pruned model, and what is read off the curve where it stands."""
+    row = _own_row(entry, saved)
     place = saved(entry)
     assert place is not None
-    cells: dict[str, Content] = {
-        "saved": Value(100 * place),
-        "wikitext": results.perplexity(entry),
-        "average": results.average(entry),
-    }
     for name, read, there, back in (
         ("wikitext", results.perplexity, math.log, math.exp),
         ("average", results.average, float, float),
@@ -75,8 +79,24 @@ def _row(entry: Entry, curve: Sequence[Entry], saved: Saved) -> Row:
             if (x := saved(one)) is not None and (value := read(one)) is not None
         ]
         at = read_off(points, place)
-        cells[f"{name}_routed"] = None if at is None else Value(back(at))
-    return Row(f"{entry.name}, {100 * entry.sparsity:g} %", cells, recovered=entry.recovered, method=entry.method)
+        row.cells[f"{name}_routed"] = None if at is None else Value(back(at))
+    return row
+
+
+def _own_row(entry: Entry, saved: Saved) -> Row:
+    """A point of the curve itself."""
+    place = saved(entry)
+    assert place is not None
+    cells: dict[str, Content] = {
+        "saved": Value(100 * place),
+        "wikitext": results.perplexity(entry),
+        "average": results.average(entry),
+    }
+    return Row(_name(entry), cells, recovered=entry.recovered, method=entry.method)
+
+
+def _name(entry: Entry) -> str:
+    return entry.name if entry.kind == "dense" else f"{entry.name}, {100 * entry.sparsity:g} %"
 
 
 def _macs(entry: Entry) -> float | None:
