@@ -107,10 +107,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "chosen": documents,
             "documents": result.documents,
             "seconds": seconds,
+            "environment": environment(),
             **compare({name: result.metrics[name] for name in theirs}, theirs),
         }
         print(spec, "agrees" if rows[str(spec)]["agrees"] else "DIFFERS", seconds, flush=True)
-        write_json(given.out, {**about, "environment": environment(), "tasks": rows})
+        write_json(given.out, {**about, "tasks": rows})
     return 0 if all(row["agrees"] for row in rows.values()) else 1
 
 
