@@ -1,6 +1,7 @@
 """Do our tasks give the numbers of lm-evaluation-harness run directly on the transformers model?
 
     python benchmarks/harness_parity.py --data-dir DIR --limit 20      # writes docs/data/evaluation/harness_parity.json
+    python benchmarks/harness_parity.py --data-dir DIR --tasks wikitext --context 512
 
 Both sides run the embedded model, dense, in float32, on the same documents. The harness' side is its own wrapper with
 its own scoring, one sequence at a time; only the source of the documents is replaced. Accuracies must be equal,
@@ -80,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tasks", help="instead of a preset")
     parser.add_argument("--limit", type=int, help="documents of each task [default: all]")
     parser.add_argument("--spread", action="store_true", help="at equal distances, not the first ones")
+    parser.add_argument("--context", type=int, help="tokens of a window of text [default: the model's context]")
     parser.add_argument("--batch-size", type=int, default=4, help="ours")
     parser.add_argument("--native", action="store_true", help="time the native engine on the dense model, too")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -88,10 +90,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     progress = make_progress(quiet=False)
     model, tokenizer = load_model(given.model, dtype="float32")
     engine = native(given.model) if given.native else None
+    if given.context:
+        for one in (model, *([engine] if engine else [])):
+            one.config.max_position_embeddings = given.context  # where the harness reads it, and we do
     about = {"model": given.model, "dtype": "float32", "harness": require_harness()}
     rows = finished(given.out, about)
     choice = {"data_dir": given.data_dir, "limit": given.limit, "spread": given.spread}
-    documents = {"limit": given.limit, "spread": given.spread}
+    documents = {"limit": given.limit, "spread": given.spread, **({"context": given.context} if given.context else {})}
     for spec in parse_tasks(given.tasks) if given.tasks else preset_tasks(given.preset):
         if rows.get(str(spec), {}).get("chosen") == documents:
             continue
