@@ -78,7 +78,8 @@ def _trade_off(own: Sequence[Entry]) -> Any:
         axis.set_ylabel(title)
     if panels[0][1] is results.perplexity:
         axes[0][0].set_yscale("log")
-    axes[0][-1].legend(fontsize=7)
+    # beside the panels: with ten methods it would cover some of them
+    figure.legend(*axes[0][-1].get_legend_handles_labels(), fontsize=7, loc="outside right center")
     return figure
 
 
