@@ -64,6 +64,8 @@ def test_every_method_gives_a_whole_record(all_methods: tuple[Grid, Store], data
         assert 0 <= record["average"]["accuracy"] <= 1
         assert math.isfinite(record["validation"]["loss"])
         assert record["training"]["tokens"] == cell.tokens
+        taken = [sum(stage["seconds"].values()) for stage in record["training"]["stages"]]
+        assert record["training"]["seconds"] == pytest.approx(sum(taken), abs=0.01)  # both stages calibrate
         costs = record["accounting"]
         assert costs["kv_bytes_per_token"] <= 2 * 3 * 2 * 16 * 4
         if cell.method == "dense":

@@ -12,6 +12,7 @@ import pytest
 
 from informed_routing.study.agreement import agreement
 from informed_routing.study.claims import claims
+from informed_routing.study.effort import effort
 from informed_routing.study.grid import load_grid
 from informed_routing.study.layouts import build_table
 from informed_routing.study.paper import printed, value
@@ -48,7 +49,13 @@ def record(cell: Cell, perplexity: float, accuracy: float, *, stderr: float = 0.
         "validation": {"loss": perplexity / 4},
         "sparsity": sparsity,
         "accounting": {"macs_saved": 0.2, "parameters_saved": 0.0, "kv_bytes_per_token": 1024},
-        "training": {"tokens": 1000, "seconds": 10.0},
+        "training": {
+            "tokens": 1000,
+            "seconds": 10.0,
+            "stages": [{"key": "the same for all", "tokens": 1000, "seconds": {"route": 7.0, "calibrate": 3.0}}],
+        },
+        "wall_seconds": {"training": 10.0, "evaluation": 20.0},
+        "threads": 1,
         **more,
     }
 
@@ -201,6 +208,19 @@ def test_the_page_counts_and_names_every_claim(tmp_path: Path) -> None:
         int(number) for number in re.findall(r"(\d+) (?:holds|does not hold|within the error|not measured)", page)
     ]
     assert counts == [2, 0, 0, len(claims()) - 2]
+
+
+def test_shared_stages_count_once_in_what_a_study_took(tmp_path: Path) -> None:
+    grid, cells, store = filled(
+        "table1", tmp_path, {("informed", 0.25, False): (9.0, 0.6), ("skipgpt", 0.25, False): (20.0, 0.5)}
+    )
+    found = entries(cells, store)
+    said = "2 cells: 1,000 tokens of training in 10 s, shared stages counted once; evaluation 40 s; 0.0 h"
+    assert effort(found).startswith(said)
+    assert effort([*found, *found]) == effort(found)  # tables that share cells
+    assert said in markdown(build_table(grid, found))
+    assert said in agreement({"table1": found}, LLAMA)
+    assert effort([]) == ""
 
 
 @pytest.mark.parametrize("name", ["table1", "table2", "table4", "table9", "figure1", "figure3", "equal-cost"])

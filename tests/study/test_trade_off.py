@@ -67,8 +67,8 @@ def test_a_pruned_model_stands_beside_the_routed_one_at_its_macs(tmp_path: Path)
     grid, cells, store = filled(tmp_path, None)
     table = trade_off(grid, entries(cells, store))
     assert [block.title for block in table.blocks] == [
-        "m/m, Informed routing, recovered at equal MACs",
-        "m/m, Informed routing, recovered at equal prefill time",  # of the pruned ones
+        "m/m, Informed routing, recovered, at equal MACs",
+        "m/m, Informed routing, recovered, at equal prefill time",  # of the pruned ones
     ]
     first, second, *own = table.blocks[0].rows
     assert (first.label, second.label) == ("ShortGPT, recovered, 25 %", "ShortGPT, recovered, 40 %")

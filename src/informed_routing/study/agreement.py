@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 from .claims import Grids, claims
+from .effort import effort
 from .verdicts import Word
 
 
@@ -22,6 +23,7 @@ def agreement(grids: Grids, model: str) -> str:
         "The paper's numbers are those of Llama-3.1-8B, trained on up to 65 million tokens a stage. What can agree on "
         "another model is the direction of a claim; a difference below one joint standard error decides nothing.",
         ", ".join(f"{count} {word}" for word, count in counts.items()) + ".",
+        *filter(None, [effort(entry for found in own.values() for entry in found)]),
         "\n".join(["| where | claim | paper | ours | verdict |", "| --- | --- | --- | --- | --- |", *rows]),
     ]
     return "\n\n".join(parts) + "\n"

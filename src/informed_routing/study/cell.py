@@ -33,7 +33,7 @@ def run_cell(cell: Cell, store: Store, *, device: str, progress: Progress) -> Re
     reports = [ensure(stage, store, device=device, progress=progress) for stage in cell.stages]
     made = time.perf_counter()
     record = judge(cell, store, device=device, progress=progress)
-    seconds = {name: s for report in reports for name, s in report["seconds"].items()}
+    seconds = sum(sum(report["seconds"].values()) for report in reports)
     return {
         "format": 1,
         "key": cell.key,
@@ -41,7 +41,7 @@ def run_cell(cell: Cell, store: Store, *, device: str, progress: Progress) -> Re
         **record,
         "training": {
             "tokens": cell.tokens,
-            "seconds": round(sum(seconds.values()), 2),
+            "seconds": round(seconds, 2),
             "stages": [
                 {k: report.get(k) for k in ("stage", "key", "tokens", "seconds", "threads")} for report in reports
             ],

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from . import results
+from .effort import effort
 from .grid import Grid
 from .paper import printed
 from .results import Entry, Value
@@ -102,7 +103,7 @@ def build_table(grid: Grid, found: Sequence[Entry]) -> Table:
     errors = [f"- {entry.name} at {100 * entry.sparsity:g} %: {error}" for entry in found for error in entry.errors]
     failed = "Failed:\n\n" + "\n".join(errors) if errors else ""
     columns = tuple(measure.column for measure in measures)
-    return Table(grid.name, grid.title or grid.name, columns, tuple(blocks), (*_NOTES, failed))
+    return Table(grid.name, grid.title or grid.name, columns, tuple(blocks), (effort(found), *_NOTES, failed))
 
 
 def _row(entry: Entry, measures: Sequence[Measure]) -> Row:

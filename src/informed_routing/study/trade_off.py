@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from . import results
+from .effort import effort
 from .grid import Grid
 from .results import Entry, Value
 from .tables import Block, Column, Content, Row, Table
@@ -44,15 +45,15 @@ def trade_off(grid: Grid, found: Sequence[Entry]) -> Table:
             pruned = [entry for entry in own if entry.kind == "static" and entry.recovered == recovered]
             curve = [entry for entry in own if entry.kind == "dense"] + routed
             for title, saved in _MEASURES:
-                rows = [_row(entry, curve, saved) for entry in pruned if saved(entry) is not None]
-                rows += [_own_row(entry, saved) for entry in routed if saved(entry) is not None]
+                rows = [_row(entry, place, curve, saved) for entry in pruned if (place := saved(entry)) is not None]
+                rows += [_own_row(entry, place) for entry in routed if (place := saved(entry)) is not None]
                 if rows:
-                    blocks.append(Block(f"{model}, {routed[0].name} at equal {title}", tuple(rows), model))
+                    blocks.append(Block(f"{model}, {routed[0].name}, at equal {title}", tuple(rows), model))
     missing = [
         f"- {_name(entry)}: {entry.errors[0] if entry.errors else 'not run'}" for entry in found if not entry.records
     ]
     absent = "Missing:\n\n" + "\n".join(missing) if missing else ""
-    return Table(grid.name, grid.title or grid.name, COLUMNS, tuple(blocks), (_NOTE, absent))
+    return Table(grid.name, grid.title or grid.name, COLUMNS, tuple(blocks), (effort(found), _NOTE, absent))
 
 
 def read_off(points: Sequence[Point], place: float) -> float | None:
@@ -64,11 +65,9 @@ def read_off(points: Sequence[Point], place: float) -> float | None:
     return None
 
 
-def _row(entry: Entry, curve: Sequence[Entry], saved: Saved) -> Row:
+def _row(entry: Entry, place: float, curve: Sequence[Entry], saved: Saved) -> Row:
     """A pruned model, and what is read off the curve where it stands."""
-    row = _own_row(entry, saved)
-    place = saved(entry)
-    assert place is not None
+    row = _own_row(entry, place)
     for name, read, there, back in (
         ("wikitext", results.perplexity, math.log, math.exp),
         ("average", results.average, float, float),
@@ -83,10 +82,8 @@ def _row(entry: Entry, curve: Sequence[Entry], saved: Saved) -> Row:
     return row
 
 
-def _own_row(entry: Entry, saved: Saved) -> Row:
-    """A point of the curve itself."""
-    place = saved(entry)
-    assert place is not None
+def _own_row(entry: Entry, place: float) -> Row:
+    """What an entry saves, and its own numbers."""
     cells: dict[str, Content] = {
         "saved": Value(100 * place),
         "wikitext": results.perplexity(entry),
