@@ -1,0 +1,126 @@
+"""Is every baseline the dense model where it removes or skips nothing, and does generation agree with itself?
+
+    python benchmarks/identity.py      # a minute; writes docs/data/evaluation/identity.json
+
+The embedded model in float32 on held-out text. Pruning at sparsity 0 and routed methods with every token executed stand
+beside the dense logits. With random routers, so that both decisions occur: a second `generate()` of D-LLM beside that
+of a fresh model, and MoD's decisions step by step beside those of one prefill.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from shared import BASE, ROOT
+from torch import Tensor
+
+from informed_routing.assets import load_model, load_texts, load_tokenizer, pack
+from informed_routing.baselines.dynamic import attach
+from informed_routing.baselines.static import METHODS, prune
+from informed_routing.evaluation.environment import environment
+from informed_routing.files import write_json
+from informed_routing.routing.decision import Threshold
+
+OUT = ROOT / "docs" / "data" / "evaluation" / "identity.json"
+RECIPES = ("small", "skipgpt", "skipgpt-faithful", "mod", "mod-block", "dllm")
+TOLERANCE = 1e-3
+"""Of logits, whose size is about 20: SliceGPT rotates weights, nothing else computes anything else."""
+
+
+def base() -> Any:
+    return load_model(BASE, dtype=torch.float32)[0]
+
+
+def randomised(name: str) -> Any:
+    """The embedded model with a method's parts and random routers, deciding by the sign of their margins."""
+    model = attach(base(), name)
+    torch.manual_seed(17)
+    for parameter in (p for key, p in model.routing_parameters() if p.ndim > 1 and "norm" not in key):
+        torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    model.set_decision(Threshold(0.0))
+    return model.eval()
+
+
+def beside_dense(ids: Tensor) -> list[dict[str, Any]]:
+    """Largest difference from the dense logits, method by method."""
+    dense = base()(ids).logits
+    found = []
+
+    def add(method: str, how: str, model: Any) -> None:
+        difference = float((model(ids).logits - dense).abs().max())
+        found.append(
+            {"method": method, "how": how, "largest_difference": difference, "agrees": difference <= TOLERANCE}
+        )
+
+    for method in METHODS:
+        model = base()
+        prune(model, method, 0.0, ids)
+        add(method, "sparsity 0", model)
+    for name in RECIPES:
+        model = randomised(name)
+        model.set_execution("sparse")
+        model.set_sparsity(0.0)
+        add(name, "all executed", model)
+        if not name.startswith("mod"):  # whose multiplier belongs to decisions
+            model.set_decision(Threshold(float("-inf")))
+            add(name, "all decided to execute", model)
+    return found
+
+
+def second_generation(ids: Tensor) -> dict[str, Any]:
+    """D-LLM: `generate` after another `generate`, and on a fresh model."""
+    used = randomised("dllm")
+    fresh = copy.deepcopy(used)
+    settings: dict[str, Any] = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": None}
+    used.generate(ids[:1, :64], **settings)
+    used.reset_routing_stats()
+    again = used.generate(ids[1:2, :48], **settings)
+    units = used.routing_stats()["units"]
+    return {"units": units, "agrees": torch.equal(again, fresh.generate(ids[1:2, :48], **settings))}
+
+
+def predictor(name: str, ids: Tensor) -> dict[str, Any]:
+    """MoD: decisions by the causal predictor in one prefill, and one token after the other."""
+    model = randomised(name)
+    units = range(len(model.units))
+
+    def gates() -> Tensor:
+        return torch.stack([model.routing_state.gates[unit] for unit in units])
+
+    model(ids, use_cache=False)
+    whole = gates()
+    out = model(ids[:, :32], use_cache=True)
+    parts = [gates()]
+    for place in range(32, ids.shape[1]):
+        out = model(ids[:, place : place + 1], past_key_values=out.past_key_values)
+        parts.append(gates())
+    steps = torch.cat(parts, -1)
+    different = int((steps != whole).sum())
+    executed = float(whole.float().mean())
+    return {
+        "decisions": whole.numel(),
+        "executed": executed,
+        "different": different,
+        "agrees": different == 0 and executed < 1,
+    }
+
+
+def main() -> int:
+    torch.set_grad_enabled(False)
+    ids = pack(load_texts("demo:wiki", "heldout"), load_tokenizer(BASE), 96)[:4]
+    result = {
+        "dense": beside_dense(ids),
+        "second_generation": second_generation(ids),
+        "predictor": {name: predictor(name, ids[:2]) for name in ("mod", "mod-block")},
+    }
+    write_json(OUT, {"model": BASE, "dtype": "float32", "environment": environment(), **result})
+    rows = [*result["dense"], result["second_generation"], *result["predictor"].values()]
+    for row in rows:
+        print(row)
+    return 0 if all(row["agrees"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
