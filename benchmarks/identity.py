@@ -120,13 +120,11 @@ def predictor(name: str, ids: Tensor) -> dict[str, Any]:
 def main() -> int:
     torch.set_grad_enabled(False)
     ids = pack(load_texts("demo:wiki", "heldout"), load_tokenizer(BASE), 96)[:4]
-    result = {
-        "dense": beside_dense(ids),
-        "second_generation": second_generation(ids),
-        "predictor": {name: predictor(name, ids[:2]) for name in ("mod", "mod-block")},
-    }
+    dense, again = beside_dense(ids), second_generation(ids)
+    steps = {name: predictor(name, ids[:2]) for name in ("mod", "mod-block")}
+    result = {"dense": dense, "second_generation": again, "predictor": steps}
     write_json(OUT, {"model": BASE, "dtype": "float32", "environment": environment(), **result})
-    rows = [*result["dense"], result["second_generation"], *result["predictor"].values()]
+    rows = [*dense, again, *steps.values()]
     for row in rows:
         print(row)
     return 0 if all(row["agrees"] for row in rows) else 1
