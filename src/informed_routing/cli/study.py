@@ -154,8 +154,9 @@ def _dry_run(run: Session, cells: Sequence[Cell], store: Store) -> None:
         console.print(table)
         known = [row["seconds"] for row in rows if row["seconds"] is not None]
         unknown = len(rows) - len(known)
-        rest = f", and {unknown} cells of which nothing like has been timed" if unknown else ""
-        console.print(f"Time left, one after the other: {_minutes(sum(known))}{rest}")
+        rest = [_minutes(sum(known))] if known else []
+        rest += [f"{unknown} cells of which nothing like has been timed"] if unknown else []
+        console.print("Time left, one after the other: " + ", and ".join(rest))
 
     run.finish({"cells": rows}, show, model=_models(cells), dtype=run.common.dtype)
 

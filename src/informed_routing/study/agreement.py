@@ -6,13 +6,15 @@ from typing import get_args
 
 from .claims import Grids, claims
 from .effort import effort
-from .verdicts import Word
+from .verdicts import NOT_MEASURED, Word
 
 
-def agreement(grids: Grids, model: str) -> str:
-    """The page of one model as Markdown, from the entries of each grid by its name."""
+def agreement(grids: Grids, model: str) -> str | None:
+    """The page of one model as Markdown, from the entries of each grid by its name; None where they judge no claim."""
     own = {name: [entry for entry in found if entry.model == model] for name, found in grids.items()}
     judged = [(claim, claim.judge(own)) for claim in claims()]
+    if all(verdict == NOT_MEASURED for _, verdict in judged):
+        return None
     counts = {word: sum(verdict.word == word for _, verdict in judged) for word in get_args(Word)}
     rows = [
         f"| {claim.where} | {claim.statement} | {claim.paper} | {verdict.ours} | {verdict.word} |"

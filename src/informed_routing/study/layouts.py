@@ -91,7 +91,8 @@ def build_table(grid: Grid, found: Sequence[Entry]) -> Table:
     """The table of a grid. Rows that were not run or failed say so, with the errors in the notes."""
     if grid.layout == "trade_off":
         return trade_off(grid, found)
-    measures = LAYOUTS[grid.layout]
+    asked = {task.partition("@")[0] for task in grid.evaluation.tasks}
+    measures = [one for one in LAYOUTS[grid.layout] if one not in TASKS or one.column.key in asked]
     blocks = []
     for model in dict.fromkeys(entry.model for entry in found):
         own = [entry for entry in found if entry.model == model]

@@ -27,7 +27,7 @@ class Report:
 
 
 def write_report(grids: Sequence[Grid], expanded: Mapping[str, Sequence[Cell]], store: Store) -> Report:
-    """GRID.md, .csv and .svg of each grid and agreement.md of each model, in the store's folder."""
+    """GRID.md, .csv and .svg of each grid, in the store's folder; agreement.md where they judge some of the claims."""
     from .figures import draw
 
     found = {grid.name: entries(expanded[grid.name], store) for grid in grids}
@@ -38,11 +38,12 @@ def write_report(grids: Sequence[Grid], expanded: Mapping[str, Sequence[Cell]], 
         write_table(build_table(grid, found[grid.name]), store.root, report, shown)
         report.files.extend(plots)
     models = list(dict.fromkeys(entry.model for one in found.values() for entry in one))
-    pages = [agreement(found, model) for model in models]
-    path = store.root / "agreement.md"
-    write_text(path, "\n".join(pages))
-    report.files.append(path)
-    report.texts.extend(pages)
+    pages = [page for model in models if (page := agreement(found, model)) is not None]
+    if pages:
+        path = store.root / "agreement.md"
+        write_text(path, "\n".join(pages))
+        report.files.append(path)
+        report.texts.extend(pages)
     return report
 
 

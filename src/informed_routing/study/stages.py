@@ -205,7 +205,7 @@ def _affordable(variant: Variant, recipe: Recipe, stage: str, budget: int) -> in
     if steps < 1:
         raise InputError(
             f"{variant.method.label} reads {before} tokens before its first {stage} step, of {budget} that it may",
-            "Raise training.tokens, or lower forecaster.tokens and router.warm_start_tokens",
+            "Raise training.tokens, or lower forecaster.tokens, router.warm_start_tokens and router.sweep_tokens",
         )
     return steps
 
