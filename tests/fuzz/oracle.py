@@ -46,9 +46,13 @@ def _hashes(folder: Path, root: Path) -> Iterator[tuple[str, str]]:
             yield name + "/", "folder"
             yield from _hashes(path, root)
         elif path.is_file():
-            yield name, hashlib.sha256(path.read_bytes()).hexdigest()
+            yield name, _digest(path)
         else:
             yield name, f"special {path.lstat().st_rdev}"
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @dataclass
@@ -69,8 +73,11 @@ class Result:
             content = json.loads(text.replace(*renamed) if renamed else text)["result"]
             found.content, found.nulls = _without_time(content), set(_nulls(content))
         for output in outputs:
-            for path in sorted((folder / output).rglob("*.safetensors")):
-                found.tensors |= {f"{path.name}/{key}": digest for key, digest in _tensors(path)}
+            top = folder / output
+            for path in [top, *sorted(top.rglob("*"))] if top.exists() else []:
+                read = {".safetensors": _tensors, ".parquet": _columns}.get(path.suffix)
+                if read and path.is_file() and "checkpoints" not in path.parts:
+                    found.tensors |= {f"{path.name}/{key}": digest for key, digest in read(path)}
         return found
 
 
@@ -144,16 +151,16 @@ def damage(
     folder: Path,
     outputs: tuple[str, ...],
     finished: bool,
-    known: Picture = Picture({}),  # noqa: B008 (frozen)
+    known: Picture = Picture({}),
 ) -> Iterator[str]:
     """What is half-written among the outputs, and what a finished run left lying about; not what was `known` before."""
     for output in outputs:
         top = folder / output
         for path in [top, *sorted(top.rglob("*"))] if top.is_dir() else [top]:
             name = str(path.relative_to(folder))
-            if path.is_file() and not _hidden(path, folder) and (reason := unreadable(path)):
-                if hashlib.sha256(path.read_bytes()).hexdigest() != known.files.get(name):
-                    yield f"half-written: {name} ({reason})"
+            visible = path.is_file() and not _hidden(path, folder)
+            if visible and (reason := unreadable(path)) and _digest(path) != known.files.get(name):
+                yield f"half-written: {name} ({reason})"
             if finished and path.exists() and _hidden(path, folder):
                 yield f"litter after success: {name}"
 
@@ -175,9 +182,8 @@ def unreadable(path: Path) -> str | None:
             for _ in _tensors(path):
                 pass
         elif path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            pyarrow.parquet.ParquetFile(path).read(use_threads=False)
+            for _ in _columns(path):
+                pass
         elif path.suffix == ".svg" and not path.read_text(encoding="utf-8").rstrip().endswith("</svg>"):
             return "no end"
     except Exception as error:  # whatever makes it unreadable
@@ -195,6 +201,16 @@ def _tensors(path: Path) -> Iterator[tuple[str, str]]:
     with safe_open(str(path), framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 (no mapping)
             yield name, hashlib.sha256(_bytes(file.get_tensor(name))).hexdigest()
+
+
+def _columns(path: Path) -> Iterator[tuple[str, str]]:
+    """The columns of a table, without what the clock decides."""
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.ParquetFile(path).read(use_threads=False)
+    for name in table.column_names:
+        if "seconds" not in name:
+            yield name, hashlib.sha256(repr(table.column(name).to_pylist()).encode()).hexdigest()
 
 
 def _bytes(tensor: Any) -> bytes:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MEMORY = 3 << 30  # beyond what the parent has mapped already
+MEMORY = 3 << 30  # bytes beyond what the parent has mapped already
 PATIENCE = 4  # wall-clock limit over the limit of processor time, on a machine that does other things too
 
 
@@ -33,7 +33,8 @@ class Outcome:
 
 
 def warm_up() -> None:
-    """Import what all commands need; one thread, since a forked child has no others."""
+    """Import what all commands need, offline; one thread, since a forked child has no others."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read at import
     import torch
 
     torch.set_num_threads(1)
@@ -61,6 +62,7 @@ def run(
     prepare: Sequence[Callable[[], None]] = (),
     stdin: bytes | None = b"",
     seconds: float = 30.0,
+    memory: int = MEMORY,
     kill_after: float | None = None,
     learn: bool = False,
 ) -> Outcome:
@@ -82,7 +84,7 @@ def run(
             os.chdir(folder)
             os.environ.clear()
             os.environ.update(environment)
-            _limit(seconds)
+            _limit(seconds, memory)
             for step in prepare:
                 step()
             code = _main(list(arguments))
@@ -154,9 +156,9 @@ def remake_streams(encoding: str, errors: str = "strict") -> None:
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # type: ignore[misc]
 
 
-def _limit(seconds: float) -> None:
+def _limit(seconds: float, memory: int) -> None:
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (size + memory, size + memory))
     whole = max(int(seconds), 1)
     resource.setrlimit(resource.RLIMIT_CPU, (whole, whole + 2))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -223,6 +225,22 @@ def on_file_event(number: int, act: Callable[[], Any]) -> Callable[[], None]:
                 left[0] -= 1
                 if left[0] == 0:
                     act()
+
+        sys.addaudithook(hook)
+
+    return watch
+
+
+def count_file_events(counter: Path) -> Callable[[], None]:
+    """Keep the number of changes so far in a file of eight bytes."""
+
+    def watch() -> None:
+        handle, seen = os.open(counter, os.O_RDWR | os.O_CREAT | os.O_TRUNC), [0]
+
+        def hook(event: str, given: tuple[Any, ...]) -> None:
+            if is_file_change(event, given):
+                seen[0] += 1
+                os.pwrite(handle, seen[0].to_bytes(8, "little"), 0)
 
         sys.addaudithook(hook)
 

@@ -151,7 +151,7 @@ def _a_full_disk(case: Case) -> Right:
         case.prepare.append(on_file_event(number, _no_space))
         return SAME_OR_STOPPED
     case.finish.append(lambda: subprocess.run(["umount", "-l", str(disk)], check=True))
-    option = {"predict": "--plot", "measure": "-o", "evaluate-tasks": "--resume-dir"}.get(case.command.name, "--out")
+    option = next(name for name in ("--out", "-o", "--plot", "--resume-dir") if name in case.arguments)
     name = case.arguments[case.option(option)]
     if case.command.name == "fit-resume":
         shutil.copytree(case.folder / "half", disk / "half", dirs_exist_ok=True) if size > 60 else None
@@ -265,7 +265,7 @@ NATIVE = "generate-routed benchmark"
 def _own_cache(case: Case) -> Path:
     cache = case.folder / "cache"
     source = case.world.root / "cache"
-    shutil.copytree(source, cache, ignore=shutil.ignore_patterns(".*lock", "keep"))
+    shutil.copytree(source, cache, ignore=shutil.ignore_patterns(".*lock"))
     case.environment["INFORMED_ROUTING_CACHE"] = str(cache)
     case.allowed.add("cache")
     return cache

@@ -16,6 +16,8 @@ from typing import Any
 
 from tests.evaluation.local_tasks import byte_tokenizer, words, write_tasks
 
+from informed_routing.assets.cache import cache_dir
+
 from . import process
 
 RECIPE = """
@@ -70,13 +72,14 @@ DOCUMENTS = [words(number, 30) for number in range(60)]
 class World:
     """See the module. `make(name)` gives the pristine input of that name."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, model: str = "model") -> None:
+        """`model` is what commands are given in the place of the tiny one, such as the embedded model."""
+        self.root, self.model = root, model
         self.files, self.folder = root / "world", root / "run"
         for name in ("world", "run", "cache", "home", "tmp", "streams"):
             (root / name).mkdir(parents=True, exist_ok=True)
-        (root / "cache" / "keep").mkdir(exist_ok=True)
-        _share_engine(root / "cache")
+        if model == "model":
+            _share_engine(root / "cache")
 
     @property
     def environment(self) -> dict[str, str]:
@@ -84,7 +87,7 @@ class World:
         kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
         return kept | {
             "HOME": str(self.root / "home"),
-            "INFORMED_ROUTING_CACHE": str(self.root / "cache"),
+            "INFORMED_ROUTING_CACHE": str(self.root / "cache" if self.model == "model" else cache_dir()),
             "TMPDIR": str(self.root / "tmp"),
             "LANG": "C.UTF-8",
             "HF_HUB_OFFLINE": "1",
@@ -104,7 +107,7 @@ class World:
 
     def stage(self, names: tuple[str, ...]) -> None:
         """An empty `run/` with copies of these inputs; empty home and temporary folders."""
-        pristine = [self.make(name) for name in names]
+        pristine = [self.make(name) for name in names if name != "model" or self.model == "model"]
         for folder in (self.folder, self.root / "home", self.root / "tmp"):
             empty(folder)
         for path in pristine:
@@ -113,6 +116,9 @@ class World:
     def command(self, *arguments: str, **options: Any) -> process.Outcome:
         """Run the command line in `run/`."""
         settings = {"environment": self.environment, **options}
+        if self.model != "model":
+            arguments = tuple(self.model if part == "model" else part for part in arguments)
+            settings |= {"memory": 12 << 30, "seconds": 600}
         return process.run(arguments, folder=self.folder, streams=self.root / "streams", **settings)
 
     def _by_command(self, needs: tuple[str, ...], arguments: tuple[str, ...], made: str, target: Path) -> None:
@@ -143,8 +149,6 @@ def empty(folder: Path) -> None:
 
 def _share_engine(cache: Path) -> None:
     """Use the engine that this user has compiled already: compiling takes longer than all else."""
-    from informed_routing.assets.cache import cache_dir
-
     compiled = cache_dir() / "native"
     if compiled.is_dir() and not (cache / "native").exists():
         shutil.copytree(compiled, cache / "native", ignore=shutil.ignore_patterns("tmp*", ".*"))
