@@ -141,7 +141,7 @@ def _an_integer_beyond_all_bounds(case: Case) -> Right:
     """A count of things that there are fewer of may be valid; what is computed must be refused."""
     name = case.rng.choice(_of_type(case, "int"))
     _give(case, name, case.rng.choice(("2147483648", "4294967296", "9223372036854775808", "9" * 30)))
-    return Right((0, 2), None)
+    return Right((0, 2), False)
 
 
 @mutator("option")
@@ -292,7 +292,7 @@ def _prompt_from_stdin(case: Case) -> Right:
         ]
     )
     case.note = f"stdin {case.stdin!r}"
-    return Right(right.codes, None, right.named) if right is SAME else right
+    return Right(right.codes, False, right.named) if right is SAME else right
 
 
 @mutator("option", only="generate-dense evaluate-dense")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 MEMORY = 3 << 30  # bytes beyond what the parent has mapped already
-PATIENCE = 4  # wall-clock limit over the limit of processor time, on a machine that does other things too
+PATIENCE = 10  # wall-clock limit over the limit of processor time, on a machine that does other things too
 
 
 @dataclass(frozen=True)

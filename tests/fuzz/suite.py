@@ -58,36 +58,26 @@ class Suite:
         self.reference(command, command.arguments)  # before anything is staged
         self.world.stage(command.inputs)
         case = Case(self.world, command, rng, list(command.arguments), self.world.environment)
-        right = entry.mutate(case)
-        if command.name == "study" and right.codes == (2,) and entry.kind not in ("option", "target", "yaml"):
-            right = Right((1, 2))  # what fails in one cell does not stop the others
-        if right.like and tuple(right.like) != command.arguments:
-            raise RuntimeError(f"{entry.name} compares with a command line that was not run")
-        before = Picture.of(self.world.folder)
-        outcome = self._command(case)
-        wanted = None if right.like is None else self.references.get(tuple(right.like) or command.arguments)
-        faults = self._judge(case, right, outcome, before, wanted)
-        error = next((line for line in reversed(outcome.err.splitlines()) if line.strip()), "")[:400]
-        return Run(
-            number,
-            entry.name,
-            command.name,
-            case.note,
-            case.arguments,
-            outcome.code,
-            round(outcome.seconds, 2),
-            faults,
-            error,
-        )
-
-    def _judge(self, case: Case, right: Right, outcome: Outcome, before: Picture, wanted: Result | None) -> list[str]:
         try:
-            for step in case.restore:
-                step()
-            return list(dict.fromkeys(check(case, right, outcome, before, Picture.of(self.world.folder), wanted)))
+            outcome, faults = self._try(case, entry)
         finally:
             for step in case.finish:
                 step()
+        error = next((line for line in reversed(outcome.err.splitlines()) if line.strip()), "")[:400]
+        took = round(outcome.seconds, 2)
+        return Run(number, entry.name, command.name, case.note, case.arguments, outcome.code, took, faults, error)
+
+    def _try(self, case: Case, entry: Entry) -> tuple[Outcome, list[str]]:
+        right, command = entry.mutate(case), case.command
+        if command.name == "study" and right.codes == (2,) and entry.kind not in ("option", "target", "yaml"):
+            right = Right((1, 2))  # what fails in one cell does not stop the others
+        before = Picture.of(self.world.folder)
+        outcome = self._command(case)
+        wanted = self.references[command.arguments] if right.same else None
+        for step in case.restore:
+            step()
+        faults = check(case, right, outcome, before, Picture.of(self.world.folder), wanted)
+        return outcome, list(dict.fromkeys(faults))
 
     def _command(self, case: Case) -> Outcome:
         return self.world.command(

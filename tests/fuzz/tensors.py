@@ -118,7 +118,7 @@ def _numbers_that_are_none(case: Case) -> Right:
     _write(path, tensors, metadata)
     named = _name(case, path, f"{name} holds {value}")
     if name.startswith("model.embed"):
-        return Right((0, 1, 2), None)  # a token that the text may not hold
+        return Right((0, 1, 2), False)  # a token that the text may not hold
     return Right((1, 2), named=named) if path.name == "model.safetensors" else refused(*named)
 
 

@@ -63,7 +63,7 @@ def _the_same_documents_in_another_format(case: Case) -> Right:
     case.rename("text.jsonl", name)
     case.renamed = (name, "text.jsonl")
     case.note = f"text as {form}"
-    return Right((0,), ()) if case.command.name != "benchmark" else OTHER
+    return SAME if case.command.name != "benchmark" else OTHER
 
 
 def _write_parquet(path: Any, form: str) -> None:
@@ -140,7 +140,7 @@ def _no_text(case: Case) -> Right:
     path.write_bytes(new.get(form, content))
     case.note = f"text.jsonl: {form}"
     if form == "a lone surrogate":
-        return Right((0, 2), None, ("text.jsonl",))
+        return Right((0, 2), False, ("text.jsonl",))
     return refused(*named)
 
 
@@ -259,4 +259,4 @@ def _damaged_pages(case: Case) -> Right:
     )
     path.write_text(_lines(rows))
     case.note = f"pages: {form}"
-    return Right((0, 2), None) if form == "no pages" else right
+    return Right((0, 2), False) if form == "no pages" else right

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -139,6 +140,8 @@ def copy(source: Path, target: Path) -> None:
 def empty(folder: Path) -> None:
     """Remove what is in a folder, whatever its permissions."""
     for path in folder.iterdir():
+        if path.is_mount():
+            subprocess.run(["umount", "-l", str(path)], check=True)
         if path.is_dir() and not path.is_symlink():
             for inner in (path, *(Path(name) for name, _, _ in os.walk(path))):
                 inner.chmod(0o755)
