@@ -33,7 +33,8 @@ def main() -> int:
     root = given.keep or Path(tempfile.mkdtemp(prefix="fuzz-"))
     process.warm_up()
     begun = time.monotonic()
-    suite, runs = Suite(root.absolute(), given.seed), []
+    suite = Suite(root.absolute(), given.seed)
+    runs: list[Run] = []
     try:
         for number in itertools.count(given.first):
             if len(runs) == given.runs:

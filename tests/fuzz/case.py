@@ -47,7 +47,7 @@ class Case:
     rng: random.Random
     arguments: list[str]
     environment: dict[str, str]
-    prepare: list[Callable[[], None]] = field(default_factory=list)
+    prepare: list[Callable[[], Any]] = field(default_factory=list)
     stdin: bytes | None = b""
     note: str = ""
     allowed: set[str] = field(default_factory=set)  # files outside the outputs that may appear or change

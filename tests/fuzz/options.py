@@ -25,7 +25,6 @@ NO_PATH = (
     "[/b]",
     "missing.jsonl",
     "$HOME/x",
-    "nul",
 )
 REQUIRED = ("--out", "-o", "--prompt", "-p", "--method", "--workload", "--targets")
 SHORT = {

@@ -59,7 +59,7 @@ def run(
     folder: Path,
     streams: Path,
     environment: Mapping[str, str],
-    prepare: Sequence[Callable[[], None]] = (),
+    prepare: Sequence[Callable[[], Any]] = (),
     stdin: bytes | None = b"",
     seconds: float = 30.0,
     memory: int = MEMORY,
@@ -96,8 +96,8 @@ def run(
     code = os.waitstatus_to_exitcode(status)
     if learn:
         _import_all(streams / "modules")
-    texts = [(streams / name).read_bytes().decode("utf-8", "backslashreplace") for name in ("out", "err")]
-    return Outcome(code, *texts, time.monotonic() - begun, hung or code == -signal.SIGXCPU)
+    out, err = ((streams / name).read_bytes().decode("utf-8", "backslashreplace") for name in ("out", "err"))
+    return Outcome(code, out, err, time.monotonic() - begun, hung or code == -signal.SIGXCPU)
 
 
 def in_child(work: Callable[[], object], seconds: float = 300.0) -> bool:

@@ -68,7 +68,11 @@ class Suite:
         return Run(number, entry.name, command.name, case.note, case.arguments, outcome.code, took, faults, error)
 
     def _try(self, case: Case, entry: Entry) -> tuple[Outcome, list[str]]:
-        right, command = entry.mutate(case), case.command
+        command = case.command
+        try:
+            right = entry.mutate(case)
+        except Exception as error:  # a fault of the suite's own, which must not end it
+            return Outcome(0, "", "", 0.0), [f"no mutation: {type(error).__name__}: {error}"]
         if command.name == "study" and right.codes == (2,) and entry.kind not in ("option", "target", "yaml"):
             right = Right((1, 2))  # what fails in one cell does not stop the others
         before = Picture.of(self.world.folder)

@@ -187,7 +187,7 @@ def _no_large_files(case: Case) -> Right:
 def _interrupted(case: Case) -> Right:
     """Ctrl-C at some change of the file system."""
     number = case.rng.randrange(1, 40)
-    case.prepare.append(lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None)
+    case.prepare.append(lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     case.prepare.append(on_file_event(number, lambda: os.kill(os.getpid(), signal.SIGINT)))
     case.note = f"Ctrl-C at change {number}"
     return Right((0, 1), False, ("interrupted",))
@@ -213,7 +213,7 @@ def _few_resources(case: Case) -> Right:
 @mutator("environment", only=WRITERS)
 def _private_files(case: Case) -> Right:
     """With umask 077 nobody else can read what is written."""
-    case.prepare.append(lambda: os.umask(0o077) and None)
+    case.prepare.append(lambda: os.umask(0o077))
 
     def check() -> Iterator[str]:
         for output in (*case.command.outputs, "out.json"):

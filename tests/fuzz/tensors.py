@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from .case import OTHER_OR_REFUSED, SAME, Case, Right, mutator, refused
+from .case import OTHER_OR_REFUSED, SAME, SAME_OR_REFUSED, Case, Right, mutator, refused
 
 _WEIGHTS = {
     "routed": ["routing.safetensors"],
@@ -373,7 +373,7 @@ def _a_byte_of_the_gguf_header(case: Case) -> Right:
 
 @mutator("gguf", uses="model.gguf")
 def _gguf_elsewhere(case: Case) -> Right:
-    name = case.rng.choice(("other name.gguf", "MODEL.GGUF", "ä.gguf", "a,b.gguf", "[/b].gguf"))
+    name = case.rng.choice(("other name.gguf", "MODEL.GGUF", "ä.gguf", "a,b.gguf", "[bold].gguf"))
     (case.folder / "model.gguf").rename(case.folder / name)
     case.allowed |= {"model.gguf", name}
     case.rename("model.gguf", name)
@@ -399,7 +399,7 @@ def _no_table(case: Case) -> Right:
     )
     path.write_bytes(new)
     case.note = f"table.parquet: {form}"
-    return refused("table.parquet")
+    return SAME_OR_REFUSED if form == "another magic" else refused("table.parquet")
 
 
 @mutator("table", uses="table.parquet")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from .case import OTHER, SAME, Case, Right, mutator, refused
+from .case import OTHER, OTHER_OR_REFUSED, SAME, Case, Right, mutator, refused
 from .world import DOCUMENTS
 
 READERS = "evaluate-dense evaluate-routed fit prune measure benchmark"
@@ -193,13 +193,13 @@ def _bad_parquet(case: Case, form: str) -> bytes:
     import pyarrow
     import pyarrow.parquet
 
-    columns: dict[str, Any] = {
+    columns: dict[str, dict[str, Any]] = {
         "parquet of numbers": {"text": list(range(60))},
         "parquet of lists": {"text": [[text] for text in DOCUMENTS]},
         "parquet of two": {"first": DOCUMENTS, "second": DOCUMENTS},
-    }.get(form, {"text": DOCUMENTS})
+    }
     path = case.folder / "text.parquet"
-    pyarrow.parquet.write_table(pyarrow.table(columns), path, compression="none")
+    pyarrow.parquet.write_table(pyarrow.table(columns.get(form, {"text": DOCUMENTS})), path, compression="none")
     content = path.read_bytes()
     if form == "parquet cut off":
         return content[: case.rng.randrange(len(content))]
@@ -210,7 +210,7 @@ def _bad_parquet(case: Case, form: str) -> bytes:
     return content
 
 
-@mutator("text", only="evaluate-dense evaluate-routed measure")
+@mutator("text", only="evaluate-dense evaluate-routed")
 def _plain_text(case: Case) -> Right:
     form, content = case.rng.choice(
         [
@@ -248,15 +248,14 @@ def _odd_documents(case: Case) -> Right:
 @mutator("text", only="evaluate-pages")
 def _damaged_pages(case: Case) -> Right:
     path = case.folder / "test.pages.jsonl"
-    form, rows, right = case.rng.choice(
-        [
-            ("a page of nothing", [{"page": ""}, *({"page": text} for text in DOCUMENTS[:4])], SAME),
-            ("a null page", [{"page": None}, *({"page": text} for text in DOCUMENTS[:4])], SAME),
-            ("no pages", [{"pages": text} for text in DOCUMENTS[:4]], OTHER),
-            ("numbers", [{"page": 3}], refused("test.pages.jsonl")),
-            ("nothing", [], refused("test.pages.jsonl")),
-        ]
-    )
+    choices: list[tuple[str, list[Any], Right]] = [
+        ("a page of nothing", [{"page": ""}, *({"page": text} for text in DOCUMENTS[:4])], SAME),
+        ("a null page", [{"page": None}, *({"page": text} for text in DOCUMENTS[:4])], SAME),
+        ("no pages", [{"pages": text} for text in DOCUMENTS[:4]], OTHER_OR_REFUSED),
+        ("numbers", [{"page": 3}], refused("test.pages.jsonl")),
+        ("nothing", [], refused("test.pages.jsonl")),
+    ]
+    form, rows, right = case.rng.choice(choices)
     path.write_text(_lines(rows))
     case.note = f"pages: {form}"
-    return Right((0, 2), False) if form == "no pages" else right
+    return right

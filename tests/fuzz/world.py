@@ -159,13 +159,18 @@ def _share_engine(cache: Path) -> None:
 
 # -- makers ---------------------------------------------------------------------------------------------------------
 
-Maker = Callable[[World, Path], None]
+Maker = Callable[[World, Path], object]
 
 
 def _model(_: World, path: Path) -> None:
     from tests.tiny import make_tiny
 
-    shape = {"vocab_size": 258, "num_hidden_layers": 3, "max_position_embeddings": 256, "bos_token_id": None}
+    shape: dict[str, Any] = {
+        "vocab_size": 258,
+        "num_hidden_layers": 3,
+        "max_position_embeddings": 256,
+        "bos_token_id": None,
+    }
     make_tiny("llama", eos_token_id=1, **shape).save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
 
@@ -219,7 +224,7 @@ def _gguf(_: World, path: Path) -> None:
     from tests.tiny import make_tiny
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    shape = {"vocab_size": 258, "num_hidden_layers": 2, "rms_norm_eps": 1e-5, "pad_token_id": None}
+    shape: dict[str, Any] = {"vocab_size": 258, "num_hidden_layers": 2, "rms_norm_eps": 1e-5, "pad_token_id": None}
     model = make_tiny("llama", bos_token_id=257, eos_token_id=257, **shape)
     config, weights = model.config, {name: p.detach().numpy() for name, p in model.named_parameters()}
     writer = gguf.GGUFWriter(path, "llama")
@@ -295,5 +300,5 @@ _MAKERS: dict[str, Maker] = {
     "half": _half,
     "table.parquet": _made_by(("model", "routed", "nominal.yaml", "text.jsonl"), "table.parquet", *_MEASURE.split()),
     "model.gguf": _gguf,
-    "data": lambda _, path: write_tasks(path, documents=3) and None,
+    "data": lambda _, path: write_tasks(path, documents=3),
 }
