@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -37,6 +37,7 @@ from .config import (
 )
 from .errors import InputError
 from .execution.layer import NOT_CAUSAL, add_routing, routed_decoder_class
+from .models import calls
 from .models.families import family_of
 from .models.fingerprint import fingerprint
 from .routing.budget import RoutingStats, UnitCost, capacity_for, unit_costs
@@ -257,7 +258,19 @@ class RoutedModelForCausalLM(PreTrainedModel):
         """The base model's `generate`. Raises InputError while the decision rule is top-k, which is not causal."""
         if self.routing_state.ranks:
             raise InputError(*NOT_CAUSAL)
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
+        with self.weights_fixed():
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    @contextmanager
+    def weights_fixed(self) -> Iterator[None]:
+        """Compare the weights with those of the native engine once, not at each call within: for loops of calls.
+
+        The model must not be changed within. Without it every call that begins a text reads all weights once, to
+        notice also what no version counter sees.
+        """
+        native = self.routing_state.native
+        with nullcontext() if native is None else native.fixed():
+            yield
 
     def calibrated_range(self, budget: Budget | None = None) -> tuple[float, float]:
         """Lowest and highest sparsity of the threshold table."""
@@ -286,16 +299,16 @@ class RoutedModelForCausalLM(PreTrainedModel):
         kv: KeyValues | None = None,
         *,
         weights: Weights | None = None,
-        policy: Policy = "auto",
+        policy: Policy = "exact",
     ) -> None:
         """Choose how routed units are computed.
 
         `sparse` really skips, in torch. `masked` computes both branches (reference, training). `native` is the engine
         made for the device that the model is on: inference without gradients runs in it, all else as with `sparse`.
         On a CPU, `weights` (`float32`, `bfloat16`, `int8`, `int4`; default the model's dtype) is the format of its
-        packed copy of the base model's matrices; on a GPU it reads the model's own (also torchao's). The policy `auto`
-        executes all rows of a unit's call where skipping some of them would take longer (small batches); `exact`
-        always does what the routers say.
+        packed copy of the base model's matrices; on a GPU it reads the model's own (also torchao's). The policy `exact`
+        always does what the routers say, so the same tokens give the same text; `auto` executes all rows of a unit's
+        call where skipping some of them would take longer (small batches) by prices timed on this machine.
         Raises InputError for unknown values, or when the engine cannot run this model here.
         """
         if execution not in ("sparse", "masked", "native"):
@@ -304,6 +317,10 @@ class RoutedModelForCausalLM(PreTrainedModel):
             raise InputError(f"kv {kv!r} is not known", "Choose keep or drop")
         if weights is not None and execution != "native":
             raise InputError(f"weights {weights!r} need the native engine", "Use execution='native'")
+        if policy not in ("exact", "auto"):
+            raise InputError(f"policy {policy!r} is not known", "Choose exact or auto")
+        if policy == "auto" and execution != "native":
+            raise InputError("policy 'auto' needs the native engine", "Use execution='native'")
         self.routing_state.native = None
         if execution == "native":
             from .execution.native import NativeExecution
@@ -426,20 +443,22 @@ def _routed_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 def _forward_of(base: type[PreTrainedModel]) -> Any:
     """The base model's forward, which the native engine does where it can."""
 
-    @functools.wraps(base.forward)
+    base_forward = base.forward
+
+    @functools.wraps(base_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
+        call = calls.read(calls.bound(base_forward, args, kwargs))
         if self.routing_state.native is not None:
             from .execution import native
 
-            output = native.causal_lm(self, args, kwargs)
+            output = native.causal_lm(self, call)
             if output is not None:
                 return output
-        if hasattr(cache, "first_keys"):  # an engine has written to it
+        if hasattr(call.cache, "first_keys"):  # an engine has written to it
             from .execution import native
 
-            native.give_back(cache)
-        return base.forward(self, *args, **kwargs)
+            native.give_back(call.cache)
+        return base_forward(self, **call.given)
 
     return forward
 
