@@ -36,7 +36,8 @@ from .config import (
     method_of,
 )
 from .errors import InputError
-from .execution.layer import NOT_CAUSAL, add_routing, routed_decoder_class
+from .execution.layer import NOT_CAUSAL, add_routing, remove_routing, routed_decoder_class
+from .execution.self_check import Check, check_engine
 from .models import calls
 from .models.families import family_of
 from .models.fingerprint import fingerprint
@@ -112,24 +113,16 @@ class RoutedModelForCausalLM(PreTrainedModel):
                 f"selection.first_layer {selection.first_layer} leaves none of {len(decoder.layers)} layers to route",
                 "Choose a lower one",
             )
-        state = RoutingState(kv=routing_config.kv)
-        device = decoder.embed_tokens.weight.device
-        for i, layer in enumerate(decoder.layers):
-            pair = [
-                RoutedUnit(2 * i + j, kind, family, hidden_size, forecaster, router, selection).to(device)
-                for j, kind in enumerate(KINDS)
-            ]
-            add_routing(layer, state, *pair)
-        costs = unit_costs(decoder.layers, list(_units_of(decoder)))
-        decoder.routing_state = state
-        decoder.routing_stats_counter = RoutingStats.empty(costs, [u.kind for u in _units_of(decoder)])
-        decoder.__class__ = routed_decoder_class(type(decoder))  # type: ignore[arg-type]
-        model.__class__ = _routed_model_class(type(model))  # type: ignore[arg-type]
-        routed = cast(RoutedModelForCausalLM, model)
-        routed.routing_config = routing_config
-        routed.routing_state = state
-        routed._target = 0.0
-        routed.train(model.training)
+        dense_class, check = type(model), Check(model, routing_config)
+        try:
+            routed = _with_routing(model, routing_config)
+            check.routed(routed)
+        except BaseException:
+            remove_routing(decoder)
+            model.__class__ = dense_class
+            for name in ("routing_config", "routing_state", "_target"):
+                vars(model).pop(name, None)
+            raise
         return routed
 
     @classmethod
@@ -321,13 +314,18 @@ class RoutedModelForCausalLM(PreTrainedModel):
             raise InputError(f"policy {policy!r} is not known", "Choose exact or auto")
         if policy == "auto" and execution != "native":
             raise InputError("policy 'auto' needs the native engine", "Use execution='native'")
-        self.routing_state.native = None
+        self.routing_state.native, self.routing_state.execution = None, "sparse"
         if execution == "native":
             from .execution.native import NativeExecution
 
             native = NativeExecution(weights, policy=policy)
-            native.of(self)
+            engine = native.of(self)
             self.routing_state.native = native
+            try:
+                check_engine(self, engine.weights)
+            except InputError:
+                self.routing_state.native = None
+                raise
         self.routing_state.execution = execution
         if kv is not None:
             self.routing_state.kv = kv
@@ -366,6 +364,27 @@ class RoutedModelForCausalLM(PreTrainedModel):
         if not gates:
             return torch.ones(0)
         return torch.stack([gate.float() for gate in gates.values()]).mean(0)
+
+
+def _with_routing(model: PreTrainedModel, config: RoutingConfig) -> RoutedModelForCausalLM:
+    """Give the layers of a dense model their routed units, and layers, decoder and model their routed classes."""
+    family, decoder = family_of(model.config.model_type), cast(Any, model).model
+    state = RoutingState(kv=config.kv)
+    device = decoder.embed_tokens.weight.device
+    parts = (config.hidden_size, config.forecaster, config.router, config.selection)
+    for i, layer in enumerate(decoder.layers):
+        pair = [RoutedUnit(2 * i + j, kind, family, *parts).to(device) for j, kind in enumerate(KINDS)]
+        add_routing(layer, state, *pair)
+    costs = unit_costs(decoder.layers, list(_units_of(decoder)))
+    decoder.routing_state = state
+    decoder.routing_stats_counter = RoutingStats.empty(costs, [u.kind for u in _units_of(decoder)])
+    decoder.__class__ = routed_decoder_class(type(decoder))  # type: ignore[arg-type]
+    training = model.training
+    model.__class__ = _routed_model_class(type(model))  # type: ignore[arg-type]
+    routed = cast(RoutedModelForCausalLM, model)
+    routed.routing_config, routed.routing_state, routed._target = config, state, 0.0
+    routed.train(training)
+    return routed
 
 
 def _fresh_config(

@@ -26,6 +26,14 @@ NOT_CAUSAL = (
 )
 
 
+_ROUTED: set[type] = set()
+
+
+def _noted(kind: type) -> type:
+    _ROUTED.add(kind)
+    return kind
+
+
 def _run_layer(self: Any, hidden: Tensor, call: calls.Call) -> Tensor:
     state: RoutingState = self.routing_state
     attention, ffn = self.attention_routing, self.ffn_routing
@@ -55,7 +63,7 @@ def _weighted(routed: RoutedUnit, state: RoutingState, before: Tensor, after: Te
 def routed_layer_class(base: type[nn.Module]) -> type[nn.Module]:
     """The routed subclass of a family's decoder layer."""
     names = {"forward": calls.layer_forward(base, _run_layer), "__module__": __name__}
-    return type(f"Routed{base.__name__}", (base,), names)
+    return _noted(type(f"Routed{base.__name__}", (base,), names))
 
 
 @functools.cache
@@ -87,7 +95,7 @@ def routed_decoder_class(base: type[nn.Module]) -> type[nn.Module]:
 
     # transformers keeps what a class can record (hidden states) under the class's printed name: keep that name.
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    return type(f"Routed{base.__name__}", (base,), {"forward": forward, **names})
+    return _noted(type(f"Routed{base.__name__}", (base,), {"forward": forward, **names}))
 
 
 def _contexts(call: calls.Call) -> Tensor:
@@ -132,3 +140,21 @@ def add_routing(layer: Any, state: RoutingState, attention: RoutedUnit, ffn: Rou
     layer.ffn_routing = ffn
     layer.routing_state = state
     layer.__class__ = routed_layer_class(type(layer))  # type: ignore[arg-type]
+
+
+def remove_routing(decoder: Any) -> None:
+    """Make a decoder and its layers what they were, whichever of them are routed."""
+    for layer in decoder.layers:
+        for name in ("attention_routing", "ffn_routing", "routing_state"):
+            if hasattr(layer, name):
+                delattr(layer, name)
+        _restore_class(layer)
+    for name in ("routing_state", "routing_stats_counter"):
+        if hasattr(decoder, name):
+            delattr(decoder, name)
+    _restore_class(decoder)
+
+
+def _restore_class(module: Any) -> None:
+    if type(module) in _ROUTED:
+        module.__class__ = type(module).__mro__[1]

@@ -112,12 +112,12 @@ def causal_lm(model: Any, call: Call) -> CausalLMOutputWithPast | None:
         return None
     if call.given.get("return_dict") is False or getattr(model.config, "return_dict", True) is False:
         return None
-    plan = _plan(model, call)
-    if plan is None:
+    asked = plan(model, call)
+    if asked is None:
         return None
-    length = plan.embeddings.shape[1]
-    logits = plan.run(model, keep=min(wanted, length) or length)
-    return calls.causal_lm_output(logits.to(model.dtype), plan.cache)
+    length = asked.embeddings.shape[1]
+    logits = asked.run(model, keep=min(wanted, length) or length)
+    return calls.causal_lm_output(logits.to(model.dtype), asked.cache)
 
 
 @torch.compiler.disable
@@ -125,8 +125,8 @@ def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor | None) 
     """Normed last hidden states [B, N, d] by the engine, or None."""
     if not may_run(model):
         return None
-    plan = _plan(model, Call({}, tokens=input_ids, mask=attention_mask, use_cache=False))
-    return None if plan is None else plan.run(model).to(model.dtype)
+    asked = plan(model, Call({}, tokens=input_ids, mask=attention_mask, use_cache=False))
+    return None if asked is None else asked.run(model).to(model.dtype)
 
 
 def give_back(cache: Any) -> None:
@@ -169,7 +169,7 @@ class Plan:
         return output
 
 
-def _plan(model: Any, call: Call) -> Plan | None:
+def plan(model: Any, call: Call) -> Plan | None:
     """What the engine shall do; None where it does not understand all that the call says."""
     if call.rope is not None or calls.records(model, call.options):
         return None

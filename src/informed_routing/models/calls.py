@@ -166,6 +166,19 @@ def cache_field(output: type) -> str:
     return next(name for name, word in _NAMES.items() if word == "cache" and name in names)
 
 
+def hidden_states(
+    decoder: Any, tokens: Tensor, mask: Tensor | None = None, positions: Tensor | None = None, cache: Cache | None = None
+) -> Tensor:
+    """Normed last hidden states [B, N, d] of a decoder for ids [B, N]; a given cache gets the new keys."""
+    given: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "use_cache": cache is not None}
+    if positions is not None:
+        given["position_ids"] = positions
+    if cache is not None:
+        given |= cached(decoder, cache)
+    output: Tensor = decoder(**given).last_hidden_state
+    return output
+
+
 def causal_lm_output(logits: Tensor, cache: Any) -> CausalLMOutputWithPast:
     """What a causal LM gives back."""
     output = CausalLMOutputWithPast(logits=logits)  # type: ignore[arg-type]

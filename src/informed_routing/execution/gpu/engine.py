@@ -76,6 +76,7 @@ class GpuEngine:
                 f"weights {weights!r} are not the model's ({self.dtype})",
                 "Load it with that dtype, or quantise its linear layers with torchao, before set_execution",
             )
+        self.weights = str(self.dtype).removeprefix("torch.")
         self.policy, self.identity, self.content = policy, identity(model), _content(model)
         decoder, config = model.decoder, model.config
         family, costs = family_of(config.model_type), model.costs
