@@ -322,6 +322,7 @@ struct Forward {
         }
     }
 
+    template <class T>
     void rotate_queries(const Layer& layer) {
         const int hd = m.head_dim, n = (int)s.executed.size();
         const size_t width = padded(m.heads * hd);
@@ -334,6 +335,8 @@ struct Forward {
                 if (layer.q_norm) rms_norm(q, layer.q_norm, hd, m.qk_eps, q);
                 if (layer.rope) rotate(q, c.cos + at, c.sin + at, hd, m.scale);
                 else for (int e = 0; e < hd; e++) q[e] *= m.scale;
+                if (rounds_attention<T>(hd))
+                    for (int e = 0; e < hd; e += VL) store(q + e, rounded_to_bf16(load(q + e)));
             }
         }
     }
@@ -429,7 +432,7 @@ struct Forward {
 #pragma omp barrier
         lap(PROJECT);
         m.kv_type == BF16 ? write_cache<bf16>(layer, index) : write_cache<float>(layer, index);
-        rotate_queries(layer);
+        m.kv_type == BF16 ? rotate_queries<bf16>(layer) : rotate_queries<float>(layer);
         forecast_out(layer.attention);
 #pragma omp barrier
         lap(CACHE);
