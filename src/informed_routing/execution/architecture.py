@@ -26,6 +26,8 @@ def unknown(model: Any) -> str | None:
         return reason
     if getattr(config, "is_causal", True) is False:
         return "attention that is not causal"
+    if reason := _unlike(model):
+        return reason
     for place, layer in enumerate(model.decoder.layers):
         if layer.attention_routing.index != 2 * place:
             return "layers that were taken out or moved"
@@ -40,6 +42,20 @@ def unknown(model: Any) -> str | None:
                 if not plain and next(child.parameters(), None) is not None:
                     return f"a {type(child).__name__} in layer {unit.index // 2} (merge adapters first)"
     return None
+
+
+def _unlike(model: Any) -> str | None:
+    """Settings that differ between layers where the engines have one for all."""
+    attentions = [layer.attention_routing.unit.module(layer) for layer in model.decoder.layers]
+    for name in ("scaling", "head_dim"):
+        if len({getattr(attention, name) for attention in attentions}) > 1:
+            return f"attentions of different {name}"
+    epsilons: dict[bool, set[float]] = {True: set(), False: set()}
+    for part in (model.decoder.layers, model.decoder.norm):
+        for name, module in part.named_modules():
+            if hasattr(module, "variance_epsilon"):
+                epsilons[name.endswith(("q_norm", "k_norm"))].add(module.variance_epsilon)
+    return "norms of different epsilons" if any(len(found) > 1 for found in epsilons.values()) else None
 
 
 def _unknown_routing(model: Any) -> str | None:

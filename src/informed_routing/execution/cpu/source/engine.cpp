@@ -59,7 +59,7 @@ uint64_t ir_checksum(const void* const* data, const int64_t* bytes, int32_t n, i
             std::memcpy(&line, base + to / LINE * LINE, to % LINE);
             sum += line, sums += sum;
         }
-        uint64_t mixed = (uint64_t)task * 0x9e3779b97f4a7c15u;
+        uint64_t mixed = (uint64_t)(task + 1) * 0x9e3779b97f4a7c15u;
         for (int r = 0; r < 8; r++)
             for (uint64_t part : {sum[r], sums[r]}) mixed = (mixed ^ part) * 0x2545f4914f6cdd1du, mixed ^= mixed >> 29;
         all += mixed;
