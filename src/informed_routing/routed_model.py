@@ -113,6 +113,7 @@ class RoutedModelForCausalLM(PreTrainedModel):
                 f"selection.first_layer {selection.first_layer} leaves none of {len(decoder.layers)} layers to route",
                 "Choose a lower one",
             )
+        _check_own_forwards(model)
         dense_class, check = type(model), Check(model, routing_config)
         try:
             routed = _with_routing(model, routing_config)
@@ -364,6 +365,18 @@ class RoutedModelForCausalLM(PreTrainedModel):
         if not gates:
             return torch.ones(0)
         return torch.stack([gate.float() for gate in gates.values()]).mean(0)
+
+
+def _check_own_forwards(model: PreTrainedModel) -> None:
+    """Raises InputError for modules whose `forward` was replaced: routing, which is their class's, would be bypassed."""
+    decoder = cast(Any, model).model
+    for module in (model, decoder, *decoder.layers):
+        if calls.has_own_forward(module):
+            raise InputError(
+                f"the model's {type(module).__name__} has a forward of its own (hooks of accelerate, or a patch)",
+                "Load it without device_map; accelerate.hooks.remove_hook_from_module(model, recurse=True) removes hooks",
+            )
+        vars(module).pop("forward", None)  # the class's own: it would stand before the routed class's
 
 
 def _with_routing(model: PreTrainedModel, config: RoutingConfig) -> RoutedModelForCausalLM:

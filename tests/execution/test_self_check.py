@@ -119,3 +119,13 @@ def test_the_check_leaves_statistics_and_settings_alone() -> None:
     assert not model.routing_state.gates
     assert make_tiny("llama").train().training
     assert RoutedModelForCausalLM.attach(make_tiny("llama").train()).training
+
+
+def test_a_model_whose_forwards_were_replaced_is_refused() -> None:
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+    model = make_tiny("llama")
+    add_hook_to_module(model.model.layers[1], AlignDevicesHook("cpu"))
+    assert "remove_hook_from_module" in _refused(model, "LlamaDecoderLayer has a forward of its own")
+    remove_hook_from_module(model, recurse=True)
+    RoutedModelForCausalLM.attach(model)

@@ -133,7 +133,10 @@ class _Trial:
         state = self.model.routing_state
         gates = given.pop("gates", self.gates)
         state.execution, state.decision = execution, _Replay(gates[self.routers])
-        return _states(self.model.decoder, self.layers, given.pop("tokens", self.tokens), **given)
+        states = _states(self.model.decoder, self.layers, given.pop("tokens", self.tokens), **given)
+        if len(state.gates) != 2 * self.layers:
+            raise _failure("layers are called past their routing")
+        return states
 
     def native(self, **given: Any) -> Tensor:
         """Hidden states by the engine."""

@@ -234,12 +234,18 @@ def plain_mask(mask: Any) -> bool:
     return mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)
 
 
+def has_own_forward(module: Any) -> bool:
+    """Whether a module's `forward` is another than its class's. (Removed hooks leave the class's own on the module.)"""
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
 def is_watched(module: Any) -> bool:
     """Whether a module's call does more than its class says: hooks, or a `forward` of its own.
 
     The hooks by which transformers records hidden states stay on modules for good, and do nothing unless asked.
     """
-    if "forward" in vars(module) or module._forward_pre_hooks:
+    if has_own_forward(module) or module._forward_pre_hooks:
         return True
     return any(
         getattr(hook, "__module__", "") != _CAPTURING or not getattr(hook, "__name__", "").startswith("output_captur")
