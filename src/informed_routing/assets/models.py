@@ -87,11 +87,15 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
     revision: str | None = None,
+    token: str | bool | None = None,
+    attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """Load an ordinary dense transformers model in eval mode, and its tokenizer.
 
     `dtype="auto"` is `default_dtype(device)`. A routing folder gives its base model, without the routing.
+    `revision` (a branch, tag or commit) and `token` are for the Hub; a revision of something local is refused.
+    `attn_implementation` is transformers' own ("eager", "sdpa", ...); `None` is its choice.
     Only safetensors and GGUF weights are read. Raises `InputError` when the model is missing, incomplete,
     damaged or of an unknown kind, `WorkError` when a download, the disk or the memory fails.
     """
@@ -100,14 +104,15 @@ def load_model(
     place = _check_device(device)
     wanted = resolve_dtype(dtype, place)
     source = resolve_model(ref, revision)
-    location, options = _location(source, trust_remote_code)
+    location, options = _location(source, trust_remote_code, token)
+    chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     from transformers import AutoModelForCausalLM
 
     model: Any
     report: Any
     with _load_errors(str(ref)), nullcontext() if source.kind == "hub" else quiet_transformers():
         model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, if asked for
-            location, dtype=wanted, use_safetensors=True, output_loading_info=True, **options
+            location, dtype=wanted, use_safetensors=True, output_loading_info=True, **options, **chosen
         )
     missing = sorted(report["missing_keys"])
     if missing:
@@ -126,9 +131,15 @@ def load_model(
         ) from error
 
 
-def load_tokenizer(ref: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    ref: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
     """Load only the tokenizer of a model reference (of the base model, for a routing folder)."""
-    location, options = _location(resolve_model(ref, revision), trust_remote_code)
+    location, options = _location(resolve_model(ref, revision), trust_remote_code, token)
     return _tokenizer(str(ref), location, options)
 
 
@@ -182,7 +193,9 @@ def _check_device(device: torch.device | str) -> torch.device:
     return place
 
 
-def _location(source: ModelSource, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
+def _location(
+    source: ModelSource, trust_remote_code: bool, token: str | bool | None = None
+) -> tuple[str, dict[str, Any]]:
     """A folder or Hub id for `from_pretrained`, and its options. Fetches and converts when needed."""
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if source.kind == "demo":
@@ -190,9 +203,10 @@ def _location(source: ModelSource, trust_remote_code: bool) -> tuple[str, dict[s
     if source.kind == "gguf":
         return str(_gguf_folder(Path(source.path_or_id))), options
     if source.kind == "routing":
-        return _location(_base_of(Path(source.path_or_id)), trust_remote_code)
-    if source.revision is not None:
-        options["revision"] = source.revision
+        return _location(_base_of(Path(source.path_or_id)), trust_remote_code, token)
+    if source.kind == "hub":
+        options |= {"revision": source.revision} if source.revision is not None else {}
+        options |= {"token": token} if token is not None else {}
     return source.path_or_id, options
 
 
