@@ -83,7 +83,7 @@ def _convert(model: GgufModel, out: Path, dtype: torch.dtype | None) -> None:
             raise
         except Exception as error:  # settings that contradict each other fail in many ways
             raise InputError(
-                f"{model.path} cannot be read as a language model: {first_line(error)}",
+                f"{model.path} cannot be read as a language model: {' '.join(str(error).split())[:300].rstrip('.')}",
                 "Give the original model as a folder with safetensors",
             ) from error
         try:
