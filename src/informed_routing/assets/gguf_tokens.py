@@ -82,9 +82,7 @@ class _Reader:
         begin = self.flag("add_bos_token", starts) and self.ids["bos"] is not None
         end = self.flag("add_eos_token", False) and self.ids["eos"] is not None
         self.frame(backend, begin, end)
-        if kind == "llama" and backend.token_to_id(self.tokens[-1]) != len(self.tokens) - 1:
-            raise self.refused("its tokens do not keep their ids")
-        return GgufTokenizer(self.finished(backend, begin, end), self.ends())
+        return GgufTokenizer(self.finished(backend), self.ends())
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.keys.get(name, default)
@@ -99,9 +97,10 @@ class _Reader:
         if len(tokens) > vocabulary:
             raise self.refused(f"it has {len(tokens)} tokens, but the model only {vocabulary} embeddings")
         tokens = [token or f"[EMPTY_{number}]" for number, token in enumerate(tokens)]
-        if len(set(tokens)) != len(tokens):
-            twice = next(token for number, token in enumerate(tokens) if token in tokens[:number])
-            raise self.refused(f"the token {twice!r} occurs twice")
+        first: dict[str, int] = {}
+        for number, token in enumerate(tokens):
+            if first.setdefault(token, number) != number:
+                raise self.refused(f"the token {token!r} occurs twice")
         return tokens
 
     def token_types(self) -> list[int]:
@@ -176,6 +175,9 @@ class _Reader:
         scores = self.keys.get("scores")
         if not hasattr(scores, "tolist") or len(scores) != len(self.tokens):
             raise self.refused("it has no score for each token")
+        gemma = str(self.model.keys.get("general.architecture")).startswith("gemma")
+        if gemma:
+            self.respell_spaces()
         vocabulary = {token: number for number, token in enumerate(self.tokens)}
         prefix = self.flag("add_space_prefix", True)
         unknown = self.ids["unknown"]
@@ -184,7 +186,7 @@ class _Reader:
         tokenizer = Tokenizer(
             models.BPE(
                 vocab=vocabulary,
-                merges=self.merges(vocabulary, [float(score) for score in scores]),
+                merges=self.merges(vocabulary, [-n if gemma else float(score) for n, score in enumerate(scores)]),
                 unk_token=None if unknown is None else self.tokens[unknown],
                 fuse_unk=True,
                 byte_fallback=all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)),
@@ -199,7 +201,16 @@ class _Reader:
         )
         return tokenizer, True
 
+    def respell_spaces(self) -> None:
+        """Gemma merges runs of spaces as any other piece; the file has them as they look in a text."""
+        for number, token in enumerate(self.tokens):
+            if len(token) > 1 and not token.strip(" "):
+                self.tokens[number], self.types[number] = _SPACE * len(token), _NORMAL
+        if len(set(self.tokens)) != len(self.tokens):
+            raise self.refused("two of its tokens are the same run of spaces")
+
     def merges(self, vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+        """Pairs that give a piece, the best piece first: by score, for Gemma by place (as its own tokenizer does)."""
         found = []
         whole = (_NORMAL, _USER, _UNUSED)
         for token, number in vocabulary.items():
@@ -225,7 +236,7 @@ class _Reader:
         offsets = processors.ByteLevel(trim_offsets=False)
         backend.post_processor = processors.Sequence([offsets, framed]) if self.keys["model"] == "gpt2" else framed
 
-    def finished(self, backend: Any, begin: bool, end: bool) -> Any:
+    def finished(self, backend: Any) -> Any:
         from transformers import PreTrainedTokenizerFast
 
         named = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
@@ -234,7 +245,7 @@ class _Reader:
             ours: self.tokens[number] for theirs, ours in named.items() if (number := self.ids[theirs]) is not None
         }
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=backend, clean_up_tokenization_spaces=False, add_bos_token=begin, add_eos_token=end, **special
+            tokenizer_object=backend, clean_up_tokenization_spaces=False, **special
         )
         if template := self.chat_template():
             tokenizer.chat_template = template

@@ -134,11 +134,12 @@ def _columns(path: Path) -> set[str]:
             import pyarrow.parquet
 
             return set(pyarrow.parquet.read_schema(path).names)
-        if path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as file:
-                first = json.loads(file.readline())
+        if path.name.endswith((".jsonl", ".jsonl.zst")):
+            from informed_routing.assets.encodings import lines
+
+            first = json.loads(next(line for _, line in lines(path) if line.strip()))
             return set(first) if isinstance(first, dict) else set()
-    except (OSError, ValueError):
+    except (OSError, ValueError, StopIteration):
         pass
     return set()
 
