@@ -40,7 +40,7 @@ def load_any(ref: str, run: Session, base: str | None = None) -> Loaded:
 
 def load_routed(ref: str, run: Session, base: str | None = None) -> Loaded:
     """A routed model; InputError when `ref` is a dense model or nothing at all."""
-    from informed_routing.assets import load_tokenizer
+    from informed_routing.assets import check_vocabulary, load_tokenizer
     from informed_routing.routed_model import RoutedModelForCausalLM
 
     if not is_routing(ref):
@@ -50,7 +50,9 @@ def load_routed(ref: str, run: Session, base: str | None = None) -> Loaded:
         )
     model = RoutedModelForCausalLM.from_pretrained(ref, dtype=run.common.dtype, device=run.device, base=base)
     name, revision = _base_of(model, base)
-    return Loaded(model.eval(), load_tokenizer(name, revision=revision), routed=True, base=base)
+    tokenizer = load_tokenizer(name, revision=revision)
+    check_vocabulary(tokenizer, model, ref)
+    return Loaded(model.eval(), tokenizer, routed=True, base=base)
 
 
 def choose_execution(
