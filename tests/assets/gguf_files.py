@@ -29,7 +29,7 @@ ARCHITECTURES = {
     "granite": "granite",
 }
 PERMUTED = ("llama", "mistral", "smollm3", "granite")
-_SHAPE = {"vocab_size": len(TOKENS), "bos_token_id": 257, "eos_token_id": 257, "pad_token_id": None}
+_SHAPE: dict[str, Any] = {"vocab_size": len(TOKENS), "bos_token_id": 257, "eos_token_id": 257, "pad_token_id": None}
 _SHAPE |= {"tie_word_embeddings": False, "rms_norm_eps": 1e-5}
 _OWN: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 16, "tie_word_embeddings": True},

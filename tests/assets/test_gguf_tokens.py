@@ -124,7 +124,12 @@ def with_keys(**keys: Any) -> Callable[[GGUFWriter], None]:
             if value is None:
                 del writer.kv_data[0][f"tokenizer.ggml.{name}"]
                 continue
-            add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
+            add: dict[type, Callable[[str, Any], None]] = {
+                bool: writer.add_bool,
+                int: writer.add_uint32,
+                str: writer.add_string,
+                list: writer.add_array,
+            }
             writer.kv_data[0].pop(f"tokenizer.ggml.{name}", None)
             add[type(value)](f"tokenizer.ggml.{name}", value)
 

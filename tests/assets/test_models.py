@@ -173,7 +173,7 @@ def test_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="Unknown device 'gpu'"):
         load_model(DEMO_MODEL, device="gpu")
     for device in ("meta", "mps", "xpu", "hpu", "cpu:3", torch.device("meta")):
-        with pytest.raises(InputError, match="is not supported|is not available here: there is 1"):
+        with pytest.raises(InputError, match=r"is not supported|is not available here: there is 1"):
             load_model(DEMO_MODEL, device=device)
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="not available"):
@@ -201,7 +201,7 @@ def test_a_relative_base_of_an_earlier_version_is_found_beside_its_routing_folde
     monkeypatch.chdir("/")
     assert load_tokenizer(out).eos_token_id == 2
     (out / "routing_config.json").write_text(json.dumps({"base_model": {"name": "/no/such/base"}}))
-    with pytest.raises(InputError, match="base model of .*/no/such/base.*--base"):
+    with pytest.raises(InputError, match=r"base model of .*/no/such/base.*--base"):
         load_tokenizer(out)
 
 
@@ -221,9 +221,12 @@ def test_loading_options_reach_transformers(folder: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", record)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", record)
-    monkeypatch.setattr(
-        transformers.PretrainedConfig, "get_config_dict", lambda name, **options: asked.append(options) or ({}, {})
-    )
+
+    def settings(name: str, **options: Any) -> Any:
+        asked.append(options)
+        return {}, {}
+
+    monkeypatch.setattr(transformers.PretrainedConfig, "get_config_dict", settings)
     for load in (load_model, load_tokenizer):
         with pytest.raises(InputError, match="enough"):
             load("org/name", revision="v1", token="secret")
@@ -244,7 +247,7 @@ def changed(folder: Path, **settings: Any) -> None:
         ({"rms_norm_eps": float("nan")}, r"the setting rms_norm_eps = nan"),
         ({"rms_norm_eps": float("inf")}, r"the setting rms_norm_eps = inf"),
         ({"rms_norm_eps": -1.0}, r"the setting rms_norm_eps = -1\.0"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}}, r"rope_parameters\.rope_theta = nan"),
+        ({"rope_parameters": {"rope_theta": float("nan")}}, r"the setting rope_parameters\.rope_theta = nan"),
         ({"num_hidden_layers": 2}, r"9 have no place in the model, first model\.layers\.2\."),
         ({"num_hidden_layers": 4}, r"incomplete: 9 missing, first model\.layers\.3\."),
         ({"intermediate_size": 96}, r"9 of another shape, first model\.layers\.0\.mlp.* instead of "),
@@ -260,12 +263,13 @@ def test_settings_that_do_not_fit_the_weights_are_refused(settings: dict[str, An
 
 def test_weights_without_a_place_are_refused_unless_harmless(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
-    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "mtp.layers.0.mlp.up_proj.weight": torch.ones(2)}
+    harmless = ("model.layers.0.self_attn.rotary_emb.inv_freq", "mtp.layers.0.mlp.up_proj.weight")
+    more = {name: torch.ones(8) for name in harmless}
     save_file({**tensors, **more}, folder / "model.safetensors", metadata={"format": "pt"})
     load_model(folder)
     more = {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}
     save_file({**tensors, **more}, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"1 have no place in the model, first model\.layers\.0\.self_attn\.q_proj\.bias"):
+    with pytest.raises(InputError, match=r"1 have no place in the model, first .*q_proj\.bias"):
         load_model(folder)
 
 

@@ -75,7 +75,8 @@ def choose(where: str, names: Sequence[str]) -> str:
     if len(names) == 1:
         return names[0]
     has = f"its string columns are {', '.join(names)}" if names else "it has no string column"
+    example = names[0] if names else COLUMNS[0]
     raise InputError(
         f"{where} has no text column: {has}",
-        f"Name the column after the file, as in data.jsonl:{names[0] if names else COLUMNS[0]}, or call it {COLUMNS[0]!r}",
+        f"Name the column after the file, as in data.jsonl:{example}, or call it {COLUMNS[0]!r}",
     )

@@ -113,7 +113,8 @@ def _write(
 
     _, architecture = architecture_of(model)
     tied = settings["tie_word_embeddings"]
-    wanted = {name: tuple(value.shape) for name, value in empty.state_dict().items() if name != "lm_head.weight" or not tied}
+    weights = {name: value for name, value in empty.state_dict().items() if name != "lm_head.weight" or not tied}
+    wanted = {name: tuple(value.shape) for name, value in weights.items()}
     names = weight_names(architecture, list(wanted))
     check_tensors(model, names)
     for name, shape in wanted.items():
@@ -132,7 +133,8 @@ def _write(
     config.dtype = writer.widest()
     config.save_pretrained(out)
     if (generation := empty.generation_config) is not None:
-        generation.eos_token_id = tokens.ends if len(tokens.ends) > 1 else (tokens.ends or [None])[0]
+        ends = tokens.ends
+        generation.eos_token_id = ends if len(ends) > 1 else ends[0] if ends else None
         generation.save_pretrained(out)
     tokens.tokenizer.save_pretrained(out)
 

@@ -37,6 +37,7 @@ _NEUTRAL: dict[str, Any] = {
     "use_parallel_residual": False,
 }
 
+
 class Keys:
     """The keys of one architecture, remembering which were asked for."""
 

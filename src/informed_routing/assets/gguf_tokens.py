@@ -147,9 +147,8 @@ class _Reader:
             if not space or not right:
                 raise self.refused(f"{merge!r} is no merge of two tokens")
         vocabulary = {token: number for number, token in enumerate(self.tokens)}
-        known = [pair for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary and "".join(pair) in vocabulary]
-        if len(known) != len(pairs):
-            raise self.refused(f"{len(pairs) - len(known)} of its merges are of tokens that it does not have")
+        if strange := sum(not {left, right, left + right} <= vocabulary.keys() for left, right in pairs):
+            raise self.refused(f"{strange} of its merges are of tokens that it does not have")
         prefix = self.flag("add_space_prefix", False)
         if prefix and len(chosen.patterns) > 1:
             raise self.refused("add_space_prefix is set beside a pre-tokenizer of several steps")
@@ -172,7 +171,7 @@ class _Reader:
         """SentencePiece's BPE: merges follow from the scores of the pieces."""
         from tokenizers import Tokenizer, decoders, models, normalizers
 
-        scores = self.keys.get("scores")
+        scores: Any = self.keys.get("scores")
         if not hasattr(scores, "tolist") or len(scores) != len(self.tokens):
             raise self.refused("it has no score for each token")
         gemma = str(self.model.keys.get("general.architecture")).startswith("gemma")
@@ -244,9 +243,7 @@ class _Reader:
         special: dict[str, Any] = {
             ours: self.tokens[number] for theirs, ours in named.items() if (number := self.ids[theirs]) is not None
         }
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=backend, clean_up_tokenization_spaces=False, **special
-        )
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
         if template := self.chat_template():
             tokenizer.chat_template = template
         return tokenizer

@@ -282,7 +282,8 @@ def _resolve_base(folder: Path, name: str, revision: str | None) -> ModelSource:
         return resolve_model(name, revision)
     except InputError as error:
         raise InputError(
-            f"The base model of {folder}: {error.what}", "Give the model it was fitted on: --base PATH, or base= in Python"
+            f"The base model of {folder}: {error.what}",
+            "Give the model it was fitted on: --base PATH, or base= in Python",
         ) from error
 
 

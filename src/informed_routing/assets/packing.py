@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from informed_routing.assets.soundness import check_ids
+from informed_routing.assets.soundness import check_ids, fits
 from informed_routing.errors import InputError
 
 if TYPE_CHECKING:
@@ -58,7 +58,9 @@ def _document_end(tokenizer: Any) -> list[int]:
     A chat model's `eos_token` ends a turn; its documents were joined by <|endoftext|> (SmolLM2, Qwen, Phi, OLMo),
     and the turn end in its place costs perplexity.
     """
-    found = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
+    found = tokenizer.get_vocab().get("<|endoftext|>")
+    if found is None or not fits(found, tokenizer):  # transformers adds it to vocabularies that had none
+        found = tokenizer.eos_token_id
     return [] if found is None else [found]
 
 

@@ -97,7 +97,7 @@ def _read_file(path: Path, column: TextColumn) -> Iterator[str]:
     try:
         if path.suffix == ".txt":
             if column.name:
-                raise InputError(f"{path} is plain text without columns", f"Leave {column.name!r} out, or read it apart")
+                raise InputError(f"{path} is plain text, without {column.name!r}", "Give files of one kind")
             yield from _read_txt(path)
         elif path.suffix == ".parquet":
             yield from _read_parquet(path, column)
@@ -111,7 +111,7 @@ def _read_txt(path: Path) -> Iterator[str]:
     """Pieces between blank lines, short ones joined; a text without blank lines is cut at line ends."""
     text = mended("".join(line for _, line in lines(path))).replace("\r\n", "\n").replace("\r", "\n")
     if "\0" in text:
-        raise InputError(f"{path} holds null characters: it is no text, or UTF-16 without a mark", "Convert it to UTF-8")
+        raise InputError(f"{path} holds null characters: no text, or UTF-16 without a mark", "Convert it to UTF-8")
     pieces = re.split(r"\n[ \t]*\n", text)
     if len(pieces) > 1:
         yield from merge_short(pieces, _PIECE, "\n\n")
@@ -192,8 +192,8 @@ def _parquet_column(path: Path, schema: Any, column: TextColumn) -> None:
     if column.name or any(name in names for name in COLUMNS):
         name = column.name or next(name for name in COLUMNS if name in names)
         if names.count(name) != 1:
-            has = f"has no column {name!r}; it has {', '.join(names[:10])}" if name not in names else f"has {name!r} twice"
-            raise InputError(f"{path} {has}", "Give the same columns everywhere, each once")
+            wrong = f"no column {name!r}; it has {', '.join(names[:10])}" if name not in names else f"{name!r} twice"
+            raise InputError(f"{path} has {wrong}", "Give the same columns everywhere, each once")
         kind = schema.field(name).type
         if not _holds_strings(kind) and str(kind) != "null":
             raise InputError(f"{path} has no text in {name!r} but {kind}", "Give a column of strings")

@@ -73,12 +73,12 @@ def check_report(report: Mapping[str, Any], ref: str) -> None:
 def check_vocabulary(tokenizer: Any, model: Any, ref: str) -> None:
     """Raises `InputError` for a tokenizer with ids beyond the model's embeddings.
 
-    Special tokens that texts do not hold (a place for images, say) may lie beyond them: `pack` refuses a text with one.
+    Special tokens may lie beyond them: Gemma 3's place for images does, and so does a token that transformers adds
+    to a small vocabulary. A text that holds one is refused by `check_ids`.
     """
     rows = int(model.get_input_embeddings().weight.shape[0])
-    named = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "unk")}
-    special = set(getattr(tokenizer, "all_special_ids", ())) - named
-    special |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special} - named
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    special |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
     if wrong := [(number, token) for number, token in beyond if number not in special]:
         number, token = wrong[0]
@@ -90,12 +90,17 @@ def check_vocabulary(tokenizer: Any, model: Any, ref: str) -> None:
     setattr(tokenizer, _ROWS, rows)
 
 
+def fits(number: int, tokenizer: Any) -> bool:
+    """Whether an id has an embedding in the model that the tokenizer was loaded with, as far as that is known."""
+    rows = getattr(tokenizer, _ROWS, None)
+    return rows is None or number < rows
+
+
 def check_ids(largest: int, tokenizer: Any) -> None:
     """Raises `InputError` when the largest id of a text lies beyond the embeddings of the tokenizer's model."""
-    rows = getattr(tokenizer, _ROWS, None)
-    if rows is not None and largest >= rows:
-        token = tokenizer.convert_ids_to_tokens(largest)
+    if not fits(largest, tokenizer):
+        token, rows = tokenizer.convert_ids_to_tokens(largest), getattr(tokenizer, _ROWS)
         raise InputError(
             f"The text holds {token!r}, whose id {largest} lies beyond the model's {rows} embeddings",
-            "Take it out of the text",
+            "Take it out of the text, or give the model its own tokenizer",
         )
