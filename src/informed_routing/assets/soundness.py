@@ -18,8 +18,8 @@ _HARMLESS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|masked_bias|mtp[._].*)")
 _ROWS = "embedding_rows"
 
 
-def check_settings(location: str, options: dict[str, Any], ref: str) -> None:
-    """Raises `InputError` for settings of quantised weights, and for numbers that are none (NaN, infinite)."""
+def check_settings(location: str, options: dict[str, Any], ref: str) -> dict[str, Any]:
+    """A model's settings. Raises `InputError` for quantised weights, and for numbers that are none (NaN, infinite)."""
     from transformers import PretrainedConfig
 
     hub = {name: options[name] for name in ("revision", "token") if name in options}
@@ -35,6 +35,18 @@ def check_settings(location: str, options: dict[str, Any], ref: str) -> None:
             raise InputError(f"{ref} has the setting {name} = {value} in its config.json", "Correct config.json")
         if last.endswith(("_eps", "epsilon")) and isinstance(value, (int, float)) and value < 0:
             raise InputError(f"{ref} has the setting {name} = {value} in its config.json", "Correct config.json")
+    return dict(settings)
+
+
+def attention(settings: Mapping[str, Any], asked: str | None, ref: str) -> dict[str, str]:
+    """The choice of attention to load with. transformers before 5.23 leaves soft caps out of "sdpa" without a word."""
+    capped = any(name.rsplit(".", 1)[-1] == "attn_logit_softcapping" and value for name, value in _settings(settings))
+    if capped and asked == "sdpa":
+        raise InputError(
+            f"{ref} caps its attention scores, which 'sdpa' does not do", "Use attn_implementation='eager'"
+        )
+    chosen = "eager" if capped and asked is None else asked
+    return {} if chosen is None else {"attn_implementation": chosen}
 
 
 def _settings(node: Mapping[str, Any], start: str = "") -> Iterator[tuple[str, Any]]:
