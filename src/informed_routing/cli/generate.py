@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,6 +21,7 @@ from .common import (
     session,
     with_common,
 )
+from .streams import read_stdin
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -247,7 +247,7 @@ def _sampling(temperature: float | None, top_p: float | None, num_beams: int) ->
 
 
 def _read(prompt: str) -> str:
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = read_stdin() if prompt == "-" else prompt
     if not text.strip():
         raise InputError("the prompt is empty", "Give --prompt some text")
     return text

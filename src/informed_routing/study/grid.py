@@ -60,6 +60,15 @@ class Method(Frozen):
     def _one_kind(self) -> Method:
         if self.recipe and self.prune:
             raise ValueError("a method has a recipe or a way of pruning, not both")
+        idle = {
+            "overrides": bool(self.overrides) and self.kind == "dense",
+            "sparsities": self.sparsities is not None and self.kind == "dense",
+            "prune_tokens": self.prune_tokens is not None and self.kind != "static",
+            "decision": self.decision is not None and self.kind != "dynamic",
+        }
+        for name, is_idle in idle.items():
+            if is_idle:
+                raise ValueError(f"{name} has no effect on a {self.kind} method: leave it out")
         return self
 
 
