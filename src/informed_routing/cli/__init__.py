@@ -83,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):  # `| head` has read enough: no reason to complain, nor at exit
             streams.drop_stdout()
             return 1
+        error = _of_stdout(error)
         if "--debug" in given:
             traceback.print_exc()
         if type(error).__name__ == "NoArgsIsHelpError":  # the help has been printed
@@ -99,6 +100,16 @@ def _stopped(stop: SystemExit) -> int:
         streams.drop_stdout()
         return 1
     return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+
+
+def _of_stdout(error: BaseException) -> BaseException:
+    """What stdout has to say, where an error may have come from it."""
+    if isinstance(error, OSError) and error.filename is None:
+        try:
+            streams.flush()
+        except (OSError, WorkError) as own:
+            return own
+    return error
 
 
 def _keep_what_was_shown() -> None:

@@ -110,16 +110,26 @@ def method_settings(method: str, given: Sequence[str]) -> dict[str, Any]:
 
     Raises InputError for an unknown method, a setting that it does not have, and a value that cannot be read.
     """
+    from pydantic import ValidationError
+
     from informed_routing.baselines.static import METHODS
+    from informed_routing.config import describe
 
     found = named_values(given, "--set", "keep_first=4")
     if method not in METHODS:
         raise InputError(f"--method {shown(method)} is not known", f"Choose one of {', '.join(METHODS)}")
-    known = METHODS[method].settings.model_fields
+    settings = METHODS[method].settings
     for name in found:
-        if name not in known:
-            raise InputError(f"--set {name}: {method} has no such setting", f"It has {', '.join(known)}")
-    return {name: parse_yaml(value, f"--set {name}") for name, value in found.items()}
+        if name not in settings.model_fields:
+            known = ", ".join(settings.model_fields)
+            raise InputError(f"--set {name}: {method} has no such setting", f"It has {known}")
+    values = {name: parse_yaml(value, f"--set {name}") for name, value in found.items()}
+    try:
+        settings.model_validate(values)
+    except ValidationError as error:
+        what, remedy = describe(error)
+        raise InputError(f"--set {what}", remedy) from None
+    return values
 
 
 def _checked(value: Any, label: str) -> Any:
@@ -141,7 +151,8 @@ def _checked(value: Any, label: str) -> Any:
 def _label(parameter: inspect.Parameter) -> str:
     parts = get_args(parameter.annotation) if get_origin(parameter.annotation) is not None else ()
     for part in parts:
-        flags = [flag for flag in getattr(part, "param_decls", None) or () if flag.startswith("--")]
+        given = (getattr(part, "default", None), *(getattr(part, "param_decls", None) or ()))  # typer takes one as default
+        flags = [flag for flag in given if isinstance(flag, str) and flag.startswith("--")]
         if flags:
             return str(flags[0].split("/")[0])
         if metavar := getattr(part, "metavar", None):

@@ -229,7 +229,10 @@ def _quieten() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore")
+    from logging import ERROR, getLogger
+
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    getLogger("huggingface_hub").setLevel(ERROR)  # it reports every attempt to reach a network that is not there
     logging.disable_progress_bar()

@@ -11,10 +11,26 @@ from informed_routing.errors import InputError, WorkError
 
 
 def prepare() -> None:
-    """Let no character that a stream cannot show end the work: it is written as its code."""
+    """Let no character that a stream cannot show end the work: it is written as its code.
+
+    A closed stream's number is taken, so that no file of ours gets it and with it what libraries write there.
+    """
+    for number, known in enumerate((sys.stdin, sys.stdout, sys.stderr)):
+        if known is None:
+            _take(number)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def _take(number: int) -> None:
+    try:
+        os.fstat(number)
+    except OSError:
+        null = os.open(os.devnull, os.O_RDWR)
+        if null != number:
+            os.dup2(null, number)
+            os.close(null)
 
 
 def check_stdout() -> None:
