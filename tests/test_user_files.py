@@ -52,7 +52,7 @@ BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
 )
 def test_yaml_that_is_refused(text: str, said: str) -> None:
     began = time.monotonic()
-    with pytest.raises(InputError, match="^file f") as caught:
+    with pytest.raises(InputError, match=r"^file f") as caught:
         parse_yaml(text, "file f")
     assert said in str(caught.value)
     assert len(str(caught.value)) < 300
@@ -86,7 +86,7 @@ def test_both_of_pyyamls_parsers_give_the_same(monkeypatch: pytest.MonkeyPatch) 
     try:
         assert slow.load("a: &x [1, 2.5]\nb: *x", "f") == {"a": [1, 2.5], "b": [1, 2.5]}
         for text in ("a: 1\na: 2", BOMB, "[" * 1000, "x: !!int abc", "x: 2\ny: !!set {a}"):
-            with pytest.raises(InputError, match="^f, line"):
+            with pytest.raises(InputError, match=r"^f, line"):
                 slow.load(text, "f")
     finally:
         monkeypatch.undo()
@@ -113,9 +113,11 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
             read_json(tmp_path / name, "report")
 
 
-@pytest.mark.parametrize("name", ["", " ", "../../x", "a/b", "a\\b", ".", "..", ".x", "a\nb", "a\x1b[31m", "é" * 101, "a "])
+@pytest.mark.parametrize(
+    "name", ["", " ", "../../x", "a/b", "a\\b", ".", "..", ".x", "a\nb", "a\x1b[31m", "é" * 101, "a "]
+)
 def test_names_that_are_no_file_names(name: str) -> None:
-    with pytest.raises(InputError, match="^the target"):
+    with pytest.raises(InputError, match=r"^the target"):
         file_name(name, "the target")
 
 
@@ -126,7 +128,7 @@ def test_names_that_are_file_names(name: str) -> None:
 
 @pytest.mark.parametrize("path", ["~nosuchuser/x", "a\0b", "a\udcff", "a\x1bb"])
 def test_paths_that_are_none(path: str) -> None:
-    with pytest.raises(InputError, match="^--out"):
+    with pytest.raises(InputError, match=r"^--out"):
         user_path(path, "--out")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -30,7 +30,7 @@ def load(text: str, where: str) -> Any:
     """See `user_files.parse_yaml`."""
     try:
         _check_size(text, where)
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a safe loader)
+        return yaml.load(text, Loader=_Loader)
     except InputError:
         raise
     except yaml.YAMLError as error:
@@ -45,7 +45,7 @@ def _check_size(text: str, where: str) -> None:
     sizes: dict[str, int] = {}  # of what has been anchored and is complete
     open_anchors: list[tuple[str | None, int]] = []
     for event in yaml.parse(text, Loader=_BASE):
-        place = f"{where}, line {event.start_mark.line + 1}"
+        place = f"{where}, line {event.start_mark.line + 1 if event.start_mark else '?'}"
         tag = getattr(event, "tag", None)
         if tag is not None and tag not in _KINDS:
             raise InputError(f"{place}: the tag {shown(tag.replace(_PREFIX, '!!'))} is not taken", _REMEDY)
@@ -77,7 +77,7 @@ class _Loader(_BASE):  # type: ignore[misc]
     """PyYAML's safe loader, which refuses what it would read as something else than is written."""
 
     # Dates are text here: no setting is one, and an impossible one is no reason to stop. So is a single `=`.
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
         first: [(tag, pattern) for tag, pattern in found if not tag.endswith(("timestamp", "value"))]
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

@@ -70,7 +70,7 @@ def check_plain(text: str, what: str, lines: bool = False) -> str:
         if kind == "Cs":
             raise InputError(f"{what} {shown(text)} is not UTF-8 text (character {place + 1})", "Give it in UTF-8")
         if character == "\0" or (kind == "Cc" and not lines):
-            raise InputError(f"{what} {shown(text)} holds a control character ({ascii(character)})", "Leave it out")
+            raise InputError(f"{what} {shown(text)} holds a control character ({character!a})", "Leave it out")
     return text
 
 

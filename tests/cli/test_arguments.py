@@ -10,12 +10,14 @@ from tests.cli.conftest import Outcome
 
 Run = Callable[..., Outcome]
 LONG = "x" * 300
+PRUNE = ("prune", "x", "--method", "shortgpt", "-s", "0.2", "--out", "o")
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["generate", "x", "-p", "hi", "--temperature", "nan"], "--temperature nan is not a finite number"),
+        (["generate", "x", "-p", "hi", "--temperature", "1e-39"], "--temperature 1e-39 is not between"),
         (["generate", "x", "-p", "hi", "--top-p", "inf"], "--top-p inf is not a finite number"),
         (["evaluate", "x", "--sparsity", "nan"], "--sparsity nan"),
         (["fit", "x", "--out", "o", "--sparsity", "1e999"], "--sparsity inf"),
@@ -44,14 +46,15 @@ LONG = "x" * 300
         (["evaluate", LONG], "File name too long"),
         (["fit", "--recipe", LONG, "--out", "o"], "File name too long"),
         (["study", LONG], "File name too long"),
-        (["prune", "x", "--method", "shortgpt", "-s", "0.2", "--out", "o", "--set", "keep_first=["], "--set keep_first"),
-        (["prune", "x", "--method", "shortgpt", "-s", "0.2", "--out", "o", "--set", "context=.inf"], "--set context"),
+        ([*PRUNE, "--set", "keep_first=["], "--set keep_first"),
+        ([*PRUNE, "--set", "context=.inf"], "--set context"),
         (["prune", "x", "--method", "nope", "-s", "0.2", "--out", "o"], "--method 'nope' is not known"),
         *(
-            (["prune", "x", "--method", "shortgpt", "-s", "0.2", "--out", "o", "--set", f"{name}=1"], f"--set {name}")
+            ([*PRUNE, "--set", f"{name}=1"], f"--set {name}")
             for name in ("method", "model", "rows", "sparsity", "progress", "self", "x")
         ),
-        (["prune", "x", "--method", "shortgpt", "-s", "0.2", "--out", "o", "--set", "keep_first=-1"], "--set keep_first"),
+        ([*PRUNE, "--set", "keep_first=-1"], "--set keep_first"),
+        ([*PRUNE, "--set", "batch_size=true"], "--set batch_"),
         (["study", "table1", "--dry-run", "--speed"], "--speed and --dry-run exclude each other"),
         (["study", "table1", "--tables-only", "--ray"], "--ray has no effect"),
         (["study", "shapes", "--limit", "3"], "--limit has no effect on shapes"),

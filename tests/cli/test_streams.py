@@ -62,7 +62,7 @@ def test_a_reader_that_goes_early_costs_no_result(tmp_path: Path) -> None:
     assert b"stdout cannot be written: no disk space left" in full.stderr
 
 
-def test_json_on_a_stdout_that_holds_ascii_only(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_on_a_stdout_that_holds_ascii_only(monkeypatch: pytest.MonkeyPatch) -> None:
     import io
 
     from informed_routing.cli.envelope import print_json

@@ -93,7 +93,8 @@ def test_names_are_shown_as_they_are(run: Run, routing_folder: Path, text_file: 
     common = ("--domain", f"story={text_file}", "--execution", "sparse", "-q")
     nominal = NOMINAL.replace("name: nominal", "name: '[/b]'")
     (files / "nominal.yaml").write_text(nominal)
-    done = run("whatif", "measure", routing_folder, "--workload", files / "nominal.yaml", "-n", 40, "-o", table, *common)
+    measure = ("whatif", "measure", routing_folder, "--workload", files / "nominal.yaml", "-n", 40, "-o", table)
+    done = run(*measure, *common)
     assert done.code == 0, done.err
     targets = json.loads(json.dumps([{**_workload(nominal), "name": name} for name in ODD]))
     (files / "targets.yaml").write_text(json.dumps(targets))
@@ -110,8 +111,8 @@ def test_names_are_shown_as_they_are(run: Run, routing_folder: Path, text_file: 
     assert all("likelihood_ratio" not in row for row in of_quantile)  # not defined there
     assert not any(value is None for row in rows for key, value in row.items() if key != "estimate")
     (files / "targets.yaml").write_text(json.dumps(targets[1:2]))
-    check = ("whatif", "check", routing_folder, table, "--targets", files / "targets.yaml", "-n", 3, "-o", files / "own")
-    checked = run(*check, *common, "--json", files / "c.json")
+    check = ("whatif", "check", routing_folder, table, "--targets", files / "targets.yaml", "-n", 3)
+    checked = run(*check, "-o", files / "own", *common, "--json", files / "c.json")
     assert checked.code == 0, checked.err
     assert "[red]x" in checked.out
     assert (files / "own" / "[red]x.parquet").is_file()
@@ -130,7 +131,8 @@ def test_targets_that_would_be_files_elsewhere(run: Run, files: Path, name: str)
     _empty_table(table, _workload(NOMINAL))
     (files / "targets.yaml").write_text(json.dumps([{**_workload(NOMINAL), "name": name}]))
     before = sorted(path for path in files.rglob("*"))
-    error = run("whatif", "check", "r", table, "--targets", files / "targets.yaml", "-o", files / "own").one_line_error()
+    check = ("whatif", "check", "r", table, "--targets", files / "targets.yaml", "-o", files / "own")
+    error = run(*check).one_line_error()
     assert "the target" in error or "targets.0" in error
     assert sorted(path for path in files.rglob("*")) == before
 
@@ -140,9 +142,7 @@ def _empty_table(path: Path, workload: dict[str, Any]) -> None:
     import pyarrow.parquet
 
     table = pyarrow.table({"domain": ["story"], "prompt_tokens": [6], "output_tokens": [1], "macs": [1.0]})
-    pyarrow.parquet.write_table(
-        table.replace_schema_metadata({"about": json.dumps({"workload": workload})}), path
-    )
+    pyarrow.parquet.write_table(table.replace_schema_metadata({"about": json.dumps({"workload": workload})}), path)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,8 @@ def test_tables_and_domains_that_are_none(run: Run, routing_folder: Path, text_f
     for name, said in {"half.parquet": "no readable Parquet file", "folder.parquet": "is no file"}.items():
         error = run("whatif", "predict", files / name, "--targets", files / "targets.yaml").one_line_error()
         assert said in error
-    measure = ("whatif", "measure", routing_folder, "--workload", files / "nominal.yaml", "-o", files / "t.parquet", "-q")
+    workload = ("--workload", files / "nominal.yaml", "-o", files / "t.parquet")
+    measure = ("whatif", "measure", routing_folder, *workload, "-q")
     twice = run(*measure, "--domain", f"story={text_file}", "--domain", "story=demo:wiki")
     assert "--domain gives story twice" in twice.one_line_error()
     other = run(*measure, "--domain", f"story={text_file}", "--domain", "stroy=demo:wiki")

@@ -195,9 +195,10 @@ def test_bad_grids_are_refused_by_name(tmp_path: Path, change: dict[str, Any], m
     ("method", "message"),
     [
         ({"label": "X", "prune": "nope"}, "X: there is no way of pruning 'nope'"),
-        *(({"label": "X", "prune": "shortgpt", "overrides": {name: 1}}, f"X: unknown setting {name}") for name in (
-            *("model", "rows", "method", "sparsity", "progress"),
-        )),
+        *(
+            ({"label": "X", "prune": "shortgpt", "overrides": {name: 1}}, f"X: unknown setting {name}")
+            for name in ("model", "rows", "method", "sparsity", "progress")
+        ),
         ({"label": "X", "prune": "shortgpt", "overrides": {"keep_first": -1}}, "X: keep_first = -1"),
         ({"label": "X", "recipe": "small", "overrides": {"nope.x": 1}}, "X: unknown setting nope.x"),
         ({"label": "X", "recipe": "small", "overrides": {"seed": 3}}, "X: seed cannot be overridden"),

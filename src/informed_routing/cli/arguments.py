@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from informed_routing.config import LARGEST_NUMBER
 from informed_routing.errors import InputError
+from informed_routing.setting_types import LARGEST_NUMBER
 from informed_routing.user_files import check_plain, parse_yaml, shown, user_path
 
 LARGEST_INTEGER = 2**32 - 1  # of an option; --seed has it for its bound
+COLDEST, HOTTEST = 1e-4, 1e4  # temperatures: half precision overflows beyond
 MOST_THREADS = 256  # more crash OpenMP where processes may not start as many; machines with more cores may use these
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
 _FREE_TEXT = ("--prompt",)  # may hold line ends
@@ -49,13 +50,25 @@ def check_device(device: str) -> str:
         raise InputError(f"--device {shown(device)} is not known", "Use auto, cpu, cuda or cuda:N")
     import torch
 
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if there else "cpu"
     if device != "cpu":
-        number, there = int(device.partition(":")[2] or 0), torch.cuda.device_count() if torch.cuda.is_available() else 0
+        number = int(device.partition(":")[2] or 0)
         if number >= there:
             raise InputError(f"--device {device} is not available: there are {there} CUDA devices", "Use --device cpu")
     return device
+
+
+def check_temperature(temperature: float | None) -> None:
+    """Raise InputError for a temperature that logits cannot be divided by."""
+    if not temperature:
+        return
+    if temperature < 0:
+        raise InputError(f"--temperature {temperature:g} is below 0", "Give 0 for greedy, or about 0.7")
+    if not COLDEST <= temperature <= HOTTEST:
+        bounds = f"{COLDEST:g} and {HOTTEST:g}"
+        raise InputError(f"--temperature {temperature:g} is not between {bounds}", "Give 0 for greedy")
 
 
 def check_threads(threads: int | None) -> None:
@@ -151,7 +164,8 @@ def _checked(value: Any, label: str) -> Any:
 def _label(parameter: inspect.Parameter) -> str:
     parts = get_args(parameter.annotation) if get_origin(parameter.annotation) is not None else ()
     for part in parts:
-        given = (getattr(part, "default", None), *(getattr(part, "param_decls", None) or ()))  # typer takes one as default
+        # beside Annotated, typer keeps the first name of an option as its default
+        given = (getattr(part, "default", None), *(getattr(part, "param_decls", None) or ()))
         flags = [flag for flag in given if isinstance(flag, str) and flag.startswith("--")]
         if flags:
             return str(flags[0].split("/")[0])

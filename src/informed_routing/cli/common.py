@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from informed_routing.config import LARGEST_SEED
 from informed_routing.errors import InputError, WorkError
+from informed_routing.setting_types import LARGEST_SEED
 
 from .arguments import check_device, check_threads, check_values, labels
 from .streams import check_stdout
@@ -50,7 +50,13 @@ class Common:
     ] = None
     seed: Annotated[
         int | None,
-        typer.Option("--seed", min=0, max=LARGEST_SEED, help=f"Random seed [default: {DEFAULT_SEED}].", rich_help_panel=_PANEL),
+        typer.Option(
+            "--seed",
+            min=0,
+            max=LARGEST_SEED,
+            help=f"Random seed [default: {DEFAULT_SEED}].",
+            rich_help_panel=_PANEL,
+        ),
     ] = None
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=_PANEL)] = "auto"
     dtype: Annotated[

@@ -138,7 +138,7 @@ def _columns(path: Path) -> set[str]:
             with path.open(encoding="utf-8") as file:
                 first = json.loads(file.readline())
             return set(first) if isinstance(first, dict) else set()
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         pass
     return set()
 

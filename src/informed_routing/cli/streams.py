@@ -40,7 +40,7 @@ def check_stdout() -> None:
 
 
 def flush() -> None:
-    """Write out what is still held. Raises WorkError when stdout cannot take it (BrokenPipeError where nobody reads)."""
+    """Write out what is still held. Raises WorkError when stdout cannot take it, BrokenPipeError where nobody reads."""
     if sys.stdout is None or sys.stdout.closed:
         return
     try:

@@ -127,7 +127,7 @@ def study(
 
 
 def _refuse_idle(names: Sequence[str], *groups: Mapping[str, Any]) -> None:
-    """Raise InputError for options that would change nothing: those of cells where there are none, two modes at once."""
+    """Raise InputError for options that would change nothing: of cells where there are none, two modes at once."""
     of_cells, to_run, modes = ([flag for flag, value in group.items() if value] for group in groups)
     for alone in (SHAPES, SAMPLING):
         if alone in names:
@@ -142,7 +142,7 @@ def _refuse_idle(names: Sequence[str], *groups: Mapping[str, Any]) -> None:
 
 
 def _check_references(cells: Sequence[Cell], store: Store) -> None:
-    """Raise InputError for models, texts and tasks of cells still to be run that are not there: every cell would fail."""
+    """Raise InputError for models, texts and tasks that cells still to be run need and that are not there."""
     from informed_routing.assets import resolve_model
     from informed_routing.evaluation.harness_tasks import local_files
     from informed_routing.evaluation.tasks import WIKITEXT, TaskSpec
@@ -155,8 +155,9 @@ def _check_references(cells: Sequence[Cell], store: Store) -> None:
         check_text(text)
     for cell in {(cell.data_dir, cell.evaluation.tasks, cell.evaluation.wikitext): cell for cell in waiting}.values():
         tasks = [*cell.evaluation.tasks, *([WIKITEXT] if cell.evaluation.wikitext else [])]
-        for task in tasks if cell.data_dir is not None else ():
-            local_files(TaskSpec.parse(task), Path(cell.data_dir))
+        if cell.data_dir is not None:
+            for task in tasks:
+                local_files(TaskSpec.parse(task), Path(cell.data_dir))
 
 
 def _grids(

@@ -61,8 +61,8 @@ def _measured(values: Mapping[str, Any], metric: str, error: str | None = None) 
     value, deviation = float(values[metric]), values.get(error or f"{metric}_stderr")
     if metric.endswith("perplexity"):
         return f"{value:.2f}"
-    known = deviation is not None and math.isfinite(deviation)
-    return f"{value * 100:.1f}" + (f" ±{float(deviation) * 100:.1f}" if known else "")
+    error_shown = "" if deviation is None or not math.isfinite(deviation) else f" ±{float(deviation) * 100:.1f}"
+    return f"{value * 100:.1f}{error_shown}"
 
 
 def speed_table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:
@@ -122,5 +122,6 @@ def main_metric(task: Mapping[str, Any]) -> float:
 
 def with_ratio(value: float, dense: float | None) -> str:
     """A perplexity and its ratio to the dense one."""
-    comparable = dense and value != dense and math.isfinite(value) and math.isfinite(dense)
-    return f"{value:.2f}" + (f" ({value / dense:.3f}x)" if comparable else "")
+    if not dense or value == dense or not (math.isfinite(value) and math.isfinite(dense)):
+        return f"{value:.2f}"
+    return f"{value:.2f} ({value / dense:.3f}x)"

@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from ..config import LARGEST_SIZE, Budget, Decision, Frozen, Label, Reference, Seed, Size, describe
+from ..config import Budget, Decision
 from ..errors import InputError
 from ..evaluation.precision import Precision
-from ..evaluation.tasks import parse_tasks
+from ..evaluation.tasks import TaskSpec, parse_tasks
 from ..recipes import built_in_or_file
+from ..setting_types import LARGEST_SIZE, Frozen, Label, Reference, Seed, Size, describe
 from ..user_files import file_name, read_yaml, shown
 
 Layout = Literal["accuracy", "split", "loss", "columns", "curve", "allocation", "trade_off"]
@@ -126,6 +127,8 @@ class Evaluation(Frozen):
     @classmethod
     def _are_tasks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         try:
+            for task in value:
+                TaskSpec.parse(task.replace(",", "@"))  # one task an entry
             if value:
                 parse_tasks(",".join(value))
         except InputError as error:

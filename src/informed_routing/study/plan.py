@@ -14,7 +14,6 @@ from .grid import Evaluation, Grid
 from .identity import content_id, digest
 from .stages import VERSION, Stage, Variant, last_stage
 
-
 LONGEST_MODEL = 60
 """Bytes of a model's name in names of files."""
 

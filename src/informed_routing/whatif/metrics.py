@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
 
-from ..config import Label
 from ..errors import InputError
+from ..setting_types import Label
 from ..user_files import shown
 from .arrays import Floats
 from .lengths import Frozen
@@ -196,7 +196,7 @@ def _outcome(metric: _Bounded, values: Floats, size: Floats, largest: Floats, by
         upper = max(float((values[size > 0] / size[size > 0]).max()), metric.lower)
     scale = (upper - metric.lower) or 1.0  # a constant metric
     if not (math.isfinite(scale) and np.isfinite(values).all() and np.isfinite(largest).all()):
-        raise InputError(f"metric {metric.name} has no finite range", "Give its lower and upper bound, check its columns")
+        raise InputError(f"metric {metric.name} has no finite range", "Give its bounds, check its columns")
     share = size / largest
     fitting = np.minimum(share, 1.0)
     part = (values - metric.lower * size) / (scale * largest)

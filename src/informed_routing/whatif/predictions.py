@@ -63,8 +63,10 @@ class Predictions:
         raise KeyError((target, metric))
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: numbers that are not defined are left out, infinite ones written as "Infinity"; see `Prediction`."""
-        rows = [{key: _plain(value) for key, value in asdict(row).items() if not _undefined(value)} for row in self.rows]
+        """For JSON: numbers that are not defined are left out, infinite ones written as "Infinity"."""
+        rows = [
+            {key: _plain(value) for key, value in asdict(row).items() if not _undefined(value)} for row in self.rows
+        ]
         return {"prompts": self.prompts, "delta": self.delta, "seed": self.seed, "rows": rows}
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from ..config import given
 from ..errors import InputError
+from ..setting_types import given
 from ..user_files import read_yaml
 
 __all__ = ["checked", "read_yaml"]
@@ -28,4 +28,3 @@ def checked(adapter: TypeAdapter[Any], data: Any, what: str) -> Any:
         message = problem["msg"].removeprefix("Value error, ")
         shown = given(problem.get("input"))
         raise InputError(f"{where}{shown}: {message[0].lower()}{message[1:]}", "Correct this value") from None
-

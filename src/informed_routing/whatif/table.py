@@ -95,7 +95,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def _names(values: np.ndarray) -> np.ndarray:
-    for row, name in enumerate(values):
+    for row, name in enumerate(values.tolist()):
         if not isinstance(name, str):
             raise InputError(f"column domain is {shown(name)} in row {row}", "Give each prompt the name of its domain")
     return np.array([str(name) for name in values])

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Protocol
 import numpy as np
 from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
 
-from ..config import Label
 from ..errors import InputError
+from ..setting_types import Label
 from ..user_files import shown
 from .arrays import Floats, Ints
 from .lengths import Frozen, Lengths, check_total, holds
