@@ -18,7 +18,7 @@ from informed_routing.errors import InputError, WorkError
 from informed_routing.setting_types import LARGEST_SEED
 
 from .arguments import check_device, check_threads, check_values, labels
-from .streams import check_stdout
+from .streams import check_stdout, to_stdout
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -151,12 +151,14 @@ class Session:
                 result=result,
             )
         if target == "-":
-            print_json(content)
+            with to_stdout():
+                print_json(content)
             return
         if target is not None:  # before the tables: a reader of stdout who goes early must not cost the file
             write_json(Path(target), content)
             self.progress.message(f"wrote {target}")
-        show(self.console)
+        with to_stdout():
+            show(self.console)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import sys
+from collections.abc import Iterator
 
 from informed_routing.errors import InputError, WorkError
 
@@ -41,10 +42,16 @@ def check_stdout() -> None:
 
 def flush() -> None:
     """Write out what is still held. Raises WorkError when stdout cannot take it, BrokenPipeError where nobody reads."""
-    if sys.stdout is None or sys.stdout.closed:
-        return
+    with to_stdout():
+        if sys.stdout is not None and not sys.stdout.closed:
+            sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def to_stdout() -> Iterator[None]:
+    """Around what writes to stdout alone; raises as `flush` does."""
     try:
-        sys.stdout.flush()
+        yield
     except BrokenPipeError:
         raise
     except OSError as error:
