@@ -67,11 +67,11 @@ def test_json_on_a_stdout_that_holds_ascii_only(monkeypatch: pytest.MonkeyPatch)
 
     from informed_routing.cli.envelope import print_json
 
-    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace")
+    content = io.BytesIO()
+    stream = io.TextIOWrapper(content, encoding="ascii", errors="backslashreplace")
     monkeypatch.setattr("sys.stdout", stream)
     print_json({"result": {"text": "é\udcff"}})
-    stream.seek(0)
-    assert json.loads(stream.read()) == {"result": {"text": "é\udcff"}}
+    assert json.loads(content.getvalue()) == {"result": {"text": "é\udcff"}}
 
 
 def test_progress_that_nobody_reads_does_not_end_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
