@@ -141,7 +141,7 @@ def _columns(path: Path) -> set[str]:
 
             first = json.loads(next(line for _, line in lines(path) if line.strip()))
             return set(first) if isinstance(first, dict) else set()
-    except (OSError, ValueError, StopIteration):
+    except (OSError, ValueError, StopIteration, RecursionError):
         pass
     return set()
 
