@@ -5,12 +5,15 @@ A `Recipe` is what a user writes in YAML; a `RoutingConfig` is what a routing fo
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import InputError
+from .setting_types import LARGEST_SIZE, Frozen, Label, Reference, Seed, Size, describe
+from .user_files import read_yaml
 
 FORMAT_VERSION = 1
 
@@ -20,17 +23,13 @@ StageName = Literal["forecast", "route", "joint", "lora", "calibrate"]
 Decision = Literal["threshold", "top-k"]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ForecasterConfig(_Frozen):
+class ForecasterConfig(Frozen):
     """The Lightweight Feature Forecaster W2 (W1 x + b1) + b2 of paper Eq. 6 and how it is fitted (stage 1)."""
 
     fallback: Literal["forecaster", "zero"] = Field(
         "forecaster", description="what an approximated token gets; zero is greedy routing (SkipGPT)"
     )
-    rank: int = Field(64, ge=1, description="bottleneck width r (paper: 100 at d = 4096)")
+    rank: Size = Field(64, description="bottleneck width r (paper: 100 at d = 4096)")
     activation: Literal["none", "silu"] = Field("none", description="paper: none; published code: silu")
     fit: Literal["closed-form", "gradient"] = "closed-form"
     start: Literal["random", "closed-form"] = Field("random", description="start of the gradient fit")
@@ -60,7 +59,7 @@ class ForecasterConfig(_Frozen):
         return self
 
 
-class RouterConfig(_Frozen):
+class RouterConfig(Frozen):
     """The per-token classifier of a unit (paper Eq. 7, two cheaper forms, and those of other methods)."""
 
     kind: Literal["mlp", "linear", "low-rank", "normed-mlp", "ranking"] = Field(
@@ -68,8 +67,8 @@ class RouterConfig(_Frozen):
         description="mlp is the paper's; a linear router is the cheapest, and the closed form's own shape; "
         "normed-mlp is D-LLM's; ranking is MoD's scalar score with a causal predictor of who is chosen",
     )
-    width: int | None = Field(
-        None, ge=1, description="hidden width; default d/4 - 2r for mlp, 16 for low-rank and for ranking's predictor"
+    width: Size | None = Field(
+        None, description="hidden width; default d/4 - 2r for mlp, 16 for low-rank and for ranking's predictor"
     )
     input: Literal["normed", "residual", "layer"] = Field(
         "normed",
@@ -89,7 +88,7 @@ class RouterConfig(_Frozen):
     sweep_tokens: int = Field(8_192, ge=1, description="text of each further sweep")
 
 
-class SelectionConfig(_Frozen):
+class SelectionConfig(Frozen):
     """Which units and tokens may be approximated, and by which rule inference decides."""
 
     granularity: Literal["unit", "layer"] = Field("unit", description="layer: one decision joins attention and ffn")
@@ -105,13 +104,13 @@ class SelectionConfig(_Frozen):
         return layer >= self.first_layer and (layer - self.first_layer) % self.every == 0
 
 
-class StageConfig(_Frozen):
+class StageConfig(Frozen):
     """What every gradient stage shares. A step sees batch_size * gradient_accumulation sequences per process."""
 
     steps: int = Field(2000, ge=1)
-    batch_size: int = Field(4, ge=1)
-    gradient_accumulation: int = Field(1, ge=1)
-    sequence_length: int = Field(256, ge=2)
+    batch_size: Size = 4
+    gradient_accumulation: Size = 1
+    sequence_length: int = Field(256, ge=2, le=LARGEST_SIZE)
     learning_rate: float = Field(2e-3, gt=0)
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup_steps: int = Field(10, ge=0)
@@ -124,11 +123,11 @@ class ForecastStage(StageConfig):
     """Stage 1 by gradient (ignored by the closed form). Defaults: paper A.2."""
 
     learning_rate: float = Field(1e-3, gt=0)
-    batch_size: int = Field(8, ge=1)
+    batch_size: Size = 8
     schedule: Literal["constant", "cosine"] = "constant"
 
 
-class ObjectiveConfig(_Frozen):
+class ObjectiveConfig(Frozen):
     """Language-model loss, distillation from the dense model (KL), or their weighted sum."""
 
     kind: Literal["lm", "distill", "mixed"] = "lm"
@@ -142,8 +141,8 @@ class RouteStage(StageConfig):
     """
 
     steps: int = Field(300, ge=0, description="0 keeps the closed-form start as it is (paper: 2000)")
-    batch_size: int = Field(2, ge=1)
-    sequence_length: int = Field(512, ge=2)
+    batch_size: Size = 2
+    sequence_length: int = Field(512, ge=2, le=LARGEST_SIZE)
     learning_rate: float = Field(3e-4, gt=0, description="of the routers (paper: 2e-3)")
 
     sparsity: float = Field(0.25, gt=0, lt=1)
@@ -169,23 +168,23 @@ class LoraStage(StageConfig):
 
     learning_rate: float = Field(1e-3, gt=0)
     steps: int = Field(500, ge=1, description="(paper: 2000)")
-    rank: int = Field(16, ge=1)
+    rank: Size = 16
     alpha: float = Field(32.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
-    targets: tuple[str, ...] | None = Field(None, description="default: q, k, v and gate of the family")
+    targets: tuple[Label, ...] | None = Field(None, min_length=1, description="default: q, k, v and gate of the family")
     sparsity: float | None = Field(
         None, ge=0, lt=1, description="where to tune; default the routed sparsity; 0 tunes the dense model"
     )
     objective: ObjectiveConfig = ObjectiveConfig()
 
 
-class CalibrationConfig(_Frozen):
+class CalibrationConfig(Frozen):
     """Thresholds for many sparsities from one trained router, on text that training never saw."""
 
-    targets: tuple[float, ...] = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40, 0.45, 0.50)
+    targets: tuple[float, ...] = Field((0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40, 0.45, 0.50), min_length=1)
     tokens: int = Field(32_768, ge=1)
-    sequence_length: int = Field(512, ge=2)
-    batch_size: int = Field(2, ge=1)
+    sequence_length: int = Field(512, ge=2, le=LARGEST_SIZE)
+    batch_size: Size = 2
 
     @field_validator("targets")
     @classmethod
@@ -196,23 +195,23 @@ class CalibrationConfig(_Frozen):
         return tuple(sorted(set(value)))
 
 
-class Recipe(_Frozen):
+class Recipe(Frozen):
     """All of a `fit`: model, text, stages and their settings."""
 
-    model: str = "demo:smollm2-135m"
-    revision: str | None = None
-    data: tuple[str, ...] = ("demo:wiki", "demo:c4")
+    model: Reference = "demo:smollm2-135m"
+    revision: Reference | None = None
+    data: tuple[Reference, ...] = Field(("demo:wiki", "demo:c4"), min_length=1)
     stages: tuple[StageName, ...] = Field(
         ("forecast", "route"),
         description="forecast, route and lora; or joint, which trains routers and LoRA together, in place of the last "
         "two; or calibrate alone: a new threshold table for a routed model",
     )
-    start: str | None = Field(
+    start: Reference | None = Field(
         None,
         description="routing folder whose forecasters and routers (weights and settings) to begin with, so that "
         "`stages` may leave out earlier ones",
     )
-    seed: int = 17
+    seed: Seed = 17
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     activation_checkpointing: bool | None = Field(
         None, description="recompute activations in the backward pass; default: on a GPU, where memory is what is short"
@@ -278,28 +277,27 @@ class Recipe(_Frozen):
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
         """Read a recipe file. Raises InputError when it is missing, is no YAML mapping, or breaks a bound."""
-        import yaml
-
-        try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"recipe {path} does not exist", "Give the path of a YAML file") from None
-        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-            raise InputError(f"recipe {path} cannot be read: {str(error).splitlines()[0]}", "See recipes/") from None
+        data = read_yaml(path, "recipe")
         if not isinstance(data, dict):
             raise InputError(f"recipe {path} is not a mapping of settings", "Start from one in recipes/")
         return cls.from_mapping(data)
 
-    def with_overrides(self, overrides: dict[str, Any]) -> Recipe:
-        """A copy with dotted keys replaced, such as {"route.sparsity": 0.4}; None values are ignored."""
+    def with_overrides(self, overrides: dict[str, Any], *, none_counts: bool = False) -> Recipe:
+        """A copy with dotted keys replaced, such as {"route.sparsity": 0.4}.
+
+        None means "not given", or with `none_counts` is a value like others. Raises InputError naming what is unknown
+        or breaks a bound.
+        """
         data = self.model_dump()
         for key, value in overrides.items():
-            if value is None:
+            if value is None and not none_counts:
                 continue
             *parents, last = key.split(".")
-            node = data
+            node: Any = data
             for parent in parents:
-                node = node[parent]
+                node = node.get(parent) if isinstance(node, dict) else None
+            if not isinstance(node, dict):
+                raise InputError(f"unknown setting {key}", "Remove it or correct its spelling")
             node[last] = value
         return Recipe.from_mapping(data)
 
@@ -322,7 +320,13 @@ def method_of(forecaster: ForecasterConfig, selection: SelectionConfig) -> str:
     return "d-llm" if selection.granularity == "layer" else "skipgpt"
 
 
-class LatencyGains(_Frozen):
+class _Measured(BaseModel):
+    """Numbers of our own: whether they are finite is looked at where they are stored and read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LatencyGains(_Measured):
     """Measured on one machine: shares of the dense body's prefill time, for `budget="latency"`."""
 
     attention: float = Field(description="saved if all tokens approximate all attention units")
@@ -338,7 +342,7 @@ class LatencyGains(_Frozen):
         return self.attention * attention + self.ffn * ffn - self.overhead
 
 
-class ThresholdRow(_Frozen):
+class ThresholdRow(_Measured):
     """One calibrated point: the margin threshold and the shares approximated that it realised."""
 
     threshold: float
@@ -349,14 +353,14 @@ class ThresholdRow(_Frozen):
     latency: float = Field(0.0, description="share of the time saved, by the table of RoutingConfig.latency")
 
 
-class BaseModelReference(_Frozen):
+class BaseModelReference(Frozen):
     name: str
     revision: str | None = None
     fingerprint: str
     model_type: str
 
 
-class RoutingConfig(_Frozen):
+class RoutingConfig(Frozen):
     """The content of routing_config.json: everything needed to attach the saved tensors to the base model."""
 
     format_version: int = FORMAT_VERSION
@@ -380,6 +384,15 @@ class RoutingConfig(_Frozen):
         check_parts(self.forecaster, self.router, self.selection)
         return self
 
+    @model_validator(mode="after")
+    def _measured_is_finite(self) -> RoutingConfig:
+        rows = [*self.thresholds, *([] if self.latency is None else [self.latency])]
+        for row in rows:
+            for name, value in row:
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise ValueError(f"{name} is {value} where a measured number should be")
+        return self
+
     @classmethod
     def from_json(cls, text: str, origin: str) -> RoutingConfig:
         """Parse a stored file. Raises InputError when it is damaged or of a newer format."""
@@ -394,15 +407,3 @@ class RoutingConfig(_Frozen):
                 "Upgrade informed-routing",
             )
         return config
-
-
-def describe(error: ValidationError) -> tuple[str, str]:
-    """The first problem of a pydantic error as (what, remedy)."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "settings"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        return f"unknown setting {where}", "Remove it or correct its spelling"
-    shown = repr(first.get("input"))
-    given = f" = {shown}" if len(shown) < 60 else ""
-    return f"{where}{given}: {message[0].lower()}{message[1:]}", "Correct this value"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -36,7 +36,9 @@ from .config import (
     method_of,
 )
 from .errors import InputError
-from .execution.layer import NOT_CAUSAL, add_routing, routed_decoder_class
+from .execution.layer import NOT_CAUSAL, add_routing, remove_routing, routed_decoder_class
+from .execution.self_check import Check, check_engine
+from .models import calls
 from .models.families import family_of
 from .models.fingerprint import fingerprint
 from .routing.budget import RoutingStats, UnitCost, capacity_for, unit_costs
@@ -111,24 +113,17 @@ class RoutedModelForCausalLM(PreTrainedModel):
                 f"selection.first_layer {selection.first_layer} leaves none of {len(decoder.layers)} layers to route",
                 "Choose a lower one",
             )
-        state = RoutingState(kv=routing_config.kv)
-        device = decoder.embed_tokens.weight.device
-        for i, layer in enumerate(decoder.layers):
-            pair = [
-                RoutedUnit(2 * i + j, kind, family, hidden_size, forecaster, router, selection).to(device)
-                for j, kind in enumerate(KINDS)
-            ]
-            add_routing(layer, state, *pair)
-        costs = unit_costs(decoder.layers, list(_units_of(decoder)))
-        decoder.routing_state = state
-        decoder.routing_stats_counter = RoutingStats.empty(costs, [u.kind for u in _units_of(decoder)])
-        decoder.__class__ = routed_decoder_class(type(decoder))  # type: ignore[arg-type]
-        model.__class__ = _routed_model_class(type(model))  # type: ignore[arg-type]
-        routed = cast(RoutedModelForCausalLM, model)
-        routed.routing_config = routing_config
-        routed.routing_state = state
-        routed._target = 0.0
-        routed.train(model.training)
+        _check_own_forwards(model)
+        dense_class, check = type(model), Check(model, routing_config)
+        try:
+            routed = _with_routing(model, routing_config)
+            check.routed(routed)
+        except BaseException:
+            remove_routing(decoder)
+            model.__class__ = dense_class
+            for name in ("routing_config", "routing_state", "_target"):
+                vars(model).pop(name, None)
+            raise
         return routed
 
     @classmethod
@@ -257,7 +252,19 @@ class RoutedModelForCausalLM(PreTrainedModel):
         """The base model's `generate`. Raises InputError while the decision rule is top-k, which is not causal."""
         if self.routing_state.ranks:
             raise InputError(*NOT_CAUSAL)
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
+        with self.weights_fixed():
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    @contextmanager
+    def weights_fixed(self) -> Iterator[None]:
+        """Compare the weights with those of the native engine once, not at each call within: for loops of calls.
+
+        The model must not be changed within. Without it every call that begins a text reads all weights once, to
+        notice also what no version counter sees.
+        """
+        native = self.routing_state.native
+        with nullcontext() if native is None else native.fixed():
+            yield
 
     def calibrated_range(self, budget: Budget | None = None) -> tuple[float, float]:
         """Lowest and highest sparsity of the threshold table."""
@@ -286,16 +293,16 @@ class RoutedModelForCausalLM(PreTrainedModel):
         kv: KeyValues | None = None,
         *,
         weights: Weights | None = None,
-        policy: Policy = "auto",
+        policy: Policy = "exact",
     ) -> None:
         """Choose how routed units are computed.
 
         `sparse` really skips, in torch. `masked` computes both branches (reference, training). `native` is the engine
         made for the device that the model is on: inference without gradients runs in it, all else as with `sparse`.
         On a CPU, `weights` (`float32`, `bfloat16`, `int8`, `int4`; default the model's dtype) is the format of its
-        packed copy of the base model's matrices; on a GPU it reads the model's own (also torchao's). The policy `auto`
-        executes all rows of a unit's call where skipping some of them would take longer (small batches); `exact`
-        always does what the routers say.
+        packed copy of the base model's matrices; on a GPU it reads the model's own (also torchao's). The policy `exact`
+        always does what the routers say, so the same tokens give the same text; `auto` executes all rows of a unit's
+        call where skipping some of them would take longer (small batches) by prices timed on this machine.
         Raises InputError for unknown values, or when the engine cannot run this model here.
         """
         if execution not in ("sparse", "masked", "native"):
@@ -304,13 +311,22 @@ class RoutedModelForCausalLM(PreTrainedModel):
             raise InputError(f"kv {kv!r} is not known", "Choose keep or drop")
         if weights is not None and execution != "native":
             raise InputError(f"weights {weights!r} need the native engine", "Use execution='native'")
-        self.routing_state.native = None
+        if policy not in ("exact", "auto"):
+            raise InputError(f"policy {policy!r} is not known", "Choose exact or auto")
+        if policy == "auto" and execution != "native":
+            raise InputError("policy 'auto' needs the native engine", "Use execution='native'")
+        self.routing_state.native, self.routing_state.execution = None, "sparse"
         if execution == "native":
             from .execution.native import NativeExecution
 
             native = NativeExecution(weights, policy=policy)
-            native.of(self)
+            engine = native.of(self)
             self.routing_state.native = native
+            try:
+                check_engine(self, engine.weights)
+            except InputError:
+                self.routing_state.native = None
+                raise
         self.routing_state.execution = execution
         if kv is not None:
             self.routing_state.kv = kv
@@ -349,6 +365,39 @@ class RoutedModelForCausalLM(PreTrainedModel):
         if not gates:
             return torch.ones(0)
         return torch.stack([gate.float() for gate in gates.values()]).mean(0)
+
+
+def _check_own_forwards(model: PreTrainedModel) -> None:
+    """Raises InputError for modules whose `forward` was replaced: routing, which is their class's, would be bypassed."""
+    decoder = cast(Any, model).model
+    for module in (model, decoder, *decoder.layers):
+        if calls.has_own_forward(module):
+            raise InputError(
+                f"the model's {type(module).__name__} has a forward of its own (hooks of accelerate, or a patch)",
+                "Load it without device_map; accelerate.hooks.remove_hook_from_module(model, recurse=True) removes hooks",
+            )
+        vars(module).pop("forward", None)  # the class's own: it would stand before the routed class's
+
+
+def _with_routing(model: PreTrainedModel, config: RoutingConfig) -> RoutedModelForCausalLM:
+    """Give the layers of a dense model their routed units, and layers, decoder and model their routed classes."""
+    family, decoder = family_of(model.config.model_type), cast(Any, model).model
+    state = RoutingState(kv=config.kv)
+    device = decoder.embed_tokens.weight.device
+    parts = (config.hidden_size, config.forecaster, config.router, config.selection)
+    for i, layer in enumerate(decoder.layers):
+        pair = [RoutedUnit(2 * i + j, kind, family, *parts).to(device) for j, kind in enumerate(KINDS)]
+        add_routing(layer, state, *pair)
+    costs = unit_costs(decoder.layers, list(_units_of(decoder)))
+    decoder.routing_state = state
+    decoder.routing_stats_counter = RoutingStats.empty(costs, [u.kind for u in _units_of(decoder)])
+    decoder.__class__ = routed_decoder_class(type(decoder))  # type: ignore[arg-type]
+    training = model.training
+    model.__class__ = _routed_model_class(type(model))  # type: ignore[arg-type]
+    routed = cast(RoutedModelForCausalLM, model)
+    routed.routing_config, routed.routing_state, routed._target = config, state, 0.0
+    routed.train(training)
+    return routed
 
 
 def _fresh_config(
@@ -426,20 +475,22 @@ def _routed_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 def _forward_of(base: type[PreTrainedModel]) -> Any:
     """The base model's forward, which the native engine does where it can."""
 
-    @functools.wraps(base.forward)
+    base_forward = base.forward
+
+    @functools.wraps(base_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
+        call = calls.read(calls.bound(base_forward, args, kwargs))
         if self.routing_state.native is not None:
             from .execution import native
 
-            output = native.causal_lm(self, args, kwargs)
+            output = native.causal_lm(self, call)
             if output is not None:
                 return output
-        if hasattr(cache, "first_keys"):  # an engine has written to it
+        if hasattr(call.cache, "first_keys"):  # an engine has written to it
             from .execution import native
 
-            native.give_back(cache)
-        return base.forward(self, *args, **kwargs)
+            native.give_back(call.cache)
+        return base_forward(self, **call.given)
 
     return forward
 

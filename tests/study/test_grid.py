@@ -14,6 +14,7 @@ from tests.study.conftest import ALL_METHODS, FEW_METHODS
 from informed_routing.config import Recipe
 from informed_routing.errors import InputError
 from informed_routing.study.grid import Grid, built_in_grids, load_grid
+from informed_routing.study.identity import content_id
 from informed_routing.study.plan import expand, matching
 from informed_routing.study.stages import text_read
 
@@ -161,6 +162,26 @@ def test_joint_training_has_no_row_without_recovery(make_grid: Callable[..., Gri
         ({"layout": "pie"}, "layout"),
         ({"colour": "red"}, "unknown setting colour"),
         ({"scale": "huge"}, "scale 'huge' does not exist"),
+        ({"scale": ["cpu"]}, r"scale \['cpu'\] does not exist"),
+        ({"scale": {}}, "scale {} does not exist"),
+        ({"name": "../x"}, "name"),
+        ({"name": "x" * 90}, "name"),
+        ({"name": "agreement"}, "agreement is that of another page"),
+        ({"methods": {"../../x": {"label": "X"}}}, "the method '../../x' cannot be a file's name"),
+        ({"methods": {"a\tb": {"label": "X"}}}, "control character"),
+        ({"methods": {"x" * 81: {"label": "X"}}}, "has 81 bytes"),
+        ({"methods": {"x": {"label": "X\x1b[31m"}}}, "line|control"),
+        ({"methods": {"x": {"label": "X", "overrides": {"a": 1}}}}, "overrides has no effect on a dense method"),
+        ({"methods": {"x": {"label": "X", "recipe": "small", "prune_tokens": 9}}}, "prune_tokens has no effect"),
+        ({"seeds": [1, 1]}, "1 is given twice"),
+        ({"seeds": [-1]}, "seeds.0 = -1"),
+        ({"seeds": [2**32]}, "seeds.0 = 4294967296"),
+        ({"models": []}, "models"),
+        ({"models": ["m", "m"]}, "m is given twice"),
+        ({"sparsities": [0.25, 0.25]}, "0.25 is given twice"),
+        ({"evaluation": {"tasks": ["boolq@lots"]}}, "task 'boolq@lots' is not NAME"),
+        ({"training": {"batch_size": True}}, "batch_size = True"),
+        ({"training": {"data": ["a\x00"]}}, "line|control"),
     ],
 )
 def test_bad_grids_are_refused_by_name(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -168,6 +189,58 @@ def test_bad_grids_are_refused_by_name(tmp_path: Path, change: dict[str, Any], m
     path.write_text(yaml.safe_dump({"methods": FEW_METHODS, **change}))
     with pytest.raises(InputError, match=message):
         load_grid(str(path))
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"label": "X", "prune": "nope"}, "X: there is no way of pruning 'nope'"),
+        *(
+            ({"label": "X", "prune": "shortgpt", "overrides": {name: 1}}, f"X: unknown setting {name}")
+            for name in ("model", "rows", "method", "sparsity", "progress")
+        ),
+        ({"label": "X", "prune": "shortgpt", "overrides": {"keep_first": -1}}, "X: keep_first = -1"),
+        ({"label": "X", "recipe": "small", "overrides": {"nope.x": 1}}, "X: unknown setting nope.x"),
+        ({"label": "X", "recipe": "small", "overrides": {"seed": 3}}, "X: seed cannot be overridden"),
+        ({"label": "X", "recipe": "nope"}, "recipe 'nope' does not exist"),
+    ],
+)
+def test_bad_methods_are_refused_before_any_cell(
+    make_grid: Callable[..., Grid], method: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        expand(make_grid({"x": method}))
+
+
+def test_a_null_of_a_grid_is_a_value(make_grid: Callable[..., Grid]) -> None:
+    """`router.width: null` means the default width, not that of the recipe."""
+    base = {**ALL_METHODS["d-llm"], "overrides": {"selection.first_layer": 1}}
+    changed = {**base, "overrides": {**base["overrides"], "router.width": None}}
+    one, other = (expand(make_grid({"d": method}))[-1].stages[0].settings["router"] for method in (base, changed))
+    assert one["width"] == 512
+    assert other["width"] is None
+
+
+def test_names_of_cells_fit_into_names_of_files(make_grid: Callable[..., Grid]) -> None:
+    """However long the model's is."""
+    grid = make_grid(FEW_METHODS).model_copy(update={"models": ("some/" + "é" * 250,)})
+    for cell in expand(grid):
+        assert len(cell.file.encode()) < 200
+        assert "/" not in cell.file
+
+
+def test_keys_follow_the_content_of_several_files_in_one_reference(
+    make_grid: Callable[..., Grid], tmp_path: Path
+) -> None:
+    one, two = tmp_path / "1.txt", tmp_path / "2.txt"
+    one.write_text("a")
+    two.write_text("b")
+    keys = []
+    for content in ("b", "b", "c"):
+        content_id.cache_clear()
+        two.write_text(content)
+        keys.append(expand(make_grid(FEW_METHODS, training={"data": [f"{one},{two}"]}))[0].key)
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_a_missing_grid_is_refused_with_what_there_is() -> None:

@@ -250,3 +250,14 @@ def test_every_layout_is_written_with_its_plot(name: str, tmp_path: Path) -> Non
         assert (tmp_path / f"{name}.svg").read_text().startswith("<?xml")
         assert f"![{grid.title}]({name}.svg)" in (tmp_path / f"{name}.md").read_text()
     assert "the last one broke" in (tmp_path / f"{name}.md").read_text()
+
+
+def test_labels_are_shown_as_they_are() -> None:
+    """A bar begins no cell, dollar signs no formula."""
+    from informed_routing.study.figures import plain
+    from informed_routing.study.tables import Block, Column, Row, Table, markdown
+
+    table = Table("t", "T", (Column("x", "X"),), (Block("b", (Row("a|b [/c] $x^$", {"x": "d|e"}),)),))
+    line = markdown(table).splitlines()[-1]
+    assert line == r"| a\|b [/c] $x^$ | d\|e |"
+    assert plain("$x^$") == r"\$x^\$"

@@ -27,6 +27,7 @@ from informed_routing.whatif import (
     workload_from_mapping,
 )
 from informed_routing.whatif.points import Divergence
+from informed_routing.whatif.predictions import Prediction, Predictions
 
 NOMINAL = synthetic.workload("nominal")
 TABLE = synthetic.measure(NOMINAL, 2000, np.random.default_rng(0))
@@ -269,3 +270,43 @@ def test_worth_of_a_sample() -> None:
 def test_the_library_needs_no_model() -> None:
     code = "import sys, informed_routing.whatif; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("domain", [None, "story"], "column domain is None in row 0"),
+        ("domain", [1, 2], "column domain is 1 in row 0"),
+        ("macs", ["1", "2"], "column macs holds no numbers"),
+        ("macs", [1 + 1j, 2], "column macs holds no numbers"),
+        ("macs", np.array(["2024-01-01", "2024-01-02"], dtype="datetime64[ns]"), "column macs holds no numbers"),
+        ("macs", [[1], [2]], "column macs has shape"),
+        ("macs", [np.nan, 1.0], "column macs is nan in row 0"),
+        ("macs", [1e308, 1e308], "metric m is inf in row 0"),
+    ],
+)
+def test_columns_that_are_no_measurements(column: str, values: Any, message: str) -> None:
+    nominal = workload_from_mapping(
+        {"name": "n", "domains": {"story": {"weight": 1.0, "prompt_tokens": 5, "output_tokens": 1}}}
+    )
+    table: dict[str, Any] = {
+        "domain": ["story", "story"],
+        "prompt_tokens": [5, 5],
+        "output_tokens": [1, 1],
+        "macs": [1.0, 2.0],
+        "more": [1.7e308, 1.7e308],
+        column: values,
+    }
+    with pytest.raises(InputError, match=message):
+        predict(table, nominal, [nominal], [MeanMetric(name="m", column=("macs", "more"))])
+
+
+def test_json_of_predictions_has_no_null_but_for_estimates_that_are_refused() -> None:
+    numbers = dict.fromkeys(Prediction.__dataclass_fields__, 1.0)
+    words = {"target": "t", "metric": "m", "estimator": "e", "colour": "red", "reasons": ("r",), "advice": ""}
+    odd = {"estimate": None, "lower": -math.inf, "upper": math.inf, "likelihood_ratio": math.nan, "d2": math.inf}
+    row = Predictions((Prediction(**{**numbers, **words, **odd}),), 1, 0.05, 0).as_dict()["rows"][0]  # type: ignore[arg-type]
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
+    assert (row["lower"], row["upper"], row["d2"]) == ("-Infinity", "Infinity", "Infinity")
+    assert "likelihood_ratio" not in row
+    assert row["estimate"] is None

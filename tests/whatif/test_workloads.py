@@ -175,7 +175,7 @@ def test_files(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump(SETTINGS))
     assert read_workload(file) == made()
     file.write_text("a: [")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="line 2"):
         read_workload(file)
     with pytest.raises(InputError, match="does not exist"):
         read_workload(tmp_path / "none.yaml")

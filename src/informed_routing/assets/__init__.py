@@ -9,6 +9,7 @@ from informed_routing.assets.cache import cache_dir
 from informed_routing.assets.models import (
     DEMO_MODEL,
     ModelSource,
+    check_device,
     default_dtype,
     load_model,
     load_tokenizer,
@@ -16,6 +17,7 @@ from informed_routing.assets.models import (
     resolve_model,
 )
 from informed_routing.assets.packing import pack
+from informed_routing.assets.soundness import check_ids, check_vocabulary
 from informed_routing.assets.text import DEMO_TEXTS, Split, load_texts
 from informed_routing.assets.wheels import WheelFile, fetch_wheel_file
 
@@ -26,6 +28,9 @@ __all__ = [
     "Split",
     "WheelFile",
     "cache_dir",
+    "check_device",
+    "check_ids",
+    "check_vocabulary",
     "default_dtype",
     "fetch_wheel_file",
     "load_model",

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,11 +93,26 @@ def scratch_beside(target: Path) -> Iterator[Path]:
 
 
 def publish(built: Path, target: Path) -> None:
-    """Move a finished file or folder to its place: flushed to disk, then renamed in one step."""
+    """Move a finished file or folder to its place: flushed to disk, then renamed in one step.
+
+    Files get the permissions that the user's umask gives to new ones, whoever wrote them.
+    """
     with disk_errors(f"writing {target}"):
+        usual = _usual_mode(built.parent)
         for path in [built] if built.is_file() else sorted(p for p in built.rglob("*") if p.is_file()):
+            path.chmod(usual)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         if target.is_dir():
             shutil.rmtree(target)  # a damaged earlier copy: the caller has found it incomplete
         built.replace(target)
+
+
+def _usual_mode(folder: Path) -> int:
+    """Permissions of a file that is made in the ordinary way (the umask cannot be read without changing it)."""
+    probe = folder / f".mode-{os.getpid()}"
+    try:
+        probe.touch()
+        return stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)

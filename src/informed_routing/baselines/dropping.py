@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ..config import UnitKind
 from ..errors import InputError
+from ..models import calls
 from ..models.families import family_of
 from ..models.units import Unit
 from .reshaped import mark_reshaped
@@ -79,25 +80,22 @@ def _store_no_keys(cache: Cache, place: int, source: int) -> None:
         cache.layers[place] = KeylessLayer(cache, source)
 
 
-def _partial_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if args:
-        raise TypeError("partial decoder layers take keyword arguments besides hidden_states")
+def _run_partial_layer(self: Any, hidden_states: Tensor, call: calls.Call) -> Tensor:
     for unit in self.kept_units:
-        output = unit.run(self, unit.normed(self, hidden_states), kwargs)
+        output = unit.run(self, unit.normed(self, hidden_states), call)
         after = hidden_states + unit.update(self, output)
         if self.unit_observer is not None:
             self.unit_observer(unit, hidden_states, after)
         hidden_states = after
-    cache = kwargs.get("past_key_values")
-    if cache is not None and self.keyless is not None:
-        _store_no_keys(cache, *self.keyless)
+    if call.cache is not None and self.keyless is not None:
+        _store_no_keys(call.cache, *self.keyless)
     return hidden_states
 
 
 @functools.cache
 def partial_layer_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a family's decoder layer that runs `kept_units` only."""
-    names = {"forward": _partial_forward, "kept_units": (), "unit_observer": None, "keyless": None}
+    names = {"forward": calls.layer_forward(base, _run_partial_layer), "kept_units": (), "unit_observer": None, "keyless": None}
     return type(f"Partial{base.__name__}", (base,), {**names, "__module__": __name__})
 
 

@@ -8,22 +8,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from ..config import UnitKind
 from ..errors import InputError
 from ..progress import Progress
+from ..setting_types import Frozen
 from . import scores
 from .depth_pruning import remove_layers
 from .dropping import UnitName, drop_units
 from .shapes import Measure
 
 
-class Settings(BaseModel):
+class Settings(Frozen):
     """What every method takes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     batch_size: int = Field(4, ge=1, description="rows read at once")
     context: float | None = Field(None, gt=0, description="keys at which MACs are counted; default the rows' mean")

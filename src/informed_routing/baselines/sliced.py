@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..models import calls
 from ..models.units import Unit
 from .dropping import units_of
 from .reshaped import mark_reshaped
@@ -45,11 +46,9 @@ class SlicedRMSNorm(nn.Module):
         return f"full_width={self.full_width}, eps={self.variance_epsilon}"
 
 
-def _sliced_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if args:
-        raise TypeError("sliced decoder layers take keyword arguments besides hidden_states")
+def _run_sliced_layer(self: Any, hidden_states: Tensor, call: calls.Call) -> Tensor:
     for unit in self.units:
-        output = unit.run(self, unit.normed(self, hidden_states), kwargs)
+        output = unit.run(self, unit.normed(self, hidden_states), call)
         hidden_states = getattr(self, shortcut_name(unit))(hidden_states) + output
     return hidden_states
 
@@ -57,7 +56,8 @@ def _sliced_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any)
 @functools.cache
 def sliced_layer_class(base: type[nn.Module]) -> type[nn.Module]:
     """The sliced subclass of a family's decoder layer."""
-    return type(f"Sliced{base.__name__}", (base,), {"forward": _sliced_forward, "__module__": __name__})
+    names = {"forward": calls.layer_forward(base, _run_sliced_layer), "__module__": __name__}
+    return type(f"Sliced{base.__name__}", (base,), names)
 
 
 def shortcut_name(unit: Unit) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.calls import Call, read
 from ..progress import Progress
 from .dropping import units_of
 from .sliced import READS, WRITES, check_sliceable, reshape_sliced, shortcut_name
@@ -39,17 +40,17 @@ def principal_bases(model: Any, width: int, rows: Tensor, batch_size: int, progr
     layers = model.model.layers
     was_training = model.training
     model.eval()
-    arguments = _layer_arguments(model, rows[:1])
+    calls = _layer_calls(model, rows[:1])
     identity = torch.eye(model.config.hidden_size, dtype=torch.float64, device=model.device)
     streams = [model.model.embed_tokens(batch.to(model.device)) for batch in rows.split(batch_size)]
     bases = [_principal(streams, width)]
     progress.stage("principal components", len(layers))
-    for index, (layer, kwargs) in enumerate(zip(layers, arguments, strict=True)):
+    for index, (layer, call) in enumerate(zip(layers, calls, strict=True)):
         for unit in units_of(model):
             project = (bases[-1] @ bases[-1].T).to(model.dtype)
             for place, stream in enumerate(streams):
                 kept = stream @ project
-                streams[place] = kept + unit.run(layer, unit.normed(layer, kept), kwargs)
+                streams[place] = kept + unit.run(layer, unit.normed(layer, kept), call)
             last = layer is layers[-1] and unit.kind == "ffn"
             bases.append(identity if last else _principal(streams, width))
         progress.advance(index + 1)
@@ -67,11 +68,11 @@ def _principal(streams: list[Tensor], width: int) -> Tensor:
     return torch.linalg.eigh(moment).eigenvectors.flip(-1)[:, :width]
 
 
-def _layer_arguments(model: Any, ids: Tensor) -> list[dict[str, Any]]:
-    """The keyword arguments (masks, rotary embeddings) that each layer gets for one row: they fit every batch."""
-    found: list[dict[str, Any]] = []
+def _layer_calls(model: Any, ids: Tensor) -> list[Call]:
+    """The call (mask, rotary embeddings) that each layer gets for one row: it fits every batch."""
+    found: list[Call] = []
     handles = [
-        layer.register_forward_pre_hook(lambda _, __, kwargs: found.append(kwargs), with_kwargs=True)
+        layer.register_forward_pre_hook(lambda _, __, given: found.append(read(given)), with_kwargs=True)
         for layer in model.model.layers
     ]
     try:

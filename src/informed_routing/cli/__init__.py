@@ -5,7 +5,6 @@ Every error is one line on stderr. Exit code 0: done, 1: failed while working, 2
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import sys
@@ -15,12 +14,16 @@ from typing import Annotated
 
 import typer
 
-from informed_routing.errors import InformedRoutingError
+from informed_routing.errors import InformedRoutingError, WorkError
+from informed_routing.user_files import shown
 
-from . import benchmark, demo, evaluate, fit, generate, prune, study, whatif
+from . import benchmark, demo, evaluate, fit, generate, prune, streams, study, whatif
+from .arguments import refuse_empty
 
 _PROGRAM = "informed-routing"
 _RESUMABLE = ("demo", "study")
+_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
+_LONGEST = 1200  # characters of a message
 
 app = typer.Typer(
     name=_PROGRAM,
@@ -64,30 +67,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = next((part for part in given if not part.startswith("-")), "")
+    streams.prepare()
     try:
+        refuse_empty(given)
         code = typer.main.get_command(app).main(given, prog_name=_PROGRAM, standalone_mode=False)
         if code == 130:  # typer's word for Ctrl-C
             raise KeyboardInterrupt
+        streams.flush()  # a disk that is full is found here, or when Python ends and nobody can say so
         return int(code or 0)
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
+        return _stopped(stop)
     except KeyboardInterrupt:
         return _fail("interrupted" + _again(command), 1)
     except BaseException as error:
         if isinstance(error, BrokenPipeError):  # `| head` has read enough: no reason to complain, nor at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            streams.drop_stdout()
             return 1
+        error = _of_stdout(error)
         if "--debug" in given:
             traceback.print_exc()
         if type(error).__name__ == "NoArgsIsHelpError":  # the help has been printed
+            _keep_what_was_shown()
             return 2
         return _fail(*explain(error, command))
+
+
+def _stopped(stop: SystemExit) -> int:
+    """The exit code of whoever stopped the program: rich does where a pipe is closed."""
+    try:
+        streams.flush()
+    except (OSError, WorkError):
+        streams.drop_stdout()
+        return 1
+    return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+
+
+def _of_stdout(error: BaseException) -> BaseException:
+    """What stdout has to say, where an error may have come from it."""
+    if isinstance(error, OSError) and error.filename is None:
+        try:
+            streams.flush()
+        except (OSError, WorkError) as own:
+            return own
+    return error
+
+
+def _keep_what_was_shown() -> None:
+    """Results before an error reach their reader; what stdout cannot take must not be tried again at exit."""
+    try:
+        streams.flush()
+    except (OSError, WorkError):
+        streams.drop_stdout()
 
 
 def explain(error: BaseException, command: str) -> tuple[str, int]:
     """One line that says what went wrong and what to do, and the exit code."""
     if isinstance(error, InformedRoutingError):
         return str(error), error.exit_code
+    if (said := unreadable(error)) is not None:
+        return said, 2
     if _is_usage_error(error):
         message = str(error.format_message()).rstrip(".")  # type: ignore[attr-defined]
         known = f"{command} " if any(command == entry.name for entry in app.registered_commands) else ""
@@ -103,7 +141,7 @@ def explain(error: BaseException, command: str) -> tuple[str, int]:
         what, remedy = describe(error)  # type: ignore[arg-type]
         return f"{what}. {remedy}", 2
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return "out of memory. Use a smaller --batch-size, --sequence-length or model", 1
+        return "out of memory. Use smaller input, a smaller model or a machine with more memory", 1
     text = str(error).strip().splitlines()
     return (
         f"{type(error).__name__}: {text[0] if text else 'no details'}. Run again with --debug to see where",
@@ -111,10 +149,32 @@ def explain(error: BaseException, command: str) -> tuple[str, int]:
     )
 
 
+def unreadable(error: BaseException) -> str | None:
+    """What an error means that only bad input raises, where no reader has named the file: names, encodings, nesting."""
+    name = getattr(error, "filename", None)
+    about = f" {shown(os.fsdecode(name))}" if isinstance(name, (str, bytes)) else ""
+    if isinstance(error, OSError) and error.errno in _NAMES:
+        return f"the path{about} cannot be used: {error.strerror}. Give another one"
+    if isinstance(error, UnicodeDecodeError):
+        return f"a file or text is not UTF-8 (byte {error.start}). Convert it to UTF-8"
+    if isinstance(error, UnicodeEncodeError):
+        return f"a text is not valid Unicode (character {error.start + 1}). Give it in UTF-8"
+    if isinstance(error, RecursionError):
+        return "a file or value is nested too deeply. Write it flatter"
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return "a path holds a NUL character. Leave it out"
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return "there is no such home folder. Write paths without ~, and set HOME"
+    return None
+
+
 def _fail(message: str, code: int) -> int:
-    # stderr may be gone too, and then there is nobody to tell
-    with contextlib.suppress(OSError, ValueError):
-        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    _keep_what_was_shown()
+    text = " ".join(message.split())
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)  # names may hold what a terminal obeys
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST - 300]} ... {text[-250:]}"
+    streams.tell(f"error: {text}")
     return code
 
 

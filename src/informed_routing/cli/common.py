@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import sys
@@ -13,7 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from informed_routing.errors import InputError
+from informed_routing.errors import InputError, WorkError
+from informed_routing.setting_types import LARGEST_SEED
+
+from .arguments import check_device, check_threads, check_values, labels
+from .streams import check_stdout, to_stdout
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,7 +50,13 @@ class Common:
     ] = None
     seed: Annotated[
         int | None,
-        typer.Option("--seed", min=0, help=f"Random seed [default: {DEFAULT_SEED}].", rich_help_panel=_PANEL),
+        typer.Option(
+            "--seed",
+            min=0,
+            max=LARGEST_SEED,
+            help=f"Random seed [default: {DEFAULT_SEED}].",
+            rich_help_panel=_PANEL,
+        ),
     ] = None
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=_PANEL)] = "auto"
     dtype: Annotated[
@@ -75,11 +86,14 @@ def with_common(command: Callable[..., None]) -> Callable[..., None]:
     ]
     names = {field.name for field in fields(Common)}
 
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + shared
+    called = labels(parameters)
+
     def run(**values: Any) -> None:
+        values = check_values(values, called)
         common = Common(**{name: values.pop(name) for name in names})
         command(common, **values)
 
-    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + shared
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
@@ -127,55 +141,62 @@ class Session:
 
         target = self.common.json
         self.progress.done()
-        if target != "-":
-            show(self.console)
-        if target is None:
-            return
-        content = envelope(
-            self.command,
-            model=model,
-            device=device or self.device,
-            dtype=dtype,
-            seed=self.seed,
-            result=result,
-        )
+        if target is not None:
+            content = envelope(
+                self.command,
+                model=model,
+                device=device or self.device,
+                dtype=dtype,
+                seed=self.seed,
+                result=result,
+            )
         if target == "-":
-            print_json(content)
-        else:
+            with to_stdout():
+                print_json(content)
+            return
+        if target is not None:  # before the tables: a reader of stdout who goes early must not cost the file
             write_json(Path(target), content)
             self.progress.message(f"wrote {target}")
+        with to_stdout():
+            show(self.console)
 
 
 @contextmanager
 def session(command: str, common: Common, seed: int | None = None) -> Iterator[Session]:
     """Check the shared options, quieten the libraries, set threads and seed, close the progress at the end.
 
-    Raises InputError for a device that is not there and a JSON file that cannot be written.
+    Raises InputError for a device that is not there and a JSON file that cannot be written, and WorkError that says
+    what was being done when memory ran out.
     """
     from rich.console import Console
 
     from .envelope import check_target
-    from .progress import make_progress
+    from .progress import Stages, make_progress
 
+    check_stdout()
     check_target(common.json)
+    check_threads(common.threads)
     if not common.debug:
         _quieten()
-    from informed_routing.evaluation.environment import check_threads
+    from informed_routing.evaluation.environment import check_threads as use_threads
 
-    check_threads(common.threads)
-    import torch
+    use_threads(common.threads)
     from transformers import set_seed
 
     seed = next((value for value in (common.seed, seed) if value is not None), DEFAULT_SEED)
+    device = check_device(common.device)
     set_seed(seed)
-    device = common.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    progress = make_progress(common.quiet)
+    progress = Stages(make_progress(common.quiet))
     try:
         # a pipe has no width: tables must not be cut to the 80 columns that rich assumes
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+        width = None if sys.stdout.isatty() else _PIPE_WIDTH
+        # names are shown as they are: brackets and colons in them are no styles and no pictures
+        console = Console(highlight=False, markup=False, emoji=False, width=width)
         yield Session(command, common, device, seed, progress, console)
+    except Exception as error:
+        if not _out_of_memory(error):
+            raise
+        raise WorkError(f"out of memory {progress.where}", progress.remedy) from error
     finally:
         progress.done()
 
@@ -196,6 +217,14 @@ def check_at_least(name: str, values: Sequence[int], least: int) -> None:
             raise InputError(f"{name} {value} is below {least}", f"Give {least} or more")
 
 
+def _out_of_memory(error: BaseException) -> bool:
+    """Python's, a GPU's, or the CPU allocator's word for it."""
+    if isinstance(error, RuntimeError) and type(error).__module__ == "builtins":
+        return "allocate memory" in str(error) or "bad_alloc" in str(error)
+    out_of_memory = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or out_of_memory or type(error).__name__ == "OutOfMemoryError"
+
+
 def dtype_name(model: Any) -> str:
     """`float32`, `bfloat16`, ... of a loaded model."""
     return str(model.dtype).removeprefix("torch.")
@@ -208,7 +237,10 @@ def _quieten() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore")
+    from logging import ERROR, getLogger
+
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    getLogger("huggingface_hub").setLevel(ERROR)  # it reports every attempt to reach a network that is not there
     logging.disable_progress_bar()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from informed_routing.user_files import read_json
+
+from .arguments import check_folder
 from .common import Common, Session, check_at_least, dtype_name, session, with_common
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ def demo(
     """
     from .fit import build_recipe, in_stages
 
+    check_folder("--out", out)
     check_at_least("--rows", [rows], 1)
     check_at_least("--repeats", [repeats], 1)
     overrides = {"seed": common.seed, "dtype": None if common.dtype == "auto" else common.dtype}
@@ -123,7 +126,7 @@ def _fit(run: Session, recipe: Recipe, out: Path, overwrite: bool) -> dict[str, 
     finished, interrupted = fit_state(out)
     if finished and not overwrite:
         run.progress.message(f"{out} already holds a finished fit: using it (--overwrite fits again)")
-        return cast(dict[str, Any], json.loads((out / "fit.json").read_text(encoding="utf-8")))
+        return cast(dict[str, Any], read_json(out / "fit.json", "the fit's report"))
     if interrupted and not overwrite:
         run.progress.message(f"continuing the interrupted fit in {out}")
     return fit(

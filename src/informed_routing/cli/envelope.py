@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from informed_routing.errors import InputError
 from informed_routing.files import write_text
+from informed_routing.finite import json_values
 
 
 def envelope(command: str, *, model: str, device: str, dtype: str, seed: int, result: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def check_target(target: str | None) -> None:
 
 def print_json(content: dict[str, Any]) -> None:
     """The envelope on stdout."""
-    sys.stdout.write(_text(content))
+    sys.stdout.write(_text(content, getattr(sys.stdout, "encoding", None) or "utf-8"))
     sys.stdout.flush()
 
 
@@ -58,16 +58,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path.expanduser(), _text(content))
 
 
-def _text(content: dict[str, Any]) -> str:
-    return json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no infinity and no NaN: they become null."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+def _text(content: dict[str, Any], encoding: str = "utf-8") -> str:
+    """The envelope as JSON that this encoding can hold. Raises WorkError naming a number that is not finite."""
+    plain = {key: json_values(value, key) for key, value in content.items()}
+    text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        text.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        text = json.dumps(plain, indent=2, allow_nan=False) + "\n"
+    return text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,6 +9,7 @@ import typer
 
 from informed_routing.errors import InputError
 
+from .arguments import check_temperature
 from .common import (
     BaseOption,
     Common,
@@ -22,6 +22,7 @@ from .common import (
     session,
     with_common,
 )
+from .streams import read_stdin
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -225,8 +226,7 @@ def colour(share: float, low: float, high: float) -> str:
 
 def _sampling(temperature: float | None, top_p: float | None, num_beams: int) -> dict[str, Any]:
     """Arguments for transformers' generate; what the model's own generation config says is overridden."""
-    if temperature is not None and temperature < 0:
-        raise InputError(f"--temperature {temperature:g} is below 0", "Give 0 for greedy, or about 0.7")
+    check_temperature(temperature)
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"--top-p {top_p:g} is not in (0, 1]", "Give a probability, such as 0.9")
     settings: dict[str, Any] = {
@@ -247,7 +247,7 @@ def _sampling(temperature: float | None, top_p: float | None, num_beams: int) ->
 
 
 def _read(prompt: str) -> str:
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = read_stdin() if prompt == "-" else prompt
     if not text.strip():
         raise InputError("the prompt is empty", "Give --prompt some text")
     return text

@@ -40,7 +40,7 @@ def load_any(ref: str, run: Session, base: str | None = None) -> Loaded:
 
 def load_routed(ref: str, run: Session, base: str | None = None) -> Loaded:
     """A routed model; InputError when `ref` is a dense model or nothing at all."""
-    from informed_routing.assets import load_tokenizer
+    from informed_routing.assets import check_vocabulary, load_tokenizer
     from informed_routing.routed_model import RoutedModelForCausalLM
 
     if not is_routing(ref):
@@ -50,7 +50,9 @@ def load_routed(ref: str, run: Session, base: str | None = None) -> Loaded:
         )
     model = RoutedModelForCausalLM.from_pretrained(ref, dtype=run.common.dtype, device=run.device, base=base)
     name, revision = _base_of(model, base)
-    return Loaded(model.eval(), load_tokenizer(name, revision=revision), routed=True, base=base)
+    tokenizer = load_tokenizer(name, revision=revision)
+    check_vocabulary(tokenizer, model, ref)
+    return Loaded(model.eval(), tokenizer, routed=True, base=base)
 
 
 def choose_execution(
@@ -134,11 +136,12 @@ def _columns(path: Path) -> set[str]:
             import pyarrow.parquet
 
             return set(pyarrow.parquet.read_schema(path).names)
-        if path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as file:
-                first = json.loads(file.readline())
+        if path.name.endswith((".jsonl", ".jsonl.zst")):
+            from informed_routing.assets.encodings import lines
+
+            first = json.loads(next(line for _, line in lines(path) if line.strip()))
             return set(first) if isinstance(first, dict) else set()
-    except (OSError, ValueError):
+    except (OSError, ValueError, StopIteration, RecursionError):
         pass
     return set()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from informed_routing.progress import NullProgress, Progress
 
@@ -15,10 +15,54 @@ _LINE_EVERY = 5.0  # seconds
 
 
 def make_progress(quiet: bool) -> Progress:
-    """The implementation that fits stderr."""
-    if quiet:
+    """The implementation that fits stderr; nothing is shown where that is closed."""
+    if quiet or sys.stderr is None or sys.stderr.closed:
         return NullProgress()
     return BarProgress() if sys.stderr.isatty() else LineProgress()
+
+
+class Stages:
+    """A progress that remembers what is being done, and never ends the work: its reader may have gone."""
+
+    def __init__(self, inner: Progress) -> None:
+        self._inner: Progress | None = inner
+        self._name: str | None = None
+
+    @property
+    def where(self) -> str:
+        """For a message about what went wrong."""
+        return f"(in {self._name}, or after it)" if self._name else "while reading the input or loading the model"
+
+    @property
+    def remedy(self) -> str:
+        """What helps when memory is short there."""
+        if self._name:
+            return "Use smaller batches, shorter sequences, a smaller model or a machine with more memory"
+        return "Use less or smaller text, a smaller model, --dtype bfloat16 or a machine with more memory"
+
+    def stage(self, name: str, total: int) -> None:
+        self._name = name
+        self._tell("stage", name, total)
+
+    def advance(self, step: int, **metrics: float | str) -> None:
+        self._tell("advance", step, **metrics)
+
+    def message(self, text: str) -> None:
+        self._tell("message", text)
+
+    def done(self) -> None:
+        self._tell("done")  # the name stays: who fails closes the progress before anybody looks
+
+    def _tell(self, what: str, *given: Any, **metrics: Any) -> None:
+        if self._inner is not None:
+            try:
+                getattr(self._inner, what)(*given, **metrics)
+            except OSError:  # a closed pipe, a full disk
+                self._inner = None
+            except ValueError as error:
+                if "closed" not in str(error):
+                    raise
+                self._inner = None
 
 
 class BarProgress:
@@ -29,12 +73,12 @@ class BarProgress:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[metrics]}"),
+            TextColumn("{task.fields[metrics]}", markup=False),
             TimeRemainingColumn(elapsed_when_finished=True),
-            console=Console(stderr=True, highlight=False),
+            console=Console(stderr=True, highlight=False, markup=False, emoji=False),
         )
         self._task: TaskID | None = None
         self._started = False

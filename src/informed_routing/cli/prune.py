@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +11,7 @@ import typer
 
 from informed_routing.errors import InputError
 
+from .arguments import method_settings
 from .common import Common, check_at_least, dtype_name, session, with_common
 
 if TYPE_CHECKING:
@@ -71,13 +72,14 @@ def prune(
         from informed_routing.config import Recipe
         from informed_routing.training.texts import Texts
 
+        chosen = method_settings(method, settings or ())
         _check_folder(out, resume, overwrite)
         lora = {"steps": max(recovery_steps, 1), "batch_size": batch_size, "sequence_length": sequence_length}
         recovery = Recipe.from_mapping({"lora": lora}).lora  # a bad value is refused before anything runs
         dense, tokenizer = load_model(model, dtype=common.dtype, device=run.device)
         text = Texts(data or Recipe.from_mapping({}).data, tokenizer, run.seed)
         rows = text.some("train", sequence_length, tokens, "pruning")
-        report = run_prune(dense, method, sparsity, rows, progress=run.progress, **_settings(settings or ()))
+        report = run_prune(dense, method, sparsity, rows, progress=run.progress, **chosen)
         if overwrite:  # not before there is something to put in its place
             shutil.rmtree(out, ignore_errors=True)
         result: dict[str, Any] = {"pruning": report.as_dict()}
@@ -108,19 +110,6 @@ def _check_folder(out: Path, resume: bool, overwrite: bool) -> None:
     if not (overwrite and is_static_folder(out)):
         remedy = "Give another --out" + (", or --overwrite" if is_static_folder(out) else "")
         raise InputError(f"--out {out} is not empty", remedy)
-
-
-def _settings(given: Sequence[str]) -> dict[str, Any]:
-    """NAME=VALUE pairs, with values as YAML reads them."""
-    import yaml
-
-    found: dict[str, Any] = {}
-    for entry in given:
-        name, separator, value = entry.partition("=")
-        if not separator or not name:
-            raise InputError(f"--set {entry} is not NAME=VALUE", "Give a setting such as keep_first=4")
-        found[name] = yaml.safe_load(value)
-    return found
 
 
 def _show(console: Console, result: Mapping[str, Any], out: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +10,7 @@ import typer
 
 from informed_routing.errors import InputError, WorkError
 
+from .arguments import check_folder
 from .common import Common, Session, check_at_least, session, with_common
 
 if TYPE_CHECKING:
@@ -39,13 +40,15 @@ def study(
         list[str] | None,
         typer.Option("--model", metavar="MODEL", help="Repeatable [default: the grid's: demo:smollm2-135m]."),
     ] = None,
-    out: Annotated[str, typer.Option("--out", metavar="DIR", help="Where cells, stages and tables go.")] = "study",
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where cells, stages and tables go.")] = Path(
+        "study"
+    ),
     scale: Annotated[
         str | None,
         typer.Option("--scale", help="cpu (hours on two cores) or full (the paper's, on a GPU) [default: the grid's]."),
     ] = None,
     data_dir: Annotated[
-        str | None,
+        Path | None,
         typer.Option("--data-dir", metavar="DIR", help="Files of the tasks [default: from the Hub]."),
     ] = None,
     limit: Annotated[
@@ -81,24 +84,27 @@ def study(
     Example: informed-routing study my-grid.yaml --model path/to/model --out mine
     """
     check_at_least("--limit", [] if limit is None else [limit], 1)
+    check_folder("--out", out)
+    of_cells = {"--model": model, "--scale": scale, "--data-dir": data_dir, "--limit": limit, "--cells": cells}
+    to_run = {"--ray": ray, "--ray-address": ray_address}
+    modes = {"--speed": speed, "--dry-run": dry_run, "--tables-only": tables_only}
+    _refuse_idle(names, of_cells, to_run, modes)
     with session("study", common) as run:
         for alone, command in ((SHAPES, _shapes), (SAMPLING, _importance_sampling)):
             if alone in names:
-                if len(names) > 1:
-                    raise InputError(f"{alone} stands alone", "Run it on its own")
-                command(run, Path(out).expanduser())
+                command(run, out)
                 return
         from informed_routing.study.plan import expand, matching
         from informed_routing.study.store import Store
 
         seeds = () if common.seed is None else (common.seed,)
-        grids = _grids(names, tuple(model or ()), scale, seeds, limit)
-        folder = None if data_dir is None else str(Path(data_dir).expanduser())
-        if folder is not None and not Path(folder).is_dir():
+        grids = _grids(names, tuple(model or ()), scale, seeds, limit, common.dtype)
+        folder = None if data_dir is None else str(data_dir)
+        if data_dir is not None and not data_dir.is_dir():
             raise InputError(f"--data-dir {data_dir} does not exist", "Give the folder with the tasks' files")
         expanded = {grid.name: expand(grid, folder) for grid in grids}
         chosen = matching([cell for found in expanded.values() for cell in found], cells)
-        store = Store(Path(out).expanduser())
+        store = Store(out)
         if dry_run:
             _dry_run(run, chosen, store)
             return
@@ -110,6 +116,7 @@ def study(
             from informed_routing.study.runner import run as run_cells
 
             address = ray_address or (LOCAL if ray else None)
+            _check_references(chosen, store)
             failed = run_cells(chosen, store, device=run.device, ray=address, progress=run.progress).failed
         _finish(run, grids, expanded, store)
     if failed:
@@ -119,8 +126,47 @@ def study(
         )
 
 
+def _refuse_idle(names: Sequence[str], *groups: Mapping[str, Any]) -> None:
+    """Raise InputError for options that would change nothing: of cells where there are none, two modes at once."""
+    of_cells, to_run, modes = ([flag for flag, value in group.items() if value] for group in groups)
+    for alone in (SHAPES, SAMPLING):
+        if alone in names:
+            if len(names) > 1:
+                raise InputError(f"{alone} stands alone", "Run it on its own")
+            for flag in [*of_cells, *to_run, *modes]:
+                raise InputError(f"{flag} has no effect on {alone}", "Leave it out")
+    if len(modes) > 1:
+        raise InputError(f"{modes[0]} and {modes[1]} exclude each other", "Give one of them")
+    if modes and to_run:
+        raise InputError(f"{to_run[0]} has no effect with {modes[0]}, which runs no cells", "Leave it out")
+
+
+def _check_references(cells: Sequence[Cell], store: Store) -> None:
+    """Raise InputError for models, texts and tasks that cells still to be run need and that are not there."""
+    from informed_routing.assets import resolve_model
+    from informed_routing.evaluation.harness_tasks import local_files
+    from informed_routing.evaluation.tasks import WIKITEXT, TaskSpec
+    from informed_routing.study.identity import check_text
+
+    waiting = [cell for cell in cells if store.record(cell) is None]
+    for model in dict.fromkeys(cell.model for cell in waiting):
+        resolve_model(model)
+    for text in dict.fromkeys(text for cell in waiting for text in cell.training["data"]):
+        check_text(text)
+    for cell in {(cell.data_dir, cell.evaluation.tasks, cell.evaluation.wikitext): cell for cell in waiting}.values():
+        tasks = [*cell.evaluation.tasks, *([WIKITEXT] if cell.evaluation.wikitext else [])]
+        if cell.data_dir is not None:
+            for task in tasks:
+                local_files(TaskSpec.parse(task), Path(cell.data_dir))
+
+
 def _grids(
-    names: Sequence[str], models: tuple[str, ...], scale: str | None, seeds: tuple[int, ...], limit: int | None
+    names: Sequence[str],
+    models: tuple[str, ...],
+    scale: str | None,
+    seeds: tuple[int, ...],
+    limit: int | None,
+    dtype: str,
 ) -> list[Grid]:
     """The grids of the command line. InputError for two of one name: their tables would be one file."""
     from informed_routing.study.grid import built_in_grids, load_grid
@@ -131,6 +177,10 @@ def _grids(
         grids = [
             grid.model_copy(update={"evaluation": grid.evaluation.model_copy(update={"limit": limit})})
             for grid in grids
+        ]
+    if dtype != "auto":
+        grids = [
+            grid.model_copy(update={"training": grid.training.model_copy(update={"dtype": dtype})}) for grid in grids
         ]
     taken = [grid.name for grid in grids]
     for name in taken:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -60,7 +61,8 @@ def _measured(values: Mapping[str, Any], metric: str, error: str | None = None) 
     value, deviation = float(values[metric]), values.get(error or f"{metric}_stderr")
     if metric.endswith("perplexity"):
         return f"{value:.2f}"
-    return f"{value * 100:.1f}" + ("" if deviation is None else f" ±{float(deviation) * 100:.1f}")
+    error_shown = "" if deviation is None or not math.isfinite(deviation) else f" ±{float(deviation) * 100:.1f}"
+    return f"{value * 100:.1f}{error_shown}"
 
 
 def speed_table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:
@@ -120,4 +122,6 @@ def main_metric(task: Mapping[str, Any]) -> float:
 
 def with_ratio(value: float, dense: float | None) -> str:
     """A perplexity and its ratio to the dense one."""
-    return f"{value:.2f}" + (f" ({value / dense:.3f}x)" if dense and value != dense else "")
+    if not dense or value == dense or not (math.isfinite(value) and math.isfinite(dense)):
+        return f"{value:.2f}"
+    return f"{value:.2f} ({value / dense:.3f}x)"

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from informed_routing.errors import InputError
+from informed_routing.finite import written
+from informed_routing.user_files import file_name
 
+from .arguments import check_file, check_folder, named_values
 from .common import (
     BaseOption,
     Common,
@@ -75,21 +78,26 @@ def measure(
     Example: informed-routing whatif measure out --workload nominal.yaml --prompts 1000 --out table.parquet
     """
     check_at_least("--prompts", [prompts], 1)
+    check_sparsities([] if sparsity is None else [sparsity])
+    check_file("--out", out)
     with session("whatif measure", common) as run:
         from informed_routing.evaluation.workload import read_rows
         from informed_routing.whatif import read_workload
 
         if out.exists() and not resume:
             raise InputError(f"{out} exists", "Give another --out, or --resume to go on with it")
-        loaded = _loaded(folder, run, execution, weights, base)
         nominal = read_workload(workload)
-        _run_workload(run, loaded, nominal, prompts, out, resume, sparsity, budget, domain)
+        texts = _texts([nominal], domain)
+        loaded = _loaded(folder, run, execution, weights, base)
+        _run_workload(run, loaded, nominal, prompts, out, resume, sparsity, budget, texts)
         rows = read_rows(out)
         executed, possible = (sum(getattr(row, name) for row in rows) for name in ("executed", "possible"))
         result = {"table": str(out), "prompts": len(rows), "executed_fraction": executed / possible}
         run.finish(
             result,
-            lambda console: console.print(f"{len(rows)} prompts, {100 * executed / possible:.1f} % executed: {out}"),
+            lambda console: console.print(
+                f"{len(rows)} prompts, {100 * executed / possible:.1f} % executed: {out}", soft_wrap=True
+            ),
             model=folder,
             dtype=dtype_name(loaded.model),
         )
@@ -115,6 +123,8 @@ def predict(
 
     Example: informed-routing whatif predict table.parquet --targets targets.yaml --plot what-if.svg
     """
+    if plot is not None:
+        check_file("--plot", plot)
     with session("whatif predict", common) as run:
         from informed_routing.whatif import predict as run_predict
         from informed_routing.whatif import read_workloads
@@ -161,30 +171,36 @@ def check(
     Example: informed-routing whatif check out table.parquet --targets targets.yaml --only long --out checks
     """
     check_at_least("--prompts", [prompts], 1)
+    check_folder("--out", out)
     with session("whatif check", common) as run:
-        from informed_routing.evaluation.workload import read_about
         from informed_routing.whatif import predict as run_predict
         from informed_routing.whatif import read_workloads
 
-        nominal, chosen, wanted = _nominal(table, workload), read_workloads(targets), _metrics(metrics)
+        nominal, everything, wanted = _nominal(table, workload), read_workloads(targets), _metrics(metrics)
+        chosen = everything
         if only:
             known = [target.name for target in chosen]
             for name in only:
                 if name not in known:
                     raise InputError(f"no target is called {name}", f"There are {', '.join(known)}")
             chosen = [target for target in chosen if target.name in only]
-        about = read_about(table)
+        for target in chosen:
+            file_name(target.name, "the target")
+        texts = _texts(chosen, domain, everything)
+        about = _about(table)
         predicted = run_predict(table, nominal, chosen, wanted, delta=delta, seed=run.seed, progress=run.progress)
         loaded = _loaded(folder, run, execution, weights, base)
         rows: list[dict[str, Any]] = []
         for target in chosen:
             own = out / f"{target.name}.parquet"
             dial = (about.get("sparsity"), about.get("budget"))
-            _run_workload(run, loaded, target, prompts, own, own.exists(), *dial, domain)
+            _run_workload(run, loaded, target, prompts, own, own.exists(), *dial, texts)
             direct = run_predict(own, target, [target], wanted, delta=delta, seed=run.seed)
             for one in wanted:
                 rows.append(compared(predicted.row(target.name, one.name), direct.row(target.name, one.name)))
-        result = {"prompts": prompts, "rows": rows}
+        limits = ("lower", "upper")  # a quantile's may be infinite
+        shown = [{**row, **{name: written(row[name]) for name in limits}} for row in rows]
+        result = {"prompts": prompts, "rows": shown}
         run.finish(result, lambda console: show_check(console, rows), model=folder, dtype=dtype_name(loaded.model))
 
 
@@ -205,24 +221,32 @@ def _loaded(folder: str, run: Session, execution: Any, weights: Any, base: str |
 
 def _nominal(table: Path, workload: Path | None) -> AnyWorkload:
     """The workload that a table was measured with: the one given, else the one stored in it."""
-    from informed_routing.evaluation.workload import read_about
     from informed_routing.whatif import read_workload, workload_from_mapping
 
     if workload is not None:
         return read_workload(workload)
     if not table.exists():
         raise InputError(f"table {table} does not exist", "Run `informed-routing whatif measure` first")
-    stored = read_about(table).get("workload")
+    stored = _about(table).get("workload")
     if stored is None:
         raise InputError(f"{table} does not say which workload it was measured with", "Give --workload")
     return workload_from_mapping(stored)
+
+
+def _about(table: Path) -> Mapping[str, Any]:
+    """What was stored beside the rows of a table. Raises InputError for a damaged one."""
+    from informed_routing.evaluation.workload import read_about
+    from informed_routing.whatif.table import readable
+
+    with readable(table):
+        return read_about(table)
 
 
 def _metrics(path: Path | None) -> Sequence[Metric]:
     from informed_routing.whatif import DEFAULT_METRICS, metrics_from_sequence
     from informed_routing.whatif.settings import read_yaml
 
-    return DEFAULT_METRICS if path is None else metrics_from_sequence(read_yaml(path))
+    return DEFAULT_METRICS if path is None else metrics_from_sequence(read_yaml(path, "metrics file"))
 
 
 def _run_workload(
@@ -234,7 +258,7 @@ def _run_workload(
     resume: bool,
     sparsity: float | None,
     budget: Any,
-    domain: Sequence[str] | None,
+    texts: Mapping[str, str],
 ) -> None:
     """Sample requests of a workload and measure them."""
     import numpy
@@ -248,7 +272,7 @@ def _run_workload(
     requests = [Request(*request) for request in zip(*columns, strict=True)]
     measure_workload(
         loaded.model,
-        _streams(loaded.tokenizer, sorted(set(columns[0])), domain or ()),
+        _streams(loaded.tokenizer, sorted(set(columns[0])), texts),
         requests,
         sparsity=target,
         budget=budget,
@@ -260,25 +284,34 @@ def _run_workload(
     )
 
 
-def _streams(tokenizer: Any, names: Sequence[str], given: Sequence[str]) -> Mapping[str, Any]:
+def _texts(
+    workloads: Sequence[AnyWorkload], given: Sequence[str] | None, known: Sequence[AnyWorkload] = ()
+) -> Mapping[str, str]:
+    """The text of each domain of the workloads. InputError for one without, and for text of no domain that is known."""
+    from informed_routing.assets.text import DEMO_TEXTS
+
+    texts = named_values(given or (), "--domain", "wiki=demo:wiki")
+    names = sorted({name for workload in workloads for name in workload.support()})
+    possible = {name for workload in (*workloads, *known) for name in workload.support()}
+    for name in texts:
+        if name not in possible:
+            raise InputError(f"--domain {name}: no workload has such a domain", f"There are {', '.join(names)}")
+    for name in names:
+        if name not in texts and f"demo:{name}" not in DEMO_TEXTS:
+            raise InputError(f"domain {name!r} has no text", f"Give --domain {name}=DATA")
+    return {name: texts.get(name, f"demo:{name}") for name in names}
+
+
+def _streams(tokenizer: Any, names: Sequence[str], texts: Mapping[str, str]) -> Mapping[str, Any]:
     """The held-out text of each domain as one stream of tokens."""
     import torch
 
     from informed_routing.assets import load_texts
-    from informed_routing.assets.text import DEMO_TEXTS
 
-    texts = {}
-    for entry in given:
-        name, separator, ref = entry.partition("=")
-        if not separator or not ref:
-            raise InputError(f"--domain {entry} is not NAME=DATA", "Give a name and a text, such as wiki=demo:wiki")
-        texts[name] = ref
     streams = {}
     for name in names:
-        ref = texts.get(name, f"demo:{name}")
-        if name not in texts and ref not in DEMO_TEXTS:
-            raise InputError(f"domain {name!r} has no text", f"Give --domain {name}=DATA")
-        ids = [tokenizer.encode(document, add_special_tokens=False) for document in load_texts(ref, "heldout")]
+        documents = load_texts(texts[name], "heldout")
+        ids = [tokenizer.encode(document, add_special_tokens=False) for document in documents]
         streams[name] = torch.tensor([token for document in ids for token in document], dtype=torch.long)
     return streams
 
@@ -307,13 +340,15 @@ _STYLES = {"green": "green", "amber": "yellow", "red": "red"}
 
 def show(console: Console, found: Predictions) -> None:
     """A table of predictions, and below it why some are not green."""
+    from rich.text import Text
+
     from .tables import new_table
 
     columns = ["target", "metric", "estimate", "interval", "light", "ESS", "lost mass"]
     table = new_table(f"Predictions from {found.prompts} prompts", columns, left=2)
     for row in found.rows:
         estimate = "-" if row.estimate is None else f"{row.estimate:.4g}"
-        light = f"[{_STYLES[row.colour]}]{row.colour}[/]"
+        light = Text(row.colour, _STYLES[row.colour])
         interval = f"{row.lower:.4g} to {row.upper:.4g}"
         table.add_row(row.target, row.metric, estimate, interval, light, f"{row.ess:.0f}", f"{row.lost_mass:.3f}")
     console.print(table)

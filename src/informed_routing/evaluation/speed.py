@@ -157,7 +157,7 @@ def benchmark_rows(
 def prompt_text(refs: Sequence[str], tokenizer: Any, needed: int) -> Tensor:
     """At least `needed` tokens, if there are so many, of the held-out part of texts: int64 `[tokens]`."""
     ids: list[int] = []
-    for document in load_texts(",".join(refs), "heldout"):
+    for document in load_texts(refs, "heldout"):
         ids += tokenizer.encode(document, add_special_tokens=False)
         if len(ids) >= needed:
             break

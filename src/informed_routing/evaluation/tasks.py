@@ -40,7 +40,7 @@ class TaskSpec:
     def parse(cls, text: str) -> TaskSpec:
         """`arc_easy`, or `arc_easy@25` for 25 examples in the prompt. Raises InputError for anything else."""
         name, at, shots = text.strip().partition("@")
-        if not name or (at and not shots.isdigit()):
+        if not name or (at and not (shots.isascii() and shots.isdigit() and len(shots) < 7)):
             raise InputError(f"task {text!r} is not NAME or NAME@SHOTS", "Write boolq, or arc_easy@25")
         return cls(name, int(shots) if at else None)
 

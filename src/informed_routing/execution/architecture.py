@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from ..models.calls import is_watched
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3")
 """Families whose decoder is: embed, then pre-norm layers with gated FFNs, then a norm and a plain head."""
 
@@ -22,13 +24,38 @@ def unknown(model: Any) -> str | None:
         return "rotary embeddings cover only part of a head"
     if reason := _unknown_routing(model):
         return reason
-    for layer in model.decoder.layers:
+    if getattr(config, "is_causal", True) is False:
+        return "attention that is not causal"
+    if reason := _unlike(model):
+        return reason
+    for place, layer in enumerate(model.decoder.layers):
+        if layer.attention_routing.index != 2 * place:
+            return "layers that were taken out or moved"
+        for module in layer.modules():
+            if is_watched(module):
+                return f"hooks or another forward on a {type(module).__name__} of layer {place}"
         for unit in (layer.attention_routing, layer.ffn_routing):
+            if not type(unit.unit.module(layer)).__module__.startswith("transformers.models."):
+                return f"a {type(unit.unit.module(layer)).__name__} in layer {place} (merge adapters first)"
             for child in unit.unit.module(layer).children():
                 plain = type(child) is nn.Linear or type(child).__name__.endswith("RMSNorm")
                 if not plain and next(child.parameters(), None) is not None:
                     return f"a {type(child).__name__} in layer {unit.index // 2} (merge adapters first)"
     return None
+
+
+def _unlike(model: Any) -> str | None:
+    """Settings that differ between layers where the engines have one for all."""
+    attentions = [layer.attention_routing.unit.module(layer) for layer in model.decoder.layers]
+    for name in ("scaling", "head_dim"):
+        if len({getattr(attention, name) for attention in attentions}) > 1:
+            return f"attentions of different {name}"
+    epsilons: dict[bool, set[float]] = {True: set(), False: set()}
+    for part in (model.decoder.layers, model.decoder.norm):
+        for name, module in part.named_modules():
+            if hasattr(module, "variance_epsilon"):
+                epsilons[name.endswith(("q_norm", "k_norm"))].add(module.variance_epsilon)
+    return "norms of different epsilons" if any(len(found) > 1 for found in epsilons.values()) else None
 
 
 def _unknown_routing(model: Any) -> str | None:

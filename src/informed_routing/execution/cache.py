@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from ..models.calls import length_after_crop
+
 
 class ExecutedKeysLayer(DynamicLayer):
     """Keys and values [B, heads, S, head_dim] of executed tokens, with their place in the sequence.
@@ -15,7 +17,7 @@ class ExecutedKeysLayer(DynamicLayer):
     Sequences of a batch may execute different tokens; the shorter ones are filled up with rows whose place is -1.
     """
 
-    is_croppable = False
+    is_croppable = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -39,6 +41,17 @@ class ExecutedKeysLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         """Tokens seen, also those that left no key: positions and masks count them."""
         return self.seen
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens: those of them that left keys, and that they were seen."""
+        self.seen = length_after_crop(self.seen, tokens_to_remove)
+        if self.places is None or self.keys is None or self.values is None:
+            return
+        self.places = torch.where(self.places < self.seen, self.places, -1)
+        stored = (self.places >= 0).any(0).nonzero()
+        room = int(stored.max()) + 1 if len(stored) else 0
+        self.places = self.places[:, :room]
+        self.keys, self.values = self.keys[:, :, :room], self.values[:, :, :room]
 
     def reset(self) -> None:
         super().reset()

@@ -11,8 +11,9 @@ from transformers.cache_utils import Cache
 
 from ..routing.routed_unit import RoutingState
 
-Policy = Literal["auto", "exact"]
-"""auto: execute a unit's whole call where that is faster than skipping; exact: always as the routers say."""
+Policy = Literal["exact", "auto"]
+"""exact: always as the routers say, so that the same tokens give the same text; auto: a unit's whole call is executed where
+that is faster than skipping some of it by prices timed on this machine, so that texts may differ between runs."""
 
 
 @dataclass
@@ -44,8 +45,9 @@ class Rows:
 class NativeEngine(Protocol):
     """An engine of one routed model that does whole forwards."""
 
-    version: int
-    """`versions(model)` when it was made."""
+    def is_of(self, model: Any, *, sample: bool = False) -> bool:
+        """Whether the model's weights are still those that the engine has copied. `sample`: look at some of them only."""
+        ...
 
     def leaves_to_torch(self, rows: int) -> bool:
         """Whether a torch back end should do a call of so many rows."""
@@ -65,8 +67,3 @@ class NativeEngine(Protocol):
     ) -> Tensor:
         """Logits [B, keep, vocabulary] of the last `keep` positions, or normed hidden states [B, N, d]."""
         ...
-
-
-def versions(model: Any) -> int:
-    """A number that changes when any weight is replaced or changed in place: packed copies would be stale."""
-    return hash(tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()))

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..errors import InputError
+from ..models.calls import length_after_crop
 
 Layer = TypeVar("Layer", bound="EngineLayer")
 
@@ -36,7 +37,7 @@ class EngineLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens."""
-        self.length = max(self.length + min(tokens_to_remove, 0), 0)
+        self.length = length_after_crop(self.length, tokens_to_remove)
 
     def reset(self) -> None:
         super().reset()

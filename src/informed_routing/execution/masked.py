@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..models.calls import NOTHING, Call
+from ..models.units import only_whole
 from ..routing.routed_unit import RoutedUnit, RoutingState
 
 
-def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     """One routed unit on the residual stream [B, N, d]; returns the updated stream.
 
     With every gate at 1 the result equals the base model's bit for bit: `1 * y + 0 * f` is exactly `y`.
@@ -19,7 +21,7 @@ def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tenso
     unit = routed.unit
     x = unit.normed(layer, hidden)
     if state.dense:
-        raw = unit.run(layer, x, kwargs)
+        raw = unit.run(layer, x, call)
         update = unit.update(layer, raw)
         after = hidden + update
         routed.observe(state, hidden, routed.features(hidden, x), raw, update, None, after)
@@ -27,8 +29,8 @@ def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tenso
     features = routed.features(hidden, x)
     gate = routed.decide(state, hidden, features)
     if routed.kind == "attention" and state.kv == "drop":
-        kwargs = _without_approximated_keys(routed, state, layer, gate, kwargs, hidden.dtype)
-    raw = unit.run(layer, x, kwargs)
+        call = _without_approximated_keys(routed, state, layer, gate, call, hidden.dtype)
+    raw = unit.run(layer, x, call)
     update = unit.update(layer, raw)
     forecast = routed.forecast(layer, features)
     after = hidden + _mixed(gate, update, forecast)
@@ -42,7 +44,7 @@ def run_joined(
     state: RoutingState,
     layer: nn.Module,
     hidden: Tensor,
-    kwargs: dict[str, Any],
+    call: Call,
 ) -> Tensor:
     """A layer whose units share one decision: the whole layer for every token, mixed once with the stream [B, N, d].
 
@@ -53,9 +55,9 @@ def run_joined(
     gate = attention.decide(state, hidden, attention.features(hidden, x))
     ffn.decide(state, hidden, hidden)  # the same gate
     if state.kv == "drop":
-        kwargs = _without_approximated_keys(attention, state, layer, gate, kwargs, hidden.dtype)
-    between = hidden + attention.unit.update(layer, attention.unit.run(layer, x, kwargs))
-    written = ffn.unit.run(layer, ffn.unit.normed(layer, between), {})
+        call = _without_approximated_keys(attention, state, layer, gate, call, hidden.dtype)
+    between = hidden + attention.unit.update(layer, attention.unit.run(layer, x, call))
+    written = ffn.unit.run(layer, ffn.unit.normed(layer, between), NOTHING)
     return _mixed(gate, between + ffn.unit.update(layer, written), hidden)
 
 
@@ -68,21 +70,22 @@ def _mixed(gate: Tensor, executed: Tensor, approximated: Tensor) -> Tensor:
 
 
 def _without_approximated_keys(
-    routed: RoutedUnit, state: RoutingState, layer: nn.Module, gate: Tensor, kwargs: dict[str, Any], dtype: torch.dtype
-) -> dict[str, Any]:
-    """The attention arguments with the keys of approximated tokens masked out (paper A.4).
+    routed: RoutedUnit, state: RoutingState, layer: nn.Module, gate: Tensor, call: Call, dtype: torch.dtype
+) -> Call:
+    """The attention's call with the keys of approximated tokens masked out (paper A.4).
 
     The mask has no gradient: routers learn from what their own token's update does, not from who attends to it.
     """
     attention: Any = routed.unit.module(layer)
-    cache = kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length(attention.layer_idx) > 0:
+    if reason := only_whole(attention, call):
+        raise InputError(f"kv='drop' does not go with {reason}", "Use kv='keep', or attn_implementation='sdpa'")
+    if call.cache is not None and call.cache.get_seq_length(attention.layer_idx) > 0:
         raise InputError(
             "the masked back end does not decode with kv='drop'",
             "Use execution='sparse', which frees the cache",
         )
     batch, length = gate.shape
-    mask = kwargs.get("attention_mask")
+    mask = call.mask
     places = torch.arange(length, device=gate.device)
     if mask is None:
         allowed = (places[:, None] >= places[None, :]).expand(batch, 1, length, length)
@@ -96,4 +99,4 @@ def _without_approximated_keys(
     if attention.config._attn_implementation == "eager":
         low = torch.finfo(dtype).min
         allowed = torch.zeros(allowed.shape, dtype=dtype, device=gate.device).masked_fill(~allowed, low)
-    return {**kwargs, "attention_mask": allowed}
+    return call.with_mask(allowed, type(attention).forward)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -9,10 +13,14 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..errors import InputError
+from ..models import calls
+from ..models.calls import Call
 from ..progress import Progress
 from ..routing.decision import AlwaysExecute, Threshold
 from ..routing.routed_unit import RoutingState
-from .call import NativeEngine, Policy, Rows, versions
+from .call import NativeEngine, Policy, Rows
+from .changes import identity
 from .engine_cache import accepts, is_packed, use_plain
 
 Weights = Literal["float32", "bfloat16", "float16", "int8", "int4"]
@@ -29,21 +37,49 @@ def native_reason(model: Any, progress: Progress | None = None) -> str | None:
 
 
 class NativeExecution:
-    """The engine of a model as its routing state holds it: made on first use, and again when weights changed.
+    """The engine of a model as its routing state holds it: made on first use, and again when the model has changed.
 
     The model's device decides which engine. `weights` None is the model's own format.
     """
 
-    def __init__(self, weights: Weights | None = None, threads: int | None = None, policy: Policy = "auto") -> None:
+    def __init__(self, weights: Weights | None = None, threads: int | None = None, policy: Policy = "exact") -> None:
         self.weights, self.threads, self.policy = weights, threads, policy
         self.engine: Any = None
+        self._refused: int | None = None
+        self._fixed, self._compared = 0, False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NativeExecution:
         return NativeExecution(self.weights, self.threads, self.policy)  # a copied model packs its own weights
 
+    def __reduce__(self) -> Any:
+        return NativeExecution, (self.weights, self.threads, self.policy)  # so does one in another process
+
     def of(self, model: Any) -> Any:
-        """The engine of `model`. Raises InputError when there is none that can run it."""
-        if self.engine is None or self.engine.version != versions(model):
+        """The engine of `model` as it is now. Raises InputError when there is none that can run it."""
+        return self._made(model, identity(model), sample=False)
+
+    def ready(self, model: Any, *, further: bool) -> NativeEngine | None:
+        """The engine for a call; None, after a warning, where it can no longer run the model (an adapter, a hook).
+
+        All weights are compared before a text begins; for `further` tokens of one only a sample of them, and within
+        `fixed` once.
+        """
+        if self._fixed and self._compared and self.engine is not None:
+            return self.engine  # type: ignore[no-any-return]
+        seen = identity(model)
+        if self._refused == seen:
+            return None
+        try:
+            engine: NativeEngine = self._made(model, seen, sample=further)
+        except InputError as error:
+            self._refused = seen
+            warnings.warn(f"{error.what}: PyTorch computes, with the same results", RuntimeWarning, stacklevel=2)
+            return None
+        self._compared = True
+        return engine
+
+    def _made(self, model: Any, seen: int, *, sample: bool) -> Any:
+        if self.engine is None or self.engine.identity != seen or not self.engine.is_of(model, sample=sample):
             self.engine = None  # first free the old copy
             if model.device.type == "cpu":
                 from .cpu.engine import CpuEngine
@@ -56,19 +92,32 @@ class NativeExecution:
                 self.engine = GpuEngine(model, self.weights, self.policy)
         return self.engine
 
+    @contextmanager
+    def fixed(self) -> Iterator[None]:
+        """Compare the weights once for all calls within: nobody may change the model there."""
+        if not self._fixed:
+            self._compared = False
+        self._fixed += 1
+        try:
+            yield
+        finally:
+            self._fixed -= 1
+
 
 @torch.compiler.disable  # an engine is compiled already; tracing into it can only fail
-def causal_lm(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CausalLMOutputWithPast | None:
+def causal_lm(model: Any, call: Call) -> CausalLMOutputWithPast | None:
     """The forward of a routed causal LM by the engine, or None when a torch back end must do it."""
-    wanted = kwargs.get("logits_to_keep", 0)
-    if args or kwargs.get("labels") is not None or not isinstance(wanted, int) or not may_run(model):
+    wanted = call.options.get("logits_to_keep", 0)
+    if call.options.keys() - {"logits_to_keep"} or type(wanted) is not int or wanted < 0 or not may_run(model):
         return None
-    plan = _plan(model, kwargs)
-    if plan is None:
+    if call.given.get("return_dict") is False or getattr(model.config, "return_dict", True) is False:
         return None
-    length = plan.embeddings.shape[1]
-    logits = plan.run(model, keep=min(wanted, length) or length)
-    return CausalLMOutputWithPast(logits=logits.to(model.dtype), past_key_values=plan.cache)  # type: ignore[arg-type]
+    asked = plan(model, call)
+    if asked is None:
+        return None
+    length = asked.embeddings.shape[1]
+    logits = asked.run(model, keep=min(wanted, length) or length)
+    return calls.causal_lm_output(logits.to(model.dtype), asked.cache)
 
 
 @torch.compiler.disable
@@ -76,8 +125,8 @@ def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor | None) 
     """Normed last hidden states [B, N, d] by the engine, or None."""
     if not may_run(model):
         return None
-    plan = _plan(model, {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False})
-    return None if plan is None else plan.run(model).to(model.dtype)
+    asked = plan(model, Call({}, tokens=input_ids, mask=attention_mask, use_cache=False))
+    return None if asked is None else asked.run(model).to(model.dtype)
 
 
 def give_back(cache: Any) -> None:
@@ -96,52 +145,70 @@ def may_run(model: Any) -> bool:
     return type(state.decision) in (AlwaysExecute, Threshold)
 
 
-class _Plan:
+@dataclass
+class Plan:
     """What a call asks of the engine."""
 
-    def __init__(self, engine: NativeEngine, embeddings: Tensor, rows: Rows, cache: Any, places: Tensor | None) -> None:
-        self.engine, self.embeddings, self.rows, self.cache, self.places = engine, embeddings, rows, cache, places
+    engine: NativeEngine
+    embeddings: Tensor
+    rows: Rows
+    cache: Any
+    places: Tensor | None
 
-    def run(self, model: Any, keep: int = 0) -> Tensor:
+    def run(self, model: Any, keep: int = 0, forced: Tensor | None = None) -> Tensor:
+        """See `NativeEngine.forward`."""
         state, stats = model.routing_state, model.decoder.routing_stats_counter
         length, device = self.embeddings.shape[1], self.embeddings.device
         past = 0 if self.cache is None else self.cache.get_seq_length()
         places = torch.arange(past, past + length, device=device)[None] if self.places is None else self.places
         rope = model.decoder.rotary_emb(self.embeddings.float(), position_ids=places)
-        output = self.engine.forward(self.embeddings, rope, self.rows, self.cache, state, stats, keep=keep)
+        output = self.engine.forward(
+            self.embeddings, rope, self.rows, self.cache, state, stats, keep=keep, forced=forced
+        )
         stats.add_tokens(length, past, self.rows.start, self.rows.valid, routed=not state.dense)
         return output
 
 
-def _plan(model: Any, kwargs: dict[str, Any]) -> _Plan | None:
-    config = model.config
-    if any(kwargs.get(name) or getattr(config, name, False) for name in ("output_hidden_states", "output_attentions")):
+def plan(model: Any, call: Call) -> Plan | None:
+    """What the engine shall do; None where it does not understand all that the call says."""
+    if call.rope is not None or calls.records(model, call.options):
         return None
-    mask, cache, embeddings = (kwargs.get(name) for name in ("attention_mask", "past_key_values", "inputs_embeds"))
-    if kwargs.get("return_dict") is False or (mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2)):
+    whole = 2 * len(model.decoder.layers[: model.config.num_hidden_layers]) == len(model.costs)
+    if not whole or calls.is_watched(model.decoder):  # early exit, or a decoder that does more than its class
         return None
-    if not accepts(cache):
+    mask, cache = call.mask, call.cache
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         return None
-    if embeddings is None:
-        embeddings = model.decoder.embed_tokens(kwargs["input_ids"])
-    batch, length = embeddings.shape[:2]
+    if (call.tokens is None) == (call.embeddings is None) or not accepts(cache):
+        return None
+    batch, length = (call.embeddings if call.tokens is None else call.tokens).shape[:2]  # type: ignore[union-attr]
     past = 0 if cache is None else cache.get_seq_length()
     if mask is not None and tuple(mask.shape) != (batch, past + length):
         return None
     rows = _rows(mask, cache, batch, length, past)
-    if rows is None:
+    if rows is None or not _in_order(call.positions, rows, batch, length):
         return None
-    native: NativeExecution = model.routing_state.native
-    # Weights do not change between the tokens of one generation: comparing them once a prompt is enough.
-    engine = native.engine if native.engine is not None and past and length == 1 else native.of(model)
-    if engine.leaves_to_torch(batch * length):
+    engine = model.routing_state.native.ready(model, further=past > 0)
+    if engine is None or engine.leaves_to_torch(batch * length):
         return None
-    use_cache = kwargs.get("use_cache")
-    if cache is None and (config.use_cache if use_cache is None else use_cache):
-        cache = DynamicCache(config=config)
+    embeddings = model.decoder.embed_tokens(call.tokens) if call.embeddings is None else call.embeddings
+    if cache is None and (model.config.use_cache if call.use_cache is None else call.use_cache):
+        cache = DynamicCache(config=model.config)
     if cache is not None:
         cache.first_keys = rows.start
-    return _Plan(engine, embeddings, rows, cache, kwargs.get("position_ids"))
+    return Plan(engine, embeddings, rows, cache, call.positions)
+
+
+def _in_order(positions: Tensor | None, rows: Rows, batch: int, length: int) -> bool:
+    """Whether the tokens of each row are one text: where positions start again, documents are packed in it."""
+    if positions is None:
+        return True
+    if tuple(positions.shape) not in ((1, length), (batch, length)):
+        raise InputError(f"{tuple(positions.shape)} are no positions of {batch} x {length} tokens", "Give one for each")
+    if length == 1:
+        return True
+    real = None if rows.valid is None else rows.valid.bool().to(positions.device)
+    return calls.consecutive(positions, real)
 
 
 def _rows(mask: Tensor | None, cache: Any, batch: int, length: int, past: int) -> Rows | None:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.units import attend, attend_causal, keys_values, queries
+from ..errors import InputError
+from ..models.calls import NOTHING, Call
+from ..models.units import attend, attend_causal, keys_values, only_whole, queries
 from ..routing.routed_unit import RoutedUnit, RoutingState
 from . import masked
 from .cache import ExecutedKeysLayer
@@ -22,10 +24,17 @@ QUERY_BLOCK = 256
 Rope = tuple[Tensor, Tensor] | None
 
 
-def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """One routed unit on the residual stream [B, N, d]; equals `masked.run` to rounding for the same gate."""
+def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """One routed unit on the residual stream [B, N, d]; equals `masked.run` to rounding for the same gate.
+
+    Calls that only the base model's own attention understands are done whole. Raises InputError for them with kv='drop'.
+    """
     if state.dense or state.observer is not None:
-        return masked.run(routed, state, layer, hidden, kwargs)
+        return masked.run(routed, state, layer, hidden, call)
+    if routed.kind == "attention" and (reason := only_whole(routed.unit.module(layer), call)):
+        if state.kv == "drop":
+            raise InputError(f"kv='drop' does not go with {reason}", "Use kv='keep', or attn_implementation='sdpa'")
+        return masked.run(routed, state, layer, hidden, call)
     x = routed.unit.normed(layer, hidden)
     features = routed.features(hidden, x)
     gate = routed.decide(state, hidden, features)
@@ -34,15 +43,15 @@ def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tenso
     count, total = executed.numel(), flat.numel()
     if routed.kind == "attention":
         if count == total and state.kv == "keep":
-            return hidden + routed.unit.update(layer, routed.unit.run(layer, x, kwargs))
+            return hidden + routed.unit.update(layer, routed.unit.run(layer, x, call))
         if state.kv == "drop":
-            output, state.keys_read[routed.index] = _drop_attention(routed, layer, x, gate, executed, kwargs)
+            output, state.keys_read[routed.index] = _drop_attention(routed, layer, x, gate, executed, call)
         else:
-            output = _keep_attention(routed, layer, x, gate, executed, kwargs)
+            output = _keep_attention(routed, layer, x, gate, executed, call)
     elif count == total:
-        return hidden + routed.unit.update(layer, routed.unit.run(layer, x, kwargs))
+        return hidden + routed.unit.update(layer, routed.unit.run(layer, x, call))
     elif count:
-        output = routed.unit.run(layer, _rows(x, executed), {})
+        output = routed.unit.run(layer, _rows(x, executed), NOTHING)
     if not count:
         return hidden + routed.forecast(layer, features)
     result = torch.empty_like(hidden).view(total, -1)
@@ -61,13 +70,12 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _keep_attention(
-    routed: RoutedUnit, layer: nn.Module, x: Tensor, gate: Tensor, executed: Tensor, kwargs: dict[str, Any]
+    routed: RoutedUnit, layer: nn.Module, x: Tensor, gate: Tensor, executed: Tensor, call: Call
 ) -> Tensor:
     """Outputs [1, n, d] of the executed tokens in flat order, with keys and values of all tokens."""
     family, attention = routed.unit.family, routed.unit.module(layer)
-    rope: Rope = kwargs.get("position_embeddings")
+    rope, cache, mask = call.rope, call.cache, call.mask
     keys, values = keys_values(family, attention, x, rope)
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
     batch, length = gate.shape
     past = 0
     if cache is not None:
@@ -106,24 +114,24 @@ def _attend(attention: Any, q: Tensor, keys: Tensor, values: Tensor, mask: Tenso
 
 
 def _drop_attention(
-    routed: RoutedUnit, layer: nn.Module, x: Tensor, gate: Tensor, executed: Tensor, kwargs: dict[str, Any]
+    routed: RoutedUnit, layer: nn.Module, x: Tensor, gate: Tensor, executed: Tensor, call: Call
 ) -> tuple[Tensor, Tensor]:
     """As `_keep_attention`, but approximated tokens leave no key and no value. Also counts the keys attended to."""
     family, attention = routed.unit.family, routed.unit.module(layer)
     batch, length = gate.shape
-    cache = kwargs.get("past_key_values")
+    cache = call.cache
     store = cache.layers[attention.layer_idx] if cache is not None else ExecutedKeysLayer()
     start = store.seen
     store.seen += length
     if not executed.numel():
         return x, torch.zeros((), dtype=torch.long, device=x.device)
     places, filled = _ragged(gate)
-    rope = _take_ragged(kwargs.get("position_embeddings"), places)
+    rope = _take_ragged(call.rope, places)
     rows = x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
     keys, values = keys_values(family, attention, rows, rope)
     stored_at = torch.where(filled, places + start, -1)
     keys, values, stored_at = store.append(keys, values, stored_at)
-    mask = kwargs.get("attention_mask")
+    mask = call.mask
     if mask is None:
         allowed = stored_at[:, None, None, :] <= (places + start)[:, None, :, None]
     else:

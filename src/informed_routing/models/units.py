@@ -7,7 +7,6 @@ routed model never registers the base model's weights twice.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..config import UnitKind
+from . import calls
+from .calls import Call
 from .families import Family
-
-Kwargs = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,11 @@ class Unit:
         norm = self._part(layer, "in_norm")
         return hidden if norm is None else norm(hidden)
 
-    def run(self, layer: nn.Module, x: Tensor, kwargs: Kwargs) -> Tensor:
+    def run(self, layer: nn.Module, x: Tensor, call: Call) -> Tensor:
         """The unit's raw output [..., d] for its normed input, by the base model's own module."""
         if self.kind == "ffn":
             return self.module(layer)(x)
-        return self.module(layer)(hidden_states=x, **kwargs)[0]
+        return self.module(layer)(x, **call.given)[0]
 
     def update(self, layer: nn.Module, output: Tensor) -> Tensor:
         """What is added to the residual: output norm, dropout and residual scale applied."""
@@ -67,6 +66,27 @@ class Unit:
 # ---------------------------------------------------------------------------------------------------------
 # Attention in parts: keys and values of all tokens, queries of some
 # ---------------------------------------------------------------------------------------------------------
+
+
+_READ_IMPLEMENTATIONS = ("eager", "sdpa")
+
+
+def only_whole(attention: Any, call: Call) -> str | None:
+    """Why only the base model's own module can compute a call of an attention, all queries at once; None if we can.
+
+    The parts below are the arithmetic of transformers' own classes with keys, mask and rotary tables of a plain call.
+    """
+    if (implementation := attention.config._attn_implementation) not in _READ_IMPLEMENTATIONS:
+        return f"attn_implementation {implementation!r}"
+    if unknown := call.options.keys() - {"output_hidden_states"}:
+        return f"the argument {min(unknown)!r}"
+    if not calls.plain_mask(call.mask):
+        return f"a mask of type {type(call.mask).__name__}"
+    if not (getattr(attention, "is_causal", True) and getattr(attention.config, "is_causal", True) is not False):
+        return "attention that is not causal"
+    if calls.is_watched(attention) or not type(attention).__module__.startswith("transformers.models."):
+        return f"a {type(attention).__name__} that was hooked or replaced"
+    return None
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:

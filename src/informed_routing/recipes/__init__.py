@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import InputError
+from ..user_files import shown, user_path
 
 
 def packaged_recipes() -> dict[str, Path]:
@@ -13,14 +14,28 @@ def packaged_recipes() -> dict[str, Path]:
 
 
 def recipe_path(name: str) -> Path:
-    """A recipe file of the user, or one of the package by its name (`demo`, `paper-8b`).
+    """A recipe that comes with the package, by its name (`demo`, `paper-8b`), else a file of the user.
 
-    Raises InputError when it is neither.
+    What lies in the working directory does not change what a built-in name means: a file of that name needs its suffix
+    or its folder (`demo.yaml`, `./demo`). Raises InputError when there is neither.
     """
-    path = Path(name).expanduser()
-    if path.exists():
+    return built_in_or_file(name, packaged_recipes(), "recipe")
+
+
+def built_in_or_file(name: str, built_in: dict[str, Path], what: str) -> Path:
+    """The path of a built-in name, which comes first, or of a file. Raises InputError when there is neither."""
+    if name in built_in:
+        return built_in[name]
+    path = user_path(name, what)
+    try:
+        there, folder = path.exists(), path.is_dir()
+    except OSError as error:
+        raise InputError(f"{what} {shown(name)} cannot be read: {error.strerror}", "Give a YAML file") from None
+    if folder:
+        raise InputError(f"{what} {name} is a folder", "Give a YAML file")
+    if there:
         return path
-    packaged = packaged_recipes()
-    if name.removesuffix(".yaml") in packaged:
-        return packaged[name.removesuffix(".yaml")]
-    raise InputError(f"recipe {name} does not exist", f"Give a YAML file, or one of {', '.join(sorted(packaged))}")
+    names = ", ".join(sorted(built_in))
+    stem = name.removesuffix(".yaml")
+    remedy = f"Built in is `{stem}`, without a suffix" if stem in built_in else f"Give a YAML file, or one of {names}"
+    raise InputError(f"{what} {shown(name)} does not exist", remedy)

@@ -75,6 +75,8 @@ class RoutingState:
     """The native engine's holder (execution/native.py) where execution is `native`."""
     observer: Observer | None = None
     record_margins: bool = False
+    modules_whole: bool = False
+    """Whether the current forward must call the base model's attentions as they are, for what they also return."""
     valid: Tensor | None = None
     """[B, N] bool of the current forward; None when no token is padding."""
     contexts: Tensor | None = None
@@ -111,7 +113,7 @@ class RoutingState:
         A sampled decision has a gradient, which takes both branches; a hard one trains as it will run (stage 3).
         """
         hard = isinstance(self.decision, (AlwaysExecute, Threshold, TopK))
-        return self.execution != "masked" and (hard or not training)
+        return self.execution != "masked" and not self.modules_whole and (hard or not training)
 
 
 class RoutedUnit(nn.Module):

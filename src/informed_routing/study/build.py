@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..persistence import is_routing_folder
 from ..progress import Progress
 from ..training.folder import CHECKPOINTS, RECIPE_FILE
 from ..training.texts import Texts
+from ..user_files import read_json
 from .plan import Cell
 from .stages import Stage
 from .store import Record, Store
@@ -63,7 +63,7 @@ def _fit(stage: Stage, store: Store, device: str, progress: Progress) -> Record:
     folder = store.stage_folder(stage)
     started = (folder / CHECKPOINTS / RECIPE_FILE).is_file()
     if is_routing_folder(folder) and not started:  # killed after the last step of all
-        report = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
+        report = read_json(folder / "fit.json", "the fit's report")
         return {"seconds": _seconds(report["stages"]), "fit": report["stages"]}
     if folder.is_dir() and not started:
         shutil.rmtree(folder)

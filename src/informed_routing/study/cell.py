@@ -16,6 +16,7 @@ from ..errors import InformedRoutingError
 from ..evaluation.environment import environment
 from ..evaluation.perplexity import merge_stats, token_perplexity
 from ..evaluation.precision import factors_in
+from ..finite import json_values
 from ..progress import Progress
 from .accounting import accounting
 from .build import ensure, load, text_rows
@@ -34,7 +35,7 @@ def run_cell(cell: Cell, store: Store, *, device: str, progress: Progress) -> Re
     made = time.perf_counter()
     record = judge(cell, store, device=device, progress=progress)
     seconds = sum(sum(report["seconds"].values()) for report in reports)
-    return {
+    whole = {
         "format": 1,
         "key": cell.key,
         "cell": cell.labels(),
@@ -50,6 +51,8 @@ def run_cell(cell: Cell, store: Store, *, device: str, progress: Progress) -> Re
         "threads": torch.get_num_threads(),
         "environment": environment(),
     }
+    checked: Record = json_values(whole, "the record")  # a cell whose numbers are none has failed
+    return checked
 
 
 def attempt(cell: Cell, store: Store, *, device: str, progress: Progress) -> Record:

@@ -37,12 +37,17 @@ def draw(grid: Grid, found: Sequence[Entry], folder: Path) -> list[Path]:
             figure = _DRAWINGS[grid.layout](own)
             if figure is None:
                 continue
-            figure.suptitle(f"{grid.title or grid.name}: {model.rstrip('/').rsplit('/', 1)[-1]}")
+            figure.suptitle(plain(f"{grid.title or grid.name}: {model.rstrip('/').rsplit('/', 1)[-1]}"))
             path = folder / f"{grid.name}{f'-{number + 1}' if len(models) > 1 else ''}.svg"
             write_atomically(path, functools.partial(_save, figure))
             plt.close(figure)
             files.append(path)
     return files
+
+
+def plain(name: str) -> str:
+    """A name as matplotlib shows it as it is: between dollar signs it would read formulas."""
+    return name.replace("$", r"\$")
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -91,7 +96,7 @@ def _line(axis: Any, points: Sequence[tuple[float, Value]], name: str, place: in
             xs,
             [value.value for value in values],
             yerr=bars if any(bars) else None,
-            label=name,
+            label=plain(name),
             color=_COLOURS[place % len(_COLOURS)],
             marker=_MARKERS[place % len(_MARKERS)],
             capsize=2,
@@ -136,7 +141,7 @@ def _figure_1(own: Sequence[Entry]) -> Any:
     lowest = min((entry.sparsity for entry in with_features), default=None)
     for place, entry in enumerate(entry for entry in with_features if entry.sparsity == lowest):
         features = entry.records[0]["features"]
-        label = f"{entry.name} ({100 * features['similar']:.1f} % above 0.95)"
+        label = f"{plain(entry.name)} ({100 * features['similar']:.1f} % above 0.95)"
         axes[0][1].plot(features["layers"], label=label, color=_COLOURS[place], marker=_MARKERS[place], markersize=3)
     axes[0][1].set_xlabel("layer")
     axes[0][1].set_ylabel("cosine to the dense features")
@@ -150,7 +155,7 @@ def _parts(own: Sequence[Entry]) -> Any:
     """How the approximated units divide into attention and FFN (Table 2)."""
     figure, axes = _axes(1)
     axis = axes[0][0]
-    labels = [f"{entry.name}\n{100 * entry.sparsity:g} %" for entry in own]
+    labels = [f"{plain(entry.name)}\n{100 * entry.sparsity:g} %" for entry in own]
     bottoms = [0.0] * len(own)
     for name, colour in (("attention", "tab:green"), ("ffn", "tab:orange")):
         heights = [50 * entry.records[0]["sparsity"].get(name, 0.0) for entry in own]
@@ -168,7 +173,7 @@ def _bars(own: Sequence[Entry]) -> Any:
     if not shown:
         return None
     figure, axes = _axes(1)
-    axes[0][0].bar([entry.name for entry, _ in shown], [value.value for _, value in shown], color="tab:blue")
+    axes[0][0].bar([plain(entry.name) for entry, _ in shown], [value.value for _, value in shown], color="tab:blue")
     axes[0][0].set_ylabel("WikiText-2 word perplexity" if results.perplexity(own[0]) else "validation loss")
     axes[0][0].tick_params(axis="x", labelsize=7)
     return figure
@@ -189,7 +194,7 @@ def _allocation(own: Sequence[Entry]) -> Any:
             axis.bar(layers, executed, color=colour)
             rest = [100 - share for share in executed]
             axis.bar(layers, rest, bottom=executed, color="white", edgecolor=colour, hatch="///", linewidth=0.3)
-            axis.set_title(f"{entry.name}, {100 * entry.sparsity:g} %: {kind}", fontsize=8)
+            axis.set_title(f"{plain(entry.name)}, {100 * entry.sparsity:g} %: {kind}", fontsize=8)
             axis.set_xlabel("layer")
             axis.set_ylim(0, 100)
         line[0].set_ylabel("tokens executed, %")

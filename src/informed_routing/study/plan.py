@@ -14,6 +14,9 @@ from .grid import Evaluation, Grid
 from .identity import content_id, digest
 from .stages import VERSION, Stage, Variant, last_stage
 
+LONGEST_MODEL = 60
+"""Bytes of a model's name in names of files."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -58,6 +61,7 @@ class Cell:
     def name(self) -> str:
         """What people call it, and what `--cells` matches."""
         model = "".join(c if c.isalnum() or c in "-." else "-" for c in self.model.rstrip("/").rsplit("/", 1)[-1])
+        model = model.encode()[:LONGEST_MODEL].decode(errors="ignore")  # its key tells the cell apart
         parts = [model, self.method]
         if self.kind != "dense":
             parts.append(f"{100 * self.sparsity:g}")

@@ -50,7 +50,7 @@ class Entry:
         numbers = [float(value) for value, _ in found if value is not None]
         if not numbers:
             return None
-        errors = [float(one) for _, one in found if one is not None and math.isfinite(one)]
+        errors = [float(one) for _, one in found if one is not None and math.isfinite(float(one))]
         own = statistics.fmean(errors) if errors else None
         spread = statistics.stdev(numbers) / math.sqrt(len(numbers)) if len(numbers) > 1 else 0.0
         joined = math.hypot(own or 0.0, spread) if own is not None or len(numbers) > 1 else None
@@ -126,7 +126,11 @@ def average(entry: Entry) -> Value | None:
     """Mean accuracy of the tasks, in per cent."""
 
     def percent(key: str) -> Callable[[Record], float | None]:
-        return lambda record: 100 * record["average"][key] if record.get("average") else None
+        def read(record: Record) -> float | None:
+            value = (record.get("average") or {}).get(key)  # one document has no standard error
+            return None if value is None else 100 * value
+
+        return read
 
     return entry.value(percent("accuracy"), percent("stderr"))
 

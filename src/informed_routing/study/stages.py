@@ -9,9 +9,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from ..config import LoraStage, Recipe, RouteStage, StageConfig
+from pydantic import ValidationError
+
+from ..baselines.methods import METHODS
+from ..config import LoraStage, Recipe, RouteStage, StageConfig, describe
 from ..errors import InputError
 from ..recipes import recipe_path
+from ..user_files import shown
 from .grid import Grid, Method
 from .identity import content_id, digest
 
@@ -19,6 +23,9 @@ VERSION = 1
 """Of what stages and cells compute: raise it when the same settings give other results."""
 
 StageKind = Literal["fit", "prune", "recover"]
+
+_OF_THE_GRID = ("model", "data", "dtype", "seed", "stages")
+_LIST = ", ".join(METHODS)
 
 
 @dataclass(frozen=True)
@@ -152,6 +159,9 @@ def _recipe(variant: Variant) -> Recipe:
     # Routers that are trained at one sparsity for all cells get a threshold for each.
     shared_routers = "route.sparsity" in {**training.overrides, **method.overrides}
     targets = list(method.sparsities or grid.sparsities) if shared_routers else [variant.sparsity]
+    for key in (*training.overrides, *method.overrides):
+        if key in _OF_THE_GRID:
+            raise InputError(f"{method.label}: {key} cannot be overridden", "The grid sets it: change it there")
     overrides = {
         "forecast.sequence_length": training.sequence_length,
         **shared,
@@ -170,9 +180,9 @@ def _recipe(variant: Variant) -> Recipe:
         "stages": stages,
     }
     try:
-        return recipe.with_overrides(overrides)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{method.label}: unknown setting {error}", "See the recipes for the names") from None
+        return recipe.with_overrides(overrides, none_counts=True)
+    except InputError as error:
+        raise InputError(f"{method.label}: {error.what}", error.remedy) from None
 
 
 def _with_steps(variant: Variant, recipe: Recipe) -> Recipe:
@@ -257,6 +267,7 @@ def _shared(variant: Variant) -> dict[str, Any]:
 
 def _pruned(variant: Variant) -> Stage:
     training, method = variant.grid.training, variant.method
+    _check_pruning(method)
     wanted = method.prune_tokens or training.prune_tokens
     tokens = max(wanted // training.sequence_length, 1) * training.sequence_length
     settings = {
@@ -267,6 +278,17 @@ def _pruned(variant: Variant) -> Stage:
         "method_settings": method.overrides,
     }
     return Stage("prune", settings, tokens)
+
+
+def _check_pruning(method: Method) -> None:
+    """Raises InputError for a way of pruning that there is not, or settings that it does not have."""
+    if method.prune not in METHODS:
+        raise InputError(f"{method.label}: there is no way of pruning {shown(method.prune)}", f"There are {_LIST}")
+    try:
+        METHODS[method.prune].settings.model_validate(method.overrides)
+    except ValidationError as error:
+        what, remedy = describe(error)
+        raise InputError(f"{method.label}: {what}", remedy) from None
 
 
 def _recovered(variant: Variant, parent: Stage | None) -> Stage:

@@ -94,6 +94,6 @@ def _read(path: Path) -> Record | None:
     """A JSON file; None when it is missing or no JSON (files here are whole or absent)."""
     try:
         found: Record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found

@@ -63,7 +63,8 @@ def markdown(table: Table) -> str:
         marks = {column.key: _places(block.rows, column) for column in table.columns}
         lines = [["", *(column.title for column in table.columns)], ["---"] * (len(table.columns) + 1)]
         for number, row in enumerate(block.rows):
-            label = f"*{row.label} (paper)*" if row.source == "paper" else row.label
+            name = _cell(row.label)
+            label = f"*{name} (paper)*" if row.source == "paper" else name
             shown = [
                 _marked(_shown(row.cells.get(column.key), column), marks[column.key].get(number))
                 for column in table.columns
@@ -72,6 +73,11 @@ def markdown(table: Table) -> str:
         parts.append(f"## {block.title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
     parts += [note for note in table.notes if note]
     return "\n\n".join(parts) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text in a cell, where a bar would begin the next one."""
+    return " ".join(text.replace("|", r"\|").split())
 
 
 def comma_separated(table: Table) -> str:
@@ -98,7 +104,7 @@ def _shown(content: Content, column: Column) -> str:
     if content is None:
         return "-"
     if isinstance(content, str):
-        return content
+        return _cell(content)
     number = f"{content.value:,.{column.digits}f}"
     return number if content.stderr is None else f"{number} ± {content.stderr:.{column.digits}f}"
 

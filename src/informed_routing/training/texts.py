@@ -26,7 +26,7 @@ class Texts:
         """
         if (split, length) not in self._rows:
             data = self.data if split == "train" else dict.fromkeys(self.data)
-            self._rows[split, length] = pack(load_texts(",".join(data), split), self.tokenizer, length)  # type: ignore[arg-type]
+            self._rows[split, length] = pack(load_texts(list(data), split), self.tokenizer, length)  # type: ignore[arg-type]
         return self._rows[split, length]
 
     def some(self, split: str, length: int, tokens: int, name: str) -> Tensor:

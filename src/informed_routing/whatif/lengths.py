@@ -8,19 +8,18 @@ from functools import cached_property
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from scipy.special import log_ndtr
 
+from ..setting_types import Frozen as _Frozen
 from .arrays import Floats, Ints
 
 LONGEST = 2**20  # tokens; a distribution keeps one number per length
 MASS_TOLERANCE = 1e-6  # by how much probabilities that a user writes may miss one
 
 
-class Frozen(BaseModel):
-    """Checked once, then constant; unknown settings are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Frozen(_Frozen):
+    """Settings of a workload or a metric."""
 
     def __eq__(self, other: object) -> bool:
         """By settings; what is cached are arrays, which have no single truth."""
@@ -71,8 +70,8 @@ class LengthLaw(Frozen, ABC):
 class LogNormalLengths(LengthLaw):
     """A log-normal rounded to integers, pmf(k) proportional to F(k + 1/2) - F(k - 1/2) on [minimum, maximum]."""
 
-    median: float = Field(gt=0, allow_inf_nan=False, description="tokens, before the cut to [minimum, maximum]")
-    sigma: float = Field(gt=0, allow_inf_nan=False, description="standard deviation of the log length")
+    median: float = Field(gt=0, description="tokens, before the cut to [minimum, maximum]")
+    sigma: float = Field(gt=0, description="standard deviation of the log length")
     minimum: int = Field(1, ge=1, le=LONGEST)
     maximum: int = Field(ge=1, le=LONGEST)
 
@@ -80,6 +79,8 @@ class LogNormalLengths(LengthLaw):
     def _ordered(self) -> LogNormalLengths:
         if self.minimum > self.maximum:
             raise ValueError(f"minimum {self.minimum} is above maximum {self.maximum}")
+        if self.sigma < 1e-6:
+            raise ValueError(f"sigma {self.sigma} is below 0.000001: write one length as an integer")
         if not np.isfinite(self.log_mass).any():
             raise ValueError("no mass is left between minimum and maximum")
         return self

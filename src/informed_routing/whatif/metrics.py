@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -10,12 +11,14 @@ import numpy as np
 from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
 
 from ..errors import InputError
+from ..setting_types import Label
+from ..user_files import shown
 from .arrays import Floats
 from .lengths import Frozen
 from .settings import checked
 from .table import Table
 
-Columns = str | tuple[str, ...]
+Columns = Label | Annotated[tuple[Label, ...], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Ranking:
 
 
 class _Metric(Frozen):
-    name: str = Field(min_length=1)
+    name: Label
     column: Columns = Field(description="of the table; several are added up")
 
     @property
@@ -55,10 +58,9 @@ class _Metric(Frozen):
 
 
 class _Bounded(_Metric):
-    lower: float = Field(0.0, allow_inf_nan=False)
+    lower: float = 0.0
     upper: float | None = Field(
         None,
-        allow_inf_nan=False,
         description="None: the largest value of the sample; the metric is then the one cut there",
     )
 
@@ -123,7 +125,7 @@ class TailMetric(_Metric):
 
     kind: Literal["tail"] = "tail"
     per: Columns | None = None
-    above: float = Field(allow_inf_nan=False)
+    above: float
 
     def outcome(self, table: Table) -> Outcome:
         """Indicators."""
@@ -145,7 +147,7 @@ class QuantileMetric(_Metric):
 
 def _kind(value: Any) -> str:
     kind = value.get("kind", "mean") if isinstance(value, Mapping) else getattr(value, "kind", "mean")
-    return f"<{kind}>"
+    return f"<{kind if isinstance(kind, str) else shown(kind)}>"
 
 
 Metric = MeanMetric | TotalMetric | RatioMetric | TailMetric | QuantileMetric
@@ -177,6 +179,8 @@ DEFAULT_METRICS: tuple[Metric, ...] = (
 
 def metrics_from_sequence(data: Sequence[Any]) -> list[Metric]:
     """Metrics of settings as in a YAML file. Raises InputError naming the first bad setting."""
+    if not isinstance(data, Sequence) or isinstance(data, str):
+        raise InputError(f"the metrics are {shown(data)}, which is no list", "Write a list of metrics, each a mapping")
     metrics: list[Metric] = checked(_METRICS, list(data), "metrics")
     names = [metric.name for metric in metrics]
     for name in names:
@@ -191,6 +195,8 @@ def _outcome(metric: _Bounded, values: Floats, size: Floats, largest: Floats, by
     if upper is None:
         upper = max(float((values[size > 0] / size[size > 0]).max()), metric.lower)
     scale = (upper - metric.lower) or 1.0  # a constant metric
+    if not (math.isfinite(scale) and np.isfinite(values).all() and np.isfinite(largest).all()):
+        raise InputError(f"metric {metric.name} has no finite range", "Give its bounds, check its columns")
     share = size / largest
     fitting = np.minimum(share, 1.0)
     part = (values - metric.lower * size) / (scale * largest)
@@ -200,7 +206,7 @@ def _outcome(metric: _Bounded, values: Floats, size: Floats, largest: Floats, by
 
 
 def _per_prompt(metric: Any, table: Table) -> Floats:
-    values = table.sum_of(_tuple(metric.column))
+    values = _finite(metric.name, table.sum_of(_tuple(metric.column)))
     if metric.per is None:
         return values
     size = table.sum_of(_tuple(metric.per))
@@ -210,7 +216,16 @@ def _per_prompt(metric: Any, table: Table) -> Floats:
             f"metric {metric.name}: column {metric.per} is {size[row]:g} in row {row}",
             "Use kind: ratio, or leave it out",
         )
-    return values / size
+    with np.errstate(over="ignore"):
+        quotient = values / size
+    return _finite(metric.name, quotient)
+
+
+def _finite(name: str, values: Floats) -> Floats:
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        raise InputError(f"metric {name} is {values[bad[0]]} in row {bad[0]} of the table", "Check its columns")
+    return values
 
 
 def _tuple(columns: Columns) -> tuple[str, ...]:

@@ -31,8 +31,13 @@ def draw(found: Predictions, path: Path) -> None:
             axis.plot([row.lower, row.upper], [at, at], color=colour, linewidth=2)
             if row.estimate is not None:
                 axis.plot([row.estimate], [at], "o", color=colour, markersize=5)
-        axis.set(title=metric, ylim=(len(targets) - 0.5, -0.5))
-        axis.set_yticks(range(len(targets)), targets if place == 0 else [""] * len(targets))
+        axis.set(title=_plain(metric), ylim=(len(targets) - 0.5, -0.5))
+        axis.set_yticks(range(len(targets)), [_plain(name) if place == 0 else "" for name in targets])
         axis.grid(alpha=0.3)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="svg", metadata={"Date": None}))
     pyplot.close(figure)
+
+
+def _plain(name: str) -> str:
+    """A name as matplotlib shows it as it is: between dollar signs it would read formulas."""
+    return name.replace("$", r"\$")

@@ -25,6 +25,7 @@ from .table import Table, load_table
 from .workloads import AnyWorkload
 
 CHUNK = 2**20  # weights that are held at a time
+SMALLEST_DELTA = 1e-12  # below, logarithms of its shares would leave the numbers
 ADVISED_ERROR = 0.05  # of the metric's range: what advice aims at where the tolerance is not tighter
 
 
@@ -48,7 +49,7 @@ def predict(
     seed: of the order in which the prompts enter the limits (any order of independent prompts is valid).
 
     Raises InputError for a bad table (see `load_table`), prompts that are impossible in the nominal workload, unknown
-    names in `tolerance`, and `delta` outside (0, 1). What cannot be predicted is a red row without an estimate.
+    names in `tolerance`, and `delta` outside [1e-12, 1). What cannot be predicted is a red row without an estimate.
     """
     return Predictor(nominal, targets).predict(
         table, metrics, delta=delta, tolerance=tolerance, seed=seed, progress=progress
@@ -77,7 +78,7 @@ class Predictor:
         progress: Progress | None = None,
     ) -> Predictions:
         """See the function of this name."""
-        if not 0 < delta < 1:
+        if not SMALLEST_DELTA <= delta < 1:
             raise InputError(f"delta is {delta}", "Give a probability between 0 and 1, such as 0.05")
         if not metrics:
             raise InputError("no metric is given", "Give at least one")
@@ -241,5 +242,5 @@ def _check_tolerance(tolerance: float | Mapping[str, float] | None, metrics: Seq
     for name, value in given.items():
         if isinstance(tolerance, Mapping) and name not in known:
             raise InputError(f"tolerance names {name}, which is no metric", f"Known are {', '.join(known)}")
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise InputError(f"the tolerance of {name} is {value}", "Give a positive half-width")

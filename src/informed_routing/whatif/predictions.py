@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..finite import written
 from .diagnostics import Colour
 
 
@@ -62,12 +63,18 @@ class Predictions:
         raise KeyError((target, metric))
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: numbers that are not finite become None."""
-        rows = [{key: _plain(value) for key, value in asdict(row).items()} for row in self.rows]
+        """For JSON: numbers that are not defined are left out, infinite ones written as "Infinity"."""
+        rows = [
+            {key: _plain(value) for key, value in asdict(row).items() if not _undefined(value)} for row in self.rows
+        ]
         return {"prompts": self.prompts, "delta": self.delta, "seed": self.seed, "rows": rows}
 
 
+def _undefined(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
 def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
+    if isinstance(value, float):
+        return written(value)
     return list(value) if isinstance(value, tuple) else value

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from ..user_files import shown
 from .arrays import Floats, Ints
 from .workloads import Inputs
 
@@ -28,7 +30,8 @@ class Table:
 
     def sum_of(self, columns: tuple[str, ...]) -> Floats:
         """Several outcome columns added up: [n]."""
-        return np.sum([self.outcomes[name] for name in columns], axis=0)
+        with np.errstate(over="ignore"):  # whoever uses the sum looks whether it is finite
+            return np.sum([self.outcomes[name] for name in columns], axis=0)
 
     def in_order(self, order: Ints) -> Table:
         """The same rows in another order."""
@@ -56,7 +59,7 @@ def load_table(source: Mapping[str, Any] | str | Path, outcomes: Iterable[str]) 
     if rows == (0,):
         raise InputError("the table has no rows", "Measure some prompts first")
     inputs = Inputs(
-        np.array([str(name) for name in arrays["domain"]]),
+        _names(arrays["domain"]),
         _tokens(arrays["prompt_tokens"], "prompt_tokens", least=1),
         _tokens(arrays["output_tokens"], "output_tokens", least=0),
     )
@@ -64,17 +67,38 @@ def load_table(source: Mapping[str, Any] | str | Path, outcomes: Iterable[str]) 
 
 
 def _read_parquet(path: Path, wanted: list[str]) -> Mapping[str, Any]:
-    from pyarrow import ArrowException, parquet
+    from pyarrow import parquet
 
-    try:
+    with readable(path):
         file = parquet.read_table(path)
-    except FileNotFoundError:
-        raise InputError(f"table {path} does not exist", "Give the path of a Parquet file") from None
-    except (ArrowException, OSError) as error:
-        raise InputError(
-            f"table {path} is no readable Parquet file: {str(error).splitlines()[0]}", "Measure again"
-        ) from None
-    return {name: file[name].to_numpy() for name in wanted if name in file.column_names}
+        return {name: file[name].to_numpy() for name in wanted if name in file.column_names}
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Around all that reads a Parquet file of the user. Raises InputError naming the file."""
+    from pyarrow import ArrowException
+
+    if not path.exists():
+        raise InputError(f"table {path} does not exist", "Give the path of a Parquet file")
+    if not path.is_file():
+        raise InputError(f"table {path} is no file", "Give the path of a Parquet file")
+    try:
+        yield
+    except InputError:
+        raise
+    except MemoryError:
+        raise
+    except (ArrowException, OSError, ValueError, LookupError, OverflowError, RecursionError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"table {path} is no readable Parquet file: {reason}", "Measure again") from None
+
+
+def _names(values: np.ndarray) -> np.ndarray:
+    for row, name in enumerate(values.tolist()):
+        if not isinstance(name, str):
+            raise InputError(f"column domain is {shown(name)} in row {row}", "Give each prompt the name of its domain")
+    return np.array([str(name) for name in values])
 
 
 def _tokens(values: np.ndarray, name: str, least: int) -> Ints:
@@ -88,9 +112,13 @@ def _tokens(values: np.ndarray, name: str, least: int) -> Ints:
 
 
 def _finite(values: np.ndarray, name: str) -> Floats:
+    kind = values.dtype.kind
     try:
+        # numpy would read text as numbers, dates as nanoseconds, and drop what is imaginary
+        if kind not in "biufO" or (kind == "O" and any(isinstance(value, (str, bytes, complex)) for value in values)):
+            raise ValueError
         numbers = values.astype(np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"column {name} holds no numbers", "Check the table") from None
     bad = np.flatnonzero(~np.isfinite(numbers))
     if len(bad):

@@ -16,6 +16,8 @@ import numpy as np
 from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
 
 from ..errors import InputError
+from ..setting_types import Label
+from ..user_files import shown
 from .arrays import Floats, Ints
 from .lengths import Frozen, Lengths, check_total, holds
 from .settings import checked, read_yaml
@@ -83,8 +85,8 @@ class Domain(Frozen):
 class Workload(Frozen):
     """Domain weights, and per domain independent prompt and output lengths."""
 
-    name: str = Field(min_length=1)
-    domains: dict[str, Domain] = Field(min_length=1)
+    name: Label
+    domains: dict[Label, Domain] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _weights_sum_to_one(self) -> Workload:
@@ -152,7 +154,7 @@ class WorkloadMixture(Frozen):
     Its likelihood ratios are bounded by 1 / weight for each target that is a part (defensive mixture).
     """
 
-    name: str = Field(min_length=1)
+    name: Label
     mixture: tuple[Part, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -235,7 +237,7 @@ def workloads_from_sequence(data: Sequence[Any]) -> list[AnyWorkload]:
 
 def read_workload(path: str | Path) -> AnyWorkload:
     """One workload of a YAML file: a mapping with `name` and `domains` (or `mixture`)."""
-    data = read_yaml(path)
+    data = read_yaml(path, "workload file")
     if not isinstance(data, Mapping):
         raise InputError(f"workload file {path} is not a mapping", "Write name: and domains: at its top")
     return workload_from_mapping(data)
@@ -243,8 +245,11 @@ def read_workload(path: str | Path) -> AnyWorkload:
 
 def read_workloads(path: str | Path) -> list[AnyWorkload]:
     """The targets of a YAML file: a list of workloads, a mapping with the list under `targets`, or one workload."""
-    data = read_yaml(path)
+    data = read_yaml(path, "workload file")
     if isinstance(data, Mapping):
+        others = [key for key in data if key != "targets"]
+        if "targets" in data and others:
+            raise InputError(f"workload file {path} has {shown(others[0])} beside targets", "Put it where it belongs")
         data = data.get("targets", [data])
     if not isinstance(data, list):
         raise InputError(f"workload file {path} holds no list of targets", "Write targets: and a list below it")

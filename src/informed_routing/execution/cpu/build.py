@@ -73,6 +73,7 @@ def loaded(path: Path) -> ctypes.CDLL:
     lib = ctypes.CDLL(str(path))
     lib.ir_packed_bytes.restype = ctypes.c_int64
     lib.ir_scratch.restype = ctypes.c_void_p
+    lib.ir_checksum.restype = ctypes.c_uint64
     return lib
 
 

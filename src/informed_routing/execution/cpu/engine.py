@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,8 @@ from ...errors import InputError
 from ...models.families import family_of
 from ...routing.decision import AlwaysExecute, Threshold
 from ...routing.routed_unit import GateBlock, RoutingState
-from ..call import Policy, Rows, versions
+from ..call import Policy, Rows
+from ..changes import PAGE, content, copied, identity
 from ..engine_cache import engine_layers
 from .availability import unsupported
 from .build import library
@@ -40,7 +42,7 @@ class CpuEngine:
     """
 
     def __init__(
-        self, model: Any, weights: Weights = "float32", threads: int | None = None, policy: Policy = "auto"
+        self, model: Any, weights: Weights = "float32", threads: int | None = None, policy: Policy = "exact"
     ) -> None:
         if weights not in FORMATS:
             raise InputError(f"weights {weights!r} are not known", f"Choose one of {', '.join(FORMATS)}")
@@ -49,7 +51,8 @@ class CpuEngine:
         self.library, self.weights = library(), weights
         self.threads = threads or torch.get_num_threads()
         self.packer = Packer(self.library, weights, self.threads)
-        self.version = versions(model)
+        self.identity = identity(model)
+        self.content = {step: content(self.library, copied(model), self.threads, step) for step in (1, PAGE)}
         decoder, config = model.decoder, model.config
         family = family_of(config.model_type)
         attention = decoder.layers[0].attention_routing.unit.module(decoder.layers[0])
@@ -89,6 +92,20 @@ class CpuEngine:
     def __del__(self) -> None:
         if getattr(self, "_scratch", None):
             self.library.ir_free(self._scratch)
+
+    def is_of(self, model: Any, *, sample: bool = False) -> bool:
+        """Whether the model's weights are still those that were packed. `sample`: compare a 64th of them."""
+        step = PAGE if sample else 1
+        return content(self.library, copied(model), self.threads, step) == self.content[step]
+
+    @contextmanager
+    def only_first(self, layers: int) -> Iterator[None]:
+        """Run no more than some layers: for checks."""
+        self.model.n_layers, whole = layers, self.model.n_layers
+        try:
+            yield
+        finally:
+            self.model.n_layers = whole
 
     def keep_cache_in(self, dtype: torch.dtype) -> None:
         """Keep keys and values in float32 or bfloat16 from now on (bfloat16 is the default below float32 weights)."""

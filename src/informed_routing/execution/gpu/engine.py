@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -15,7 +16,8 @@ from ...errors import InputError
 from ...models.families import family_of
 from ...routing.decision import AlwaysExecute
 from ...routing.routed_unit import GateBlock, RoutingState
-from ..call import Policy, Rows, versions
+from ..call import Policy, Rows
+from ..changes import identity, norms
 from ..engine_cache import engine_layers
 from ..kernels import attention as attention_kernels
 from ..kernels import matmul
@@ -65,7 +67,7 @@ class GpuEngine:
     saying why, for models that it cannot run.
     """
 
-    def __init__(self, model: Any, weights: str | None = None, policy: Policy = "auto") -> None:
+    def __init__(self, model: Any, weights: str | None = None, policy: Policy = "exact") -> None:
         if reason := unsupported(model):
             raise InputError(f"the GPU engine cannot run this model: {reason}", "Use execution='sparse'")
         self.dtype, self.device = model.dtype, model.device
@@ -74,7 +76,8 @@ class GpuEngine:
                 f"weights {weights!r} are not the model's ({self.dtype})",
                 "Load it with that dtype, or quantise its linear layers with torchao, before set_execution",
             )
-        self.policy, self.version = policy, versions(model)
+        self.weights = str(self.dtype).removeprefix("torch.")
+        self.policy, self.identity, self.content = policy, identity(model), _content(model)
         decoder, config = model.decoder, model.config
         family, costs = family_of(config.model_type), model.costs
         block = decoder.layers[0].attention_routing.unit.module(decoder.layers[0])
@@ -98,6 +101,20 @@ class GpuEngine:
         self._constants: dict[tuple[bool, ...], Tensor] = {}
 
     # -- what the dispatcher asks -------------------------------------------------------------------------
+
+    def is_of(self, model: Any, *, sample: bool = False) -> bool:
+        """Whether routers and forecasters, of which there are copies, are as they were. All else is read in place."""
+        return sample or _content(model) == self.content
+
+    @contextmanager
+    def only_first(self, layers: int) -> Iterator[None]:
+        """Run no more than some layers: for checks."""
+        whole = self.layers
+        self.layers = whole[:layers]
+        try:
+            yield
+        finally:
+            self.layers = whole
 
     def leaves_to_torch(self, rows: int) -> bool:
         return False
@@ -300,3 +317,8 @@ class GpuEngine:
         for layer in layers:
             layer.reserve(batch, past + length + 1)
         return past, layers
+
+
+def _content(model: Any) -> str:
+    """Sizes of the parameters that the engine copies."""
+    return repr(norms(parameter for _, parameter in model.routing_parameters()))

@@ -32,6 +32,7 @@ struct PlainProducts {
     const int n;
     const float* const* q;
     float *scores, *out;
+    bool rounds;  // weights of values to bfloat16, as matrix instructions would for more rows
 
     template <class F>
     void each_tile(F&& f) const {
@@ -94,6 +95,7 @@ struct TileProducts {
     static constexpr int KEY_STEPS = KEY_BLOCK / STEP;
     const KeyValues<bf16>& kv;
     const int n, steps;
+    static constexpr bool rounds = false;  // packing does
     float *scores, *out;  // with room for whole tiles of rows
     std::vector<bf16>&queries, &weights;
     std::vector<uint32_t>& pairs;
@@ -188,13 +190,19 @@ static void attend(
             vf mass = {};
             for (int c = 0; c < width; c += VL) {
                 const vf e = vexp(load(row + c) - peak);
-                store(row + c, e);
+                store(row + c, products.rounds ? rounded_to_bf16(e) : e);
                 mass += e;
             }
             state[i].mass += sum(mass);
         }
         products.mix(start, used);
     }
+}
+
+// Whether queries and weights of values are rounded to bfloat16, for any number of rows alike.
+template <class T>
+INLINE bool rounds_attention(int head_dim) {
+    return std::is_same_v<T, bf16> && tiles_ready() && head_dim % NR == 0;
 }
 
 // All keys from..to of a row by the fastest products; `out` and `scores` have room for whole tiles of rows.
@@ -208,5 +216,5 @@ static void attend_to(
         if (TileProducts::can(n, kv.head_dim))
             return attend(TileProducts(kv, n, q, scores, out), low, last, from, to, state);
 #endif
-    attend(PlainProducts<T>{kv, n, q, scores, out}, low, last, from, to, state);
+    attend(PlainProducts<T>{kv, n, q, scores, out, rounds_attention<T>(kv.head_dim)}, low, last, from, to, state);
 }

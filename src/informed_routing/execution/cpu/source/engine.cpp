@@ -35,6 +35,37 @@ void ir_unpack(int32_t type, const void* data, int32_t n, int32_t k, float* out)
             for (int c = 0; c < k; c++) out[(size_t)(p * NR + r) * k + c] = panel[(size_t)c * NR + r];
     }
 }
+// A checksum of n blocks of memory, or of every `step`-th line of 64 bytes of them, the same for any number of threads.
+// Sums and sums of sums: order counts, and memory is the limit.
+uint64_t ir_checksum(const void* const* data, const int64_t* bytes, int32_t n, int32_t step, int32_t threads) {
+    constexpr int64_t LINE = 64, CHUNK = 4096;  // lines of a task
+    typedef uint64_t words __attribute__((vector_size(LINE)));
+    std::vector<int64_t> first(n + 1, 0);
+    for (int t = 0; t < n; t++) first[t + 1] = first[t] + (bytes[t] + LINE * CHUNK - 1) / (LINE * CHUNK);
+    uint64_t all = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : all)
+    for (int64_t task = 0; task < first[n]; task++) {
+        const int t = (int)(std::upper_bound(first.begin(), first.end(), task) - first.begin()) - 1;
+        const char* base = (const char*)data[t];
+        const int64_t from = (task - first[t]) * CHUNK * LINE, to = std::min(bytes[t], from + CHUNK * LINE);
+        words sum = {}, sums = {}, line;
+        int64_t at = from;
+        for (; at + LINE <= to; at += LINE * step) {
+            std::memcpy(&line, base + at, LINE);
+            sum += line, sums += sum;
+        }
+        if (to % LINE && step == 1) {
+            line = (words){};
+            std::memcpy(&line, base + to / LINE * LINE, to % LINE);
+            sum += line, sums += sum;
+        }
+        uint64_t mixed = (uint64_t)(task + 1) * 0x9e3779b97f4a7c15u;
+        for (int r = 0; r < 8; r++)
+            for (uint64_t part : {sum[r], sums[r]}) mixed = (mixed ^ part) * 0x2545f4914f6cdd1du, mixed ^= mixed >> 29;
+        all += mixed;
+    }
+    return all;
+}
 // y [rows, n] = x [rows, k] W^T + bias: one layer alone, for heads, price tables and tests.
 void ir_linear(const Linear* w, const float* x, int32_t rows, float* y, int32_t threads) {
     const Rows in{x, (size_t)w->k, nullptr, rows};
@@ -291,6 +322,7 @@ struct Forward {
         }
     }
 
+    template <class T>
     void rotate_queries(const Layer& layer) {
         const int hd = m.head_dim, n = (int)s.executed.size();
         const size_t width = padded(m.heads * hd);
@@ -303,6 +335,8 @@ struct Forward {
                 if (layer.q_norm) rms_norm(q, layer.q_norm, hd, m.qk_eps, q);
                 if (layer.rope) rotate(q, c.cos + at, c.sin + at, hd, m.scale);
                 else for (int e = 0; e < hd; e++) q[e] *= m.scale;
+                if (rounds_attention<T>(hd))
+                    for (int e = 0; e < hd; e += VL) store(q + e, rounded_to_bf16(load(q + e)));
             }
         }
     }
@@ -398,7 +432,7 @@ struct Forward {
 #pragma omp barrier
         lap(PROJECT);
         m.kv_type == BF16 ? write_cache<bf16>(layer, index) : write_cache<float>(layer, index);
-        rotate_queries(layer);
+        m.kv_type == BF16 ? rotate_queries<bf16>(layer) : rotate_queries<float>(layer);
         forecast_out(layer.attention);
 #pragma omp barrier
         lap(CACHE);

@@ -377,6 +377,18 @@ static void multiply(const Linear& w, const Rows& x, int tid, int threads, Out&&
 #if HAS_TILES
     if (!direct && tiles_ready()) return multiply_tiles(w, x, tid, threads, out);
 #endif
+    // Many rows of bfloat16 are multiplied by matrix instructions, which round inputs: few rows are rounded here, so that
+    // a row's result does not depend on how many there are.
+    thread_local std::vector<float> rounded;
+    const bool rounds = w.type == BF16 && tiles_ready();
+    if (rounds) {
+        rounded.resize((size_t)x.count * k + VL);
+        for (int i = 0; i < x.count; i++)
+            for (int c = 0; c < k; c++) {
+                const bf16 half = to_bf16(x.row(i)[c]);
+                rounded[(size_t)i * k + c] = get(&half);
+            }
+    }
     // Rows of a block fit half of a private cache, so that each panel finds them there.
     const Tasks plan(x.count, p_count, threads, 65536 / k * (direct || w.type == F32 ? 1 : 2), MR);
     thread_local std::vector<float> unpacked, group_sums;
@@ -410,7 +422,8 @@ static void multiply(const Linear& w, const Rows& x, int tid, int threads, Out&&
                     constexpr int M = decltype(constant)::value;
                     const float* a[M];
                     vf acc[M][2];
-                    for (int r = 0; r < M; r++) a[r] = x.row(i0 + r), acc[r][0] = b0, acc[r][1] = b1;
+                    for (int r = 0; r < M; r++)
+                        a[r] = rounds ? rounded.data() + (size_t)(i0 + r) * k : x.row(i0 + r), acc[r][0] = b0, acc[r][1] = b1;
                     constexpr int KU = M == 1 ? 4 : M == 2 ? 2 : 1;
                     if (w.type == F32 || !direct) tile_plain<M, KU>(k, a, plain, acc);
                     else if (w.type == BF16) tile_pairs<M, KU>(k, a, (const bf16*)panel, acc);

@@ -64,6 +64,11 @@ INLINE bf16 to_bf16(float x) {  // round to nearest even
     u += 0x7fff + ((u >> 16) & 1);
     return {(uint16_t)(u >> 16)};
 }
+INLINE vf rounded_to_bf16(vf x) {
+    vi u = (vi)x;
+    u += 0x7fff + ((u >> 16) & 1);
+    return (vf)(u & (int32_t)0xffff0000);
+}
 INLINE void put(float* p, float x) { *p = x; }
 INLINE void put(bf16* p, float x) { *p = to_bf16(x); }
 INLINE float get(const float* p) { return *p; }
