@@ -15,7 +15,7 @@ from typing import Any
 from . import process
 from .suite import Run, Suite, clean, figures
 
-QUICK = ("evaluate-dense", "evaluate-routed", "generate-dense", "predict", "study-list")
+QUICK = ("evaluate-dense", "evaluate-routed", "generate-dense", "study-list")
 
 
 def main() -> int:

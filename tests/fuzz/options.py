@@ -477,7 +477,9 @@ def _study_into_a_file(case: Case) -> Right:
 
 @mutator("target", only="predict measure")
 def _results_where_they_cannot_be(case: Case) -> Right:
-    name = "--plot" if case.command.name == "predict" else "-o"
-    case.replace(name, case.rng.choice(("no/folder/x.svg", ".", "", "x" * 300, "targets.yaml", "text.jsonl", "model")))
+    plots = (("--plot", "no/folder/x.svg"), ("--plot", "targets.yaml"), ("--plot", "table.parquet"))
+    tables = (("-o", "text.jsonl"), ("-o", "nominal.yaml"), ("-o", "model"))
+    name, value = case.rng.choice(plots if case.command.name == "predict" else tables)
+    case.replace(name, case.rng.choice((value, ".", "", "x" * 300)))
     case.note = f"{name} {case.arguments[case.option(name)][:20]!r}"
     return refused()

@@ -268,7 +268,7 @@ def _without_time(value: Any) -> Any:
 
 
 def _nulls(value: Any, where: str = "") -> Iterator[str]:
-    if value is None:
+    if value is None and not where.startswith(".environment"):
         yield where
     for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         yield from _nulls(item, f"{where}.{key if isinstance(value, dict) else '*'}")

@@ -413,7 +413,7 @@ def _a_routing_folder_that_contradicts_itself(case: Case) -> Right:
     put(data, where, new)
     path.write_text(json.dumps(data))
     case.note = f"{folder}: {dotted(where)} = {new!r}"
-    return refused("routing_config", "routed", "tuned", *_named(path, where))
+    return refused("routing_config", "routed", "tuned", "calibrated", *_named(path, where))
 
 
 @mutator("json", only="evaluate-dense generate-dense fit prune evaluate-routed")

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from .case import OTHER, SAME, SAME_OR_STOPPED, Case, Right, mutator, refused
+from .case import OTHER, SAME, SAME_OR_REFUSED, SAME_OR_STOPPED, Case, Right, mutator, refused
 from .process import file_size_limit, on_file_event, remake_streams, without_override
 
 WRITERS = "fit fit-lora fit-resume prune study measure predict evaluate-tasks check"
@@ -68,6 +68,7 @@ def _standard_streams(case: Case) -> Right:
         case.stdin = None
     elif form == "no stdout":
         case.prepare.append(lambda: _close(1))
+        return SAME_OR_REFUSED
     elif form == "no stderr":
         case.prepare.append(lambda: _close(2))
         case.silent = True
