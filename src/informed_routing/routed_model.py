@@ -38,7 +38,9 @@ from .config import (
 from .errors import InputError
 from .execution.layer import NOT_CAUSAL, add_routing, routed_decoder_class
 from .models.families import family_of
-from .models.fingerprint import fingerprint
+from .models.fingerprint import reference_to
+from .models.restore import all_or_nothing
+from .models.runtime_classes import made_by
 from .routing.budget import RoutingStats, UnitCost, capacity_for, unit_costs
 from .routing.decision import AlwaysExecute, DecisionRule, Threshold, TopK
 from .routing.routed_unit import Execution, KeyValues, RoutedUnit, RoutingState
@@ -70,6 +72,7 @@ class RoutedModelForCausalLM(PreTrainedModel):
     # -- building ---------------------------------------------------------------------------------------
 
     @classmethod
+    @all_or_nothing
     def attach(
         cls,
         model: PreTrainedModel,
@@ -92,11 +95,8 @@ class RoutedModelForCausalLM(PreTrainedModel):
             raise InputError("the model is routed already", "Load the dense base model first")
         family = family_of(model.config.model_type)
         hidden_size = model.config.hidden_size
-        print_of_base = fingerprint(model)
         if routing_config is None:
-            reference = BaseModelReference(
-                name=name, revision=revision, fingerprint=print_of_base, model_type=model.config.model_type
-            )
+            reference = reference_to(model, name, revision)
             forecaster, router = forecaster or ForecasterConfig(), router or RouterConfig()
             routing_config = _fresh_config(model, reference, forecaster, router, selection or SelectionConfig(), kv)
         forecaster, router, selection = routing_config.forecaster, routing_config.router, routing_config.selection
@@ -131,55 +131,108 @@ class RoutedModelForCausalLM(PreTrainedModel):
         routed.train(model.training)
         return routed
 
+    def __init__(self, config: Any = None, *_: Any, **__: Any) -> None:
+        raise InputError(
+            "a routed model is not built from a configuration", "Use from_pretrained(folder), or attach(model)"
+        )
+
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | Path,
-        *_: Any,
-        dtype: torch.dtype | str = "auto",
-        device: torch.device | str = "cpu",
-        base: str | PreTrainedModel | None = None,
+        *,
+        dtype: torch.dtype | str | None = "auto",
+        device: torch.device | str | None = None,
+        base: str | Path | PreTrainedModel | None = None,
         execution: Execution = "sparse",
         kv: KeyValues | None = None,
         merge_lora: bool = True,
-        trust_remote_code: bool = False,
-        **__: Any,
+        trust_remote_code: bool | None = False,
+        attn_implementation: str | None = None,
+        device_map: Any = None,
+        torch_dtype: torch.dtype | str | None = None,
+        subfolder: str = "",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        config: PreTrainedConfig | None = None,
+        **options: Any,
     ) -> RoutedModelForCausalLM:
         """Load a routing folder (or a Hub id of one) onto its base model, at the sparsity it was trained for.
 
-        `base` overrides where the base model is; its weights are checked all the same. A LoRA adapter in the folder
-        is merged into the base weights. Raises InputError for a missing or damaged folder or a wrong base model.
+        `base` overrides where the base model is; its weights and settings are checked all the same. A live model given
+        as `base` is changed in place, or left as it was when loading fails. A LoRA adapter in the folder is merged into
+        the base weights. `revision` and `subfolder` are those of the routing; the base model has its own. `device_map`
+        may name one device. Raises InputError for a missing or damaged folder, a wrong base model, and options of
+        transformers that routed models do not have; TypeError for options that nobody knows.
         """
+        from . import load_options
         from .persistence import load
 
+        load_options.check_unknown(options)
+        load_options.check_execution(execution, kv, merge_lora, base)
+        wanted = load_options.chosen_dtype(None if torch_dtype is not None and dtype == "auto" else dtype, torch_dtype)
+        if isinstance(base, PreTrainedModel):
+            load_options.check_base_object(base, wanted, device, device_map)
         return load(
             pretrained_model_name_or_path,
-            dtype=dtype,
-            device=device,
+            dtype=wanted,
+            device=load_options.chosen_device(device, device_map),
             base=base,
             execution=execution,
             kv=kv,
             merge_lora=merge_lora,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=bool(trust_remote_code),
+            attn_implementation=attn_implementation,
+            subfolder=subfolder or "",
+            config=config,
+            hub=load_options.HubOptions(revision, token, cache_dir, bool(local_files_only), bool(force_download)),
         )
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
-        """Write the routing folder: configuration and the routers' and forecasters' tensors, not the base model."""
-        from .persistence import push, save
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        token: str | bool | None = None,
+        *,
+        save_base: str | Path | None = None,
+        safe_serialization: bool = True,
+        repo_id: str | None = None,
+        **hub: Any,
+    ) -> None:
+        """Write the routing folder: configuration and the routers' and forecasters' tensors, not the base model.
 
-        save(self, Path(save_directory))
-        if kwargs.get("push_to_hub"):
-            push(Path(save_directory), kwargs.get("repo_id") or Path(save_directory).name, kwargs)
+        Raises InputError when loading the folder would not give this model again: when the base weights are no longer
+        those that the routing refers to. `save_base` then names a new folder for the base model as it is now. An
+        adapter that the model was loaded with is written again. `state_dict` replaces the model's weights. With
+        `push_to_hub` the options of that method may be given too.
+        """
+        from .saving import check_hub_options, push, save_checked
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Upload the routing folder to the Hub."""
-        import tempfile
+        check_hub_options(hub, pushed=push_to_hub, variant=variant, safe_serialization=safe_serialization)
+        if not is_main_process:
+            return
+        folder = Path(save_directory).expanduser()
+        save_checked(self, folder, state_dict=state_dict, save_base=save_base, max_shard_size=max_shard_size)
+        if push_to_hub:
+            push(self, repo_id or folder.absolute().name, token=token, folder=folder, **hub)
 
-        from .persistence import push, save
+    def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, **options: Any) -> Any:  # type: ignore[override]
+        """Upload the routing folder to the Hub.
 
-        with tempfile.TemporaryDirectory() as folder:
-            save(self, Path(folder))
-            return push(Path(folder), repo_id, kwargs)
+        Options: `private`, `revision`, `commit_message`, `commit_description`, `create_pr`, `max_shard_size`.
+        """
+        from .saving import check_hub_options, push
+
+        size = options.pop("max_shard_size", None)
+        check_hub_options(options, pushed=True)
+        return push(self, repo_id, token=token, max_shard_size="50GB" if size is None else size, **options)
 
     # -- parts ------------------------------------------------------------------------------------------
 
@@ -418,6 +471,7 @@ def _routed_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
             "config_class": base.config_class,
             "forward": _forward_of(base),
             "__module__": __name__,
+            **made_by(_routed_model_class, base),
             "_no_split_modules": [*split, *(f"Routed{name}" for name in split)] if split else split,
         },
     )

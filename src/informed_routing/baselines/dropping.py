@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ..config import UnitKind
 from ..errors import InputError
 from ..models.families import family_of
+from ..models.runtime_classes import made_by
 from ..models.units import Unit
 from .reshaped import mark_reshaped
 
@@ -97,8 +98,9 @@ def _partial_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any
 @functools.cache
 def partial_layer_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a family's decoder layer that runs `kept_units` only."""
-    names = {"forward": _partial_forward, "kept_units": (), "unit_observer": None, "keyless": None}
-    return type(f"Partial{base.__name__}", (base,), {**names, "__module__": __name__})
+    names: dict[str, Any] = {"forward": _partial_forward, "kept_units": (), "unit_observer": None, "keyless": None}
+    names |= {"__module__": __name__, **made_by(partial_layer_class, base)}
+    return type(f"Partial{base.__name__}", (base,), names)
 
 
 def units_of(model: Any) -> tuple[Unit, Unit]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..models.runtime_classes import made_by
 from ..models.units import Unit
 from .dropping import units_of
 from .reshaped import mark_reshaped
@@ -57,7 +58,8 @@ def _sliced_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any)
 @functools.cache
 def sliced_layer_class(base: type[nn.Module]) -> type[nn.Module]:
     """The sliced subclass of a family's decoder layer."""
-    return type(f"Sliced{base.__name__}", (base,), {"forward": _sliced_forward, "__module__": __name__})
+    names = {"forward": _sliced_forward, "__module__": __name__, **made_by(sliced_layer_class, base)}
+    return type(f"Sliced{base.__name__}", (base,), names)
 
 
 def shortcut_name(unit: Unit) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from ..errors import InputError
+from ..models.runtime_classes import made_by
 from ..routing.budget import RoutingStats
 from ..routing.routed_unit import RoutedUnit, RoutingState
 from . import masked, sparse
@@ -55,7 +56,8 @@ def _weighted(routed: RoutedUnit, state: RoutingState, before: Tensor, after: Te
 @functools.cache
 def routed_layer_class(base: type[nn.Module]) -> type[nn.Module]:
     """The routed subclass of a family's decoder layer."""
-    return type(f"Routed{base.__name__}", (base,), {"forward": _routed_layer_forward, "__module__": __name__})
+    names = {"forward": _routed_layer_forward, "__module__": __name__, **made_by(routed_layer_class, base)}
+    return type(f"Routed{base.__name__}", (base,), names)
 
 
 @functools.cache
@@ -79,7 +81,7 @@ def routed_decoder_class(base: type[nn.Module]) -> type[nn.Module]:
         return output
 
     # transformers keeps what a class can record (hidden states) under the class's printed name: keep that name.
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, **made_by(routed_decoder_class, base)}
     return type(f"Routed{base.__name__}", (base,), {"forward": forward, **names})
 
 

@@ -41,6 +41,9 @@ class NativeExecution:
     def __deepcopy__(self, memo: dict[int, Any]) -> NativeExecution:
         return NativeExecution(self.weights, self.threads, self.policy)  # a copied model packs its own weights
 
+    def __reduce__(self) -> Any:
+        return NativeExecution, (self.weights, self.threads, self.policy)  # and so does one in another process
+
     def of(self, model: Any) -> Any:
         """The engine of `model`. Raises InputError when there is none that can run it."""
         if self.engine is None or self.engine.version != versions(model):

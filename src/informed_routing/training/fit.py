@@ -139,7 +139,7 @@ class _Fit:
             revision=recipe.revision,
         )
         if beginning:
-            check_base(beginning, self.model.routing_config.base_model.fingerprint)
+            check_base(beginning, self.model)
             load_routing_tensors(self.model, beginning / TENSOR_FILE)
         if self.adapter:
             with_lora(self.model, self.adapter, merge=True)
