@@ -1,6 +1,6 @@
 """The `lora/` of a routing folder: read with care, put onto a model by PEFT, and written again as it was.
 
-PEFT warns, or says nothing, where an adapter does not fit; here each such case is an InputError. Pickles are never read.
+PEFT warns, or says nothing, where an adapter does not fit; here each such case is an InputError. No pickle is read.
 """
 
 from __future__ import annotations
@@ -80,6 +80,10 @@ def read_adapter(folder: Path) -> Adapter:
         raise InputError(f"{weights} holds no tensors", _AGAIN)
     for name, tensor in tensors.items():
         check_numbers(f"{name} of {weights}", tensor)
+    widest = max(max(tensor.shape, default=0) for tensor in tensors.values())
+    for rank in (settings["r"], *settings.get("rank_pattern", {}).values()):
+        if rank > widest:  # found before PEFT asks for so much memory
+            raise InputError(f"{folder / SETTINGS_FILE}: the rank r = {rank} does not fit {WEIGHTS_FILE}", _AGAIN)
     return Adapter(str(folder), settings, files)
 
 

@@ -356,7 +356,7 @@ class BasePrint(_Frozen):
     layout: str = Field(description="of the names and shapes of all weights")
     vocabulary: int = Field(description="rows of the embedding")
     digests: dict[str, str] = Field(description="of all weights, as they are in each floating-point type")
-    sketch: str = Field("", description="sums of each tensor, of a half-precision model: to compare with the other half")
+    sketch: str = Field("", description="sums of each tensor of a half-precision model, to tell the other half by")
     facts: dict[str, Any] = Field(default_factory=dict, description="settings of the model that change its results")
 
 

@@ -61,8 +61,10 @@ _REMEDIES = {
 }
 
 _CONFIG_BOOKKEEPING = frozenset(
-    "name_or_path _name_or_path transformers_version architectures auto_map dtype torch_dtype model_type "
-    "_attn_implementation_internal _commit_hash".split()
+    (
+        *("name_or_path", "_name_or_path", "transformers_version", "architectures", "auto_map", "dtype"),
+        *("torch_dtype", "model_type", "_attn_implementation_internal", "_commit_hash"),
+    )
 )
 
 

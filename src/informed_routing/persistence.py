@@ -10,6 +10,7 @@ generation_config.json         the base model's
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from contextlib import nullcontext
@@ -52,7 +53,7 @@ _AUTO_CONFIG = """{
 }
 """
 
-_MODULE_TEXT = '''"""Lets transformers load this folder: needs `pip install informed-routing` and trust_remote_code=True."""
+_MODULE_TEXT = '''"""Lets transformers load this folder with trust_remote_code; needs `pip install informed-routing`."""
 
 from informed_routing.routed_model import RoutedConfig, RoutedModelForCausalLM
 
@@ -188,7 +189,7 @@ def _nonsense(config: RoutingConfig) -> str | None:
         if getattr(config, name) < 1:
             return f"{name} = {getattr(config, name)}"
     rows = sorted(config.thresholds, key=lambda row: row.threshold)
-    for row, following in zip(rows, rows[1:], strict=False):
+    for row, following in itertools.pairwise(rows):
         if following.units < row.units - DISORDER:
             return f"thresholds: {following.threshold} approximates less ({following.units}) than {row.threshold}"
     for row in rows:
@@ -214,7 +215,7 @@ def _not_finite(node: Any, where: str) -> str | None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Finite floating-point tensors of a safetensors file. Raises InputError when it is missing, damaged or holds others."""
+    """Tensors of a safetensors file. Raises InputError when it is missing, damaged, or holds no finite floats."""
     try:
         tensors = load_file(str(path))
     except FileNotFoundError:
@@ -294,6 +295,9 @@ def load(
     settings = read_config(folder)
     attention = attention_of(config, folder, RoutedConfig.from_pretrained(folder), attn_implementation)
     tensors = read_tensors(folder / TENSOR_FILE)
+    widest = max((max(tensor.shape, default=0) for tensor in tensors.values()), default=0)
+    if (settings.router.width or 0) > widest:  # found before so much memory is asked for
+        raise InputError(f"router.width {settings.router.width} does not fit {folder / TENSOR_FILE}", _AGAIN)
     adapter = read_adapter(folder / LORA_FOLDER) if (folder / LORA_FOLDER).is_dir() else None
     generation = _generation_config(folder)
     if isinstance(base, PreTrainedModel):
@@ -408,7 +412,7 @@ def _find_base(folder: Path, recorded: BaseModelReference) -> str:
         return name
     nearby = [recorded.near] if recorded.near else []
     if not path.is_absolute():  # as earlier versions stored it
-        nearby += [name, os.path.join("..", name)]
+        nearby += [name, f"../{name}"]
     for relative in nearby:
         candidate = Path(os.path.normpath(folder.absolute() / relative))
         if (candidate / "config.json").is_file() or (candidate.suffix == ".gguf" and candidate.is_file()):
@@ -434,7 +438,9 @@ def _fetched(name: str, revision: str | None, trust_remote_code: bool, hub: HubO
         return snapshot_download(name, revision=revision, token=hub.token, allow_patterns=patterns, **hub.special)
     except Exception as error:
         asked = ", ".join(f"{key} = {value!r}" for key, value in hub.special.items())
-        raise InputError(f"the base model {name} cannot be had with {asked} ({type(error).__name__})", "Give base=") from None
+        raise InputError(
+            f"the base model {name} cannot be had with {asked} ({type(error).__name__})", "Give base="
+        ) from None
 
 
 def _generation_config(folder: Path) -> GenerationConfig | None:

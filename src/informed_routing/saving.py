@@ -1,4 +1,4 @@
-"""What `save_pretrained` and `push_to_hub` do: a folder that loads as what was saved, or an InputError with the remedy."""
+"""`save_pretrained` and `push_to_hub`: a folder that loads as what was saved, or an InputError with the remedy."""
 
 from __future__ import annotations
 
@@ -269,6 +269,7 @@ def _save_base(model: Any, weights: Mapping[str, Tensor], place: Path, folder: P
         _copy_tokenizer(before.name, before.revision, place)
     reference = reference_to(dense, str(place.absolute()))
     model.routing_config = model.routing_config.model_copy(update={"base_model": reference})
+    model.config.tie_word_embeddings = dense.config.tie_word_embeddings  # it may have said what no longer was so
     model._origin = Origin()
 
 

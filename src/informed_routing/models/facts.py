@@ -8,14 +8,16 @@ from typing import Any
 from ..errors import InputError
 
 _WITHOUT_EFFECT = frozenset(
-    """
-    name_or_path transformers_version architectures auto_map dtype torch_dtype attn_implementation
-    experts_implementation use_cache output_attentions output_hidden_states output_router_logits return_dict
-    use_return_dict initializer_range id2label label2id num_labels problem_type chunk_size_feed_forward
-    bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id decoder_start_token_id task_specific_params
-    finetuning_task tokenizer_class prefix attention_dropout hidden_dropout resid_pdrop embd_pdrop classifier_dropout
-    pretraining_tp gradient_checkpointing max_position_embeddings vocab_size
-    """.split()
+    (
+        *("name_or_path", "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype"),
+        *("attn_implementation", "experts_implementation", "use_cache", "output_attentions"),
+        *("output_hidden_states", "output_router_logits", "return_dict", "use_return_dict", "initializer_range"),
+        *("id2label", "label2id", "num_labels", "problem_type", "chunk_size_feed_forward", "bos_token_id"),
+        *("eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id"),
+        *("task_specific_params", "finetuning_task", "tokenizer_class", "prefix", "attention_dropout"),
+        *("hidden_dropout", "resid_pdrop", "embd_pdrop", "classifier_dropout", "pretraining_tp"),
+        *("gradient_checkpointing", "max_position_embeddings", "vocab_size"),
+    )
 )
 """Bookkeeping, training, and what weights tell better. All else counts, so that no family's own scale is forgotten."""
 

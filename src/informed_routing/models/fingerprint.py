@@ -29,7 +29,7 @@ _SMALLEST = 2.0**-10
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 LANES = 1021
-"""Words of a tensor are summed in so many sums. A prime: rows and heads that change places do not stay in their sums."""
+"""Words of a tensor are summed in so many sums. A prime: rows that change places do not stay in their sums."""
 
 _PIECE = LANES * 8 * 32
 """Values that are looked at at once on a CPU. Sums do not depend on it: it is a multiple of what they repeat after."""
@@ -207,9 +207,7 @@ def _contents(tensor: Tensor, forms: Sequence[torch.dtype | _Detour]) -> list[by
                 before = sums[place]
                 sums[place] = words if before is None else before + words
             rests[place] += values[whole:].view(torch.uint8).cpu().numpy().tobytes()
-    return [
-        (b"" if one is None else one.cpu().numpy().tobytes()) + rest for one, rest in zip(sums, rests, strict=True)
-    ]
+    return [(b"" if one is None else one.cpu().numpy().tobytes()) + rest for one, rest in zip(sums, rests, strict=True)]
 
 
 def _pieces(flat: Tensor) -> Iterator[Tensor]:

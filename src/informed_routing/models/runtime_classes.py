@@ -1,7 +1,7 @@
 """Classes that are made at run time from a base model's own, and how their instances are pickled and copied.
 
-Pickle finds a class by its name in a module, where these are not. So an instance says which function made its class, and
-from which class; both have names. This package itself reads no pickles.
+Pickle finds a class by its name in a module, where these are not. So an instance says which function made its class,
+and from which class; both have names. This package itself reads no pickles.
 """
 
 from __future__ import annotations
