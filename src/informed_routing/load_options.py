@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from .auto_config import RoutedConfig
 from .errors import InputError
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -164,21 +165,26 @@ def check_base_object(base: Any, dtype: Any, device: Any, device_map: Any) -> No
         raise InputError(f"device = {wanted}, but the base model given is on {base.device}", "Move it there first")
 
 
-def attention_of(config: Any, folder: Path, fresh: PreTrainedConfig, attn_implementation: str | None) -> str | None:
+def attention_of(config: Any, folder: Path, attn_implementation: str | None) -> str | None:
     """The attention asked for, by keyword or by a configuration that AutoModel has made of keywords.
 
-    Raises InputError for a configuration that asks for anything else than `fresh`, the folder's own.
+    Raises InputError for a configuration that asks for anything else than the folder's own.
     """
     if config is None:
         return attn_implementation
     if isinstance(config, (str, Path)):
         raise InputError(f"config = {str(config)!r} is not supported", "Leave it out: the folder has its own")
-    if getattr(config, "model_type", None) != fresh.model_type:
+    if getattr(config, "model_type", None) != RoutedConfig.model_type:
         raise InputError(
             f"config of the type {getattr(config, 'model_type', type(config).__name__)!r} is not supported",
             "Leave it out: the base model brings its own",
         )
-    asked, own = config.to_dict(), fresh.to_dict()
+    try:
+        own = RoutedConfig.from_pretrained(folder).to_dict()
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(f"{folder / 'config.json'} is damaged ({reason})", "Copy the folder again") from None
+    asked = config.to_dict()
     for key in sorted(asked.keys() | own.keys()):
         if key not in _CONFIG_BOOKKEEPING and asked.get(key) != own.get(key):
             raise InputError(

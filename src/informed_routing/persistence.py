@@ -287,13 +287,11 @@ def load(
     hub: HubOptions | None = None,
 ) -> Any:
     """See `RoutedModelForCausalLM.from_pretrained`."""
-    from .routed_model import RoutedConfig
-
     hub = hub or HubOptions()
     folder = locate(reference, subfolder, hub)
     # Whatever can be wrong with the folder is found before anything is done to a model.
     settings = read_config(folder)
-    attention = attention_of(config, folder, RoutedConfig.from_pretrained(folder), attn_implementation)
+    attention = attention_of(config, folder, attn_implementation)
     tensors = read_tensors(folder / TENSOR_FILE)
     widest = max((max(tensor.shape, default=0) for tensor in tensors.values()), default=0)
     if (settings.router.width or 0) > widest:  # found before so much memory is asked for

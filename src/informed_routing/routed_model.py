@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from .auto_config import RoutedConfig
 from .config import (
     BaseModelReference,
     Budget,
@@ -53,12 +54,6 @@ KINDS: tuple[UnitKind, UnitKind] = ("attention", "ffn")
 
 RANGE_SLACK = 0.005
 """How far above the last measured share a sparsity may lie: targets are met to a fraction of a point."""
-
-
-class RoutedConfig(PreTrainedConfig):
-    """Lets `AutoModelForCausalLM` find a routing folder; the real settings are in routing_config.json."""
-
-    model_type = "informed_routing"
 
 
 class RoutedModelForCausalLM(PreTrainedModel):
@@ -504,5 +499,5 @@ def _version() -> str:
     return __version__
 
 
-AutoConfig.register(RoutedConfig.model_type, RoutedConfig)
-AutoModelForCausalLM.register(RoutedConfig, RoutedModelForCausalLM)
+AutoConfig.register(RoutedConfig.model_type, RoutedConfig, exist_ok=True)
+AutoModelForCausalLM.register(RoutedConfig, RoutedModelForCausalLM, exist_ok=True)

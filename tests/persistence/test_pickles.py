@@ -21,6 +21,7 @@ from tests.tiny import FAMILIES, make_tiny, random_ids
 
 from informed_routing.baselines.dropping import drop_units
 from informed_routing.baselines.slicegpt import slice_model
+from informed_routing.progress import NullProgress
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.routing.decision import Threshold
 
@@ -116,7 +117,7 @@ def test_pruned_models(kind: str, tmp_path: Path) -> None:
     if kind == "dropped":
         drop_units(model, [(1, "attention"), (2, "ffn")])
     else:
-        slice_model(model, 48, random_ids(4, 16))
+        slice_model(model, 48, random_ids(4, 16), 2, NullProgress())
     for way in ("torch.save", "deepcopy"):
         again = WAYS[way](model)
         assert torch.equal(logits(again), logits(model))

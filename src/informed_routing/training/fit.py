@@ -455,7 +455,9 @@ class _Fit:
         }
         if self.accelerator.is_main_process:
             if {"lora", "joint"} & set(self.recipe.stages):
-                save_lora(self.model, self.recipe.lora, self.out / LORA_FOLDER, self.recipe.model)
+                save_lora(
+                    self.model, self.recipe.lora, self.out / LORA_FOLDER, self.model.routing_config.base_model.name
+                )
                 merge_lora(self.model)
             elif self.adapter:
                 shutil.copytree(self.adapter, self.out / LORA_FOLDER, dirs_exist_ok=True)
