@@ -26,7 +26,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .adapter_folder import Adapter, changed_weights, check_numbers, live_state, put_on, read_adapter
 from .config import BaseModelReference, RoutingConfig
-from .errors import InputError
+from .errors import InputError, WorkError
 from .files import disk_error, write_several
 from .load_options import HubOptions, attention_of
 from .models.fingerprint import base_tensors, digest, dtype_of, live_adapters, mismatch, print_of
@@ -60,7 +60,7 @@ from informed_routing.routed_model import RoutedConfig, RoutedModelForCausalLM
 __all__ = ["RoutedConfig", "RoutedModelForCausalLM"]
 '''
 
-DISORDER = 0.05
+DISORDER = 0.15
 """Share of units by which a table may fall while its thresholds rise. Later decisions depend on earlier ones."""
 
 
@@ -89,9 +89,15 @@ def save(model: Any, folder: Path, tensors: dict[str, Tensor] | None = None, *, 
     """
     found = dict(model.routing_parameters()) if tensors is None else tensors
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
-    for name, tensor in ready.items():
-        check_numbers(f"{name} of the routing", tensor)
     config: RoutingConfig = model.routing_config
+    try:
+        for name, tensor in ready.items():
+            check_numbers(f"{name} of the routing", tensor)
+    except InputError as error:
+        raise WorkError(error.what, "It would be refused on loading: train it again") from None
+    wrong = _nonsense(config)
+    if wrong:
+        raise WorkError(f"the routing would be refused on loading: {wrong}", "Calibrate it again")
     base = config.base_model.model_copy(update={"near": None if portable else _path_between(folder, config.base_model)})
     config = config.model_copy(update={"base_model": base})
 

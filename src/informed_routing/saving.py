@@ -265,7 +265,8 @@ def _save_base(model: Any, weights: Mapping[str, Tensor], place: Path, folder: P
     except OSError as error:
         raise disk_error(place, error) from error
     before = model.routing_config.base_model
-    if _rows_recorded(model) == len(dense.get_input_embeddings().weight):  # other rows mean other tokens
+    embedding: Any = dense.get_input_embeddings()
+    if _rows_recorded(model) == len(embedding.weight):  # other rows mean other tokens
         _copy_tokenizer(before.name, before.revision, place)
     reference = reference_to(dense, str(place.absolute()))
     model.routing_config = model.routing_config.model_copy(update={"base_model": reference})

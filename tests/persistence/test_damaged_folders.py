@@ -17,7 +17,7 @@ from informed_routing.config import RouterConfig
 from informed_routing.errors import InputError
 from informed_routing.routed_model import RoutedModelForCausalLM
 
-load = RoutedModelForCausalLM.from_pretrained
+load: Any = RoutedModelForCausalLM.from_pretrained
 
 
 def _refused(folder: Path, match: str, **options: Any) -> None:

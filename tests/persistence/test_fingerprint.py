@@ -17,7 +17,7 @@ from informed_routing.errors import InputError
 from informed_routing.models.fingerprint import fingerprint, mismatch, reference_to
 from informed_routing.routed_model import RoutedModelForCausalLM
 
-load = RoutedModelForCausalLM.from_pretrained
+load: Any = RoutedModelForCausalLM.from_pretrained
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -31,6 +31,7 @@ assert config.model_type == "informed_routing"
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 GenerationConfig.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="float32")
+print()  # after what transformers asked
 print(type(model).__name__, len(model.units), model.name_or_path)
 writer = pipeline("text-generation", model=folder, trust_remote_code=True)
 print(writer("the river", max_new_tokens=3, do_sample=False)[0]["generated_text"].startswith("the"))

@@ -17,7 +17,7 @@ from informed_routing.config import RoutingConfig
 from informed_routing.errors import InputError
 from informed_routing.routed_model import RoutedConfig, RoutedModelForCausalLM
 
-load = RoutedModelForCausalLM.from_pretrained
+load: Any = RoutedModelForCausalLM.from_pretrained
 
 HONOURED: list[tuple[dict[str, Any], Callable[[Any], bool]]] = [
     ({"torch_dtype": torch.float16}, lambda m: m.dtype == torch.float16),

@@ -18,7 +18,7 @@ from informed_routing.errors import InputError, WorkError
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.saving import dense_model
 
-load = RoutedModelForCausalLM.from_pretrained
+load: Any = RoutedModelForCausalLM.from_pretrained
 
 
 def _scale(model: Any, name: str = "model.layers.1.mlp.down_proj.weight") -> None:
@@ -64,7 +64,7 @@ CHANGES = [_scale, _state_dict, _under_no_grad, _trained, _resized, _untied, _me
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_changed_base_weights_are_refused(change: Callable[[Any], None], tmp_path: Path) -> None:
-    model = make_routed("llama")
+    model: Any = make_routed("llama")
     change(model)
     with pytest.raises(InputError, match="save_base"):
         model.save_pretrained(tmp_path / "out")
@@ -75,7 +75,7 @@ def test_changed_base_weights_are_refused(change: Callable[[Any], None], tmp_pat
     ("change", "tied"), [*((change, False) for change in CHANGES[:-1]), (_untied, True), (_resized, True)]
 )
 def test_a_changed_base_can_be_saved_too(change: Callable[[Any], None], tied: bool, tmp_path: Path) -> None:
-    model = make_routed("llama", tie_word_embeddings=tied)
+    model: Any = make_routed("llama", tie_word_embeddings=tied)
     change(model)
     wanted = logits(model)
     model.save_pretrained(tmp_path / "out", save_base=tmp_path / "base")
@@ -99,15 +99,23 @@ def test_the_saved_base_gets_the_former_tokenizer(on_disk: Callable[..., Path], 
 
 
 def test_only_routers_changed(tmp_path: Path) -> None:
-    model = make_routed("llama")
+    model: Any = make_routed("llama")
     for _, parameter in model.routing_parameters():
         parameter.data.mul_(1.3)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(load(tmp_path, base=make_tiny("llama"))), logits(model))
 
 
+def test_routers_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
+    model: Any = make_routed("llama")
+    model.units[2].router.outer.bias.data[0] = float("nan")
+    with pytest.raises(WorkError, match=r"layers\.1\.attention\.router\.outer\.bias"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_dense_model_under_a_routed_one() -> None:
-    model = make_routed("gemma2")
+    model: Any = make_routed("gemma2")
     dense = dense_model(model)
     assert type(dense) is type(make_tiny("gemma2"))
     assert set(dense.state_dict()) == set(make_tiny("gemma2").state_dict())
@@ -151,9 +159,9 @@ def test_a_changed_live_adapter_is_refused(tuned: Path, tmp_path: Path, change: 
 
 
 def test_live_adapters_are_refused_by_name(tmp_path: Path) -> None:
-    wrapped = make_routed("llama")
+    wrapped: Any = make_routed("llama")
     get_peft_model(wrapped, LoraConfig(**LORA), adapter_name="mine")
-    added = make_routed("llama")
+    added: Any = make_routed("llama")
     added.add_adapter(LoraConfig(**LORA), adapter_name="mine")
     for model in (wrapped, added):
         for options in ({}, {"save_base": tmp_path / "base"}):
@@ -208,7 +216,7 @@ def test_options_of_saving(tmp_path: Path, options: dict[str, Any], error: type[
 
 
 def test_options_that_ask_for_nothing_special(tmp_path: Path) -> None:
-    model = make_routed("llama")
+    model: Any = make_routed("llama")
     model.save_pretrained(tmp_path / "out", is_main_process=False)
     assert not (tmp_path / "out").exists()
     model.save_pretrained(tmp_path / "out", True, None, False, "5GB", None, None, safe_serialization=True)
@@ -217,7 +225,7 @@ def test_options_that_ask_for_nothing_special(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_state_dict_is_what_is_saved(tmp_path: Path, tied: bool) -> None:
-    model = make_routed("llama", tie_word_embeddings=tied)
+    model: Any = make_routed("llama", tie_word_embeddings=tied)
     other = make_routed("llama", seed=0, tie_word_embeddings=tied)
     for _, parameter in other.routing_parameters():
         parameter.data.mul_(1.5)
@@ -250,7 +258,7 @@ def test_rotary_frequencies_stay_as_the_base_has_them(folder: Path) -> None:
 def test_the_generation_settings_come_along(tmp_path: Path) -> None:
     from transformers import GenerationConfig
 
-    model = make_routed("llama")
+    model: Any = make_routed("llama")
     model.generation_config = GenerationConfig(
         max_new_tokens=7, eos_token_id=5, temperature=0.3
     )  # invalid: no sampling
@@ -283,7 +291,7 @@ class _Hub:
 
 def test_options_of_push_to_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.HfApi", _Hub)
-    model = make_routed("llama")
+    model: Any = make_routed("llama")
     asked = {"commit_message": "new", "commit_description": "text", "revision": "dev", "create_pr": True}
     assert model.push_to_hub("mine", private=True, token="secret", **asked) == "done"
     done = dict(_Hub.calls)

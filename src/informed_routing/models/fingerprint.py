@@ -139,7 +139,7 @@ def live_adapters(model: nn.Module) -> list[str]:
         if hasattr(module, "base_layer") and hasattr(module, "active_adapters"):
             names = getattr(module, "adapter_layer_names", ())
             for part in names:
-                held = getattr(module, part, None)
+                held: Any = getattr(module, part, None)
                 if hasattr(held, "keys"):
                     found.update(dict.fromkeys(str(key) for key in held.keys()))  # noqa: SIM118 (a ModuleDict)
             if not names:

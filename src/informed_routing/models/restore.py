@@ -16,8 +16,11 @@ _PARTS = ("_modules", "_parameters", "_buffers")
 
 
 @contextmanager
-def restored_on_failure(model: nn.Module, changed: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+def restored_on_failure(model: Any, changed: Iterable[nn.Parameter] = ()) -> Iterator[None]:
     """Undo, if the block raises, what it does to classes, attributes, modules and the values of `changed`."""
+    if not isinstance(model, nn.Module):  # the block will say so
+        yield
+        return
     before = [
         (module, module.__class__, dict(vars(module)), {part: dict(vars(module)[part]) for part in _PARTS})
         for module in model.modules()
@@ -28,7 +31,7 @@ def restored_on_failure(model: nn.Module, changed: Iterable[nn.Parameter] = ()) 
         yield
     except BaseException:
         for module, kind, attributes, parts in before:
-            module.__class__ = kind  # type: ignore[assignment]
+            module.__class__ = kind
             vars(module).clear()
             vars(module).update(attributes)
             for part, content in parts.items():
@@ -47,9 +50,7 @@ def all_or_nothing(method: Function) -> Function:
     """A class method `(cls, model, ...)` that leaves the model as it was when it raises."""
 
     @functools.wraps(method)
-    def guarded(cls: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(model, nn.Module):
-            return method(cls, model, *args, **kwargs)
+    def guarded(cls: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         with restored_on_failure(model):
             return method(cls, model, *args, **kwargs)
 

@@ -29,7 +29,7 @@ def _reduce(self: Any, protocol: Any) -> Any:
     return new_instance, (base, tuple(reversed(makers))), state
 
 
-def new_instance(base: type, makers: tuple[Maker, ...]) -> Any:
+def new_instance(base: Any, makers: tuple[Maker, ...]) -> Any:
     """An instance without content of the class that the makers make of `base`, one after the other."""
     for maker in makers:
         base = maker(base)
