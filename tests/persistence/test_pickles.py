@@ -39,6 +39,10 @@ def _joblib(model: Any) -> Any:
     return joblib.load(buffer)
 
 
+def _cloudpickle(model: Any) -> Any:
+    return pickle.loads(pytest.importorskip("cloudpickle").dumps(model))
+
+
 WAYS: dict[str, Callable[[Any], Any]] = {
     "torch.save": _torch_save,
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
@@ -46,10 +50,6 @@ WAYS: dict[str, Callable[[Any], Any]] = {
     "joblib": _joblib,
     "deepcopy": copy.deepcopy,
 }
-
-
-def _cloudpickle(model: Any) -> Any:
-    return pickle.loads(pytest.importorskip("cloudpickle").dumps(model))
 
 
 def _engine(model: Any) -> Any:
