@@ -60,7 +60,7 @@ from informed_routing.routed_model import RoutedConfig, RoutedModelForCausalLM
 __all__ = ["RoutedConfig", "RoutedModelForCausalLM"]
 '''
 
-DISORDER = 0.15
+DISORDER = 0.08
 """Share of units by which a table may fall while its thresholds rise. Later decisions depend on earlier ones."""
 
 
