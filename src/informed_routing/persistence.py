@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from .adapter_folder import Adapter, changed_weights, check_numbers, live_state, put_on, read_adapter
-from .config import BaseModelReference, RoutingConfig
+from .base_location import fetched, find_base, path_between
+from .config import RoutingConfig
 from .errors import InputError, WorkError
 from .files import disk_error, write_several
 from .load_options import HubOptions, attention_of
@@ -98,7 +98,7 @@ def save(model: Any, folder: Path, tensors: dict[str, Tensor] | None = None, *, 
     wrong = _nonsense(config)
     if wrong:
         raise WorkError(f"the routing would be refused on loading: {wrong}", "Calibrate it again")
-    base = config.base_model.model_copy(update={"near": None if portable else _path_between(folder, config.base_model)})
+    base = config.base_model.model_copy(update={"near": None if portable else path_between(folder, config.base_model)})
     config = config.model_copy(update={"base_model": base})
 
     def write(building: Path) -> None:
@@ -121,17 +121,6 @@ def save(model: Any, folder: Path, tensors: dict[str, Tensor] | None = None, *, 
         raise disk_error(folder / TENSOR_FILE, OSError(full, str(error))) from error
     except OSError as error:
         raise disk_error(folder, error) from error
-
-
-def _path_between(folder: Path, base: BaseModelReference) -> str | None:
-    """The base model as seen from the folder, so that both can move together; None when it is no local path."""
-    path = Path(base.name).expanduser()
-    if not path.is_absolute():
-        return None
-    try:
-        return os.path.relpath(path, folder.absolute())
-    except ValueError:  # another drive
-        return None
 
 
 def locate(reference: str | Path, subfolder: str = "", hub: HubOptions | None = None) -> Path:
@@ -374,10 +363,10 @@ def _load_base(
     from .assets import load_model, resolve_dtype
 
     recorded = settings.base_model
-    name, revision = (str(base), None) if base is not None else (_find_base(folder, recorded), recorded.revision)
+    name, revision = (str(base), None) if base is not None else (find_base(folder, recorded), recorded.revision)
     options: dict[str, Any] = {} if hub.token is None else {"token": hub.token}
     options |= {"device": device, "revision": revision, "trust_remote_code": trust_remote_code}
-    source = _fetched(name, revision, trust_remote_code, hub)
+    source = fetched(name, revision, trust_remote_code, hub)
     if source != name:
         options["revision"] = None
     try:
@@ -404,47 +393,6 @@ def _load_base(
         found = settings.base_model.model_copy(update={"name": where, "revision": revision})
         settings = settings.model_copy(update={"base_model": found})
     return model, settings
-
-
-def _find_base(folder: Path, recorded: BaseModelReference) -> str:
-    """The recorded reference, or the path of a local base model that has moved together with the routing folder."""
-    name = recorded.name
-    if not name:
-        raise InputError(f"{folder} does not say which base model it is for", "Give it: --base MODEL (in Python base=)")
-    path = Path(name).expanduser()
-    if name.startswith("demo:") or path.exists():
-        return name
-    nearby = [recorded.near] if recorded.near else []
-    if not path.is_absolute():  # as earlier versions stored it
-        nearby += [name, f"../{name}"]
-    for relative in nearby:
-        candidate = Path(os.path.normpath(folder.absolute() / relative))
-        if (candidate / "config.json").is_file() or (candidate.suffix == ".gguf" and candidate.is_file()):
-            return str(candidate)
-    if path.is_absolute() or path.suffix.lower() == ".gguf":
-        raise InputError(
-            f"the base model {name} of {folder} does not exist",
-            "If it is elsewhere now, say where: --base MODEL (in Python base=)",
-        )
-    return name
-
-
-def _fetched(name: str, revision: str | None, trust_remote_code: bool, hub: HubOptions) -> str:
-    """The base model's reference; a local copy of one on the Hub, where options ask how that is to be had."""
-    from .assets import resolve_model
-
-    if not hub.special or resolve_model(name, revision).kind != "hub":
-        return name
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", *(["*.py"] if trust_remote_code else [])]
-    try:
-        return snapshot_download(name, revision=revision, token=hub.token, allow_patterns=patterns, **hub.special)
-    except Exception as error:
-        asked = ", ".join(f"{key} = {value!r}" for key, value in hub.special.items())
-        raise InputError(
-            f"the base model {name} cannot be had with {asked} ({type(error).__name__})", "Give base="
-        ) from None
 
 
 def _generation_config(folder: Path) -> GenerationConfig | None:
