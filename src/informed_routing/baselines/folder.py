@@ -18,11 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from ..adapter_folder import check_numbers
 from ..assets import load_model, load_tokenizer, resolve_dtype
 from ..assets.gguf import quiet_transformers
 from ..config import UnitKind
 from ..errors import InputError
 from ..files import write_json, write_several, write_tensors
+from ..models.facts import config_facts
+from ..models.fingerprint import live_adapters
 from .dropping import drop_units, dropped_units
 from .report import PruneReport
 from .sliced import reshape_sliced, sliced_width
@@ -60,8 +63,11 @@ def is_static_folder(path: str | Path) -> bool:
 def save_static(model: Any, tokenizer: Any, folder: str | Path) -> None:
     """Write a pruned model, with its tokenizer (or None) and its `prune_report`, if any; `pruning.json` comes last.
 
-    Adapters must be merged. Raises WorkError when the disk is full or not writable.
+    Raises InputError for live adapters, which must be merged, and WorkError when the disk is full or not writable.
     """
+    adapters = live_adapters(model)
+    if adapters:
+        raise InputError(f"the model carries the live adapter {adapters[0]!r}", "Merge it (merge_and_unload) first")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     width = sliced_width(model)
@@ -125,14 +131,24 @@ def _load_reshaped(folder: Path, content: StaticFolder, dtype: torch.dtype) -> A
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         tensors = load_file(str(folder / "model.safetensors"))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{folder} cannot be read: {str(error).splitlines()[0]}", _REMEDY) from None
-    settings.pop("model_type")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{folder} cannot be read: {reason}", _REMEDY) from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{folder / 'config.json'} is damaged (no mapping of settings)", _REMEDY)
+    for name, tensor in tensors.items():
+        check_numbers(f"{name} of {folder / 'model.safetensors'}", tensor)
+    settings.pop("model_type", None)
     if content.full_width is not None:
         settings["hidden_size"] = content.full_width
-    config = AutoConfig.for_model(content.model_type, **settings)
-    with init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        config = AutoConfig.for_model(content.model_type, **settings)
+        with init_empty_weights(include_buffers=False):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # transformers raises all sorts for settings that cannot be
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{folder / 'config.json'} is damaged ({reason})", _REMEDY) from None
+    config_facts(config)  # finite numbers only
     if content.width is not None:
         reshape_sliced(model, content.width)
     drop_units(model, content.dropped)
@@ -145,5 +161,9 @@ def _load_reshaped(folder: Path, content: StaticFolder, dtype: torch.dtype) -> A
     if absent or found.unexpected_keys:
         raise InputError(f"{folder} does not fit its {PRUNING_FILE}: {(absent + found.unexpected_keys)[0]}", _REMEDY)
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except Exception as error:  # a damaged file raises all sorts
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"{folder / 'generation_config.json'} is damaged ({reason})", _REMEDY) from None
     return model

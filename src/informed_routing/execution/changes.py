@@ -42,7 +42,9 @@ def identity(model: Any) -> int:
     for module in decoder.layers.modules():
         own = vars(module)
         parts += [type(module), is_watched(module)]
-        parts += [own[name] if isinstance(own[name], (int, float)) else repr(own[name]) for name in _ATTRIBUTES if name in own]
+        parts += [
+            own[name] if isinstance(own[name], (int, float)) else repr(own[name]) for name in _ATTRIBUTES if name in own
+        ]
     parts += [(p.data_ptr(), tuple(p.shape), 0 if p.is_inference() else p._version) for p in copied(model)]
     return hash(tuple(parts))
 

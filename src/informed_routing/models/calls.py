@@ -167,7 +167,11 @@ def cache_field(output: type) -> str:
 
 
 def hidden_states(
-    decoder: Any, tokens: Tensor, mask: Tensor | None = None, positions: Tensor | None = None, cache: Cache | None = None
+    decoder: Any,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    positions: Tensor | None = None,
+    cache: Cache | None = None,
 ) -> Tensor:
     """Normed last hidden states [B, N, d] of a decoder for ids [B, N]; a given cache gets the new keys."""
     given: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "use_cache": cache is not None}

@@ -139,7 +139,7 @@ class _Fit:
             revision=recipe.revision,
         )
         if beginning:
-            check_base(beginning, self.model.routing_config.base_model.fingerprint)
+            check_base(beginning, self.model)
             load_routing_tensors(self.model, beginning / TENSOR_FILE)
         if self.adapter:
             with_lora(self.model, self.adapter, merge=True)
@@ -455,7 +455,9 @@ class _Fit:
         }
         if self.accelerator.is_main_process:
             if {"lora", "joint"} & set(self.recipe.stages):
-                save_lora(self.model, self.recipe.lora, self.out / LORA_FOLDER, self.recipe.model)
+                save_lora(
+                    self.model, self.recipe.lora, self.out / LORA_FOLDER, self.model.routing_config.base_model.name
+                )
                 merge_lora(self.model)
             elif self.adapter:
                 shutil.copytree(self.adapter, self.out / LORA_FOLDER, dirs_exist_ok=True)

@@ -28,6 +28,7 @@ _WRITTEN = {
     "tokenizer.model",
     "added_tokens.json",
     "generation_config.json",
+    "modeling_informed_routing.py",
 }
 """All names that a fit leaves in its folder."""
 
