@@ -92,7 +92,7 @@ class RoutedModelForCausalLM(PreTrainedModel):
         """
         if isinstance(model, RoutedModelForCausalLM):
             raise InputError("the model is routed already", "Load the dense base model first")
-        family = family_of(model.config.model_type)
+        family_of(model.config.model_type)  # first of all: it says which families there are
         hidden_size = model.config.hidden_size
         if routing_config is None:
             reference = reference_to(model, name, revision)
@@ -416,13 +416,14 @@ class RoutedModelForCausalLM(PreTrainedModel):
 
 
 def _check_own_forwards(model: PreTrainedModel) -> None:
-    """Raises InputError for modules whose `forward` was replaced: routing, which is their class's, would be bypassed."""
+    """Raises InputError for modules whose `forward` was replaced: it would be called instead of the routed class's."""
     decoder = cast(Any, model).model
     for module in (model, decoder, *decoder.layers):
         if calls.has_own_forward(module):
             raise InputError(
                 f"the model's {type(module).__name__} has a forward of its own (hooks of accelerate, or a patch)",
-                "Load it without device_map; accelerate.hooks.remove_hook_from_module(model, recurse=True) removes hooks",
+                "Load it without device_map, or take hooks off: "
+                "accelerate.hooks.remove_hook_from_module(model, recurse=True)",
             )
         vars(module).pop("forward", None)  # the class's own: it would stand before the routed class's
 

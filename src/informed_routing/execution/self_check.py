@@ -1,8 +1,8 @@
 """A few tokens through a model that was just routed: does it compute here what it must?
 
 Other versions of transformers and torch come after ours. Where one of them passes something in another way, text could
-become garbage without an error; here it becomes an error that names the versions. The first layers are run, enough to have
-each kind of them, in some milliseconds each; what passed is remembered in the cache folder.
+become garbage without an error; here it becomes an error that names the versions. The first layers are run, enough to
+have each kind of them, in some milliseconds each; what passed is remembered in the cache folder.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -289,7 +289,5 @@ def _remembered(key: str) -> bool:
 
 
 def _remember(key: str) -> None:
-    try:
+    with suppress(InformedRoutingError):  # a cache that cannot be written: the next run checks again
         write_json(_file(key), {"passed": True})
-    except InformedRoutingError:
-        pass  # a cache that cannot be written: the next run checks again

@@ -1,7 +1,7 @@
 """What transformers passes to models, decoders and layers, in our own words.
 
-Argument names move between releases (a cache was `past_key_values`, then `cache`). This is the one place that reads them:
-values are found by name where the name is known, else by type, and what has no word of ours is kept as an option,
+Argument names move between releases (a cache was `past_key_values`, then `cache`). This is the one place that reads
+them: values are found by name where the name is known, else by type, and what has no word of ours is kept as an option,
 so that an engine can leave a call that says more than it understands to the base model's own modules.
 """
 
