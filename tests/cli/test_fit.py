@@ -59,8 +59,8 @@ def test_output_folder_that_exists(run: Run, tiny_folder: Path, tmp_path: Path, 
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
     error = run("fit", tiny_folder, "--out", out, *flags).one_line_error()
-    assert "exists already" in error
-    assert "--overwrite" in error
+    assert "exists already and holds thesis.txt" in error
+    assert "--overwrite" not in error
     run("fit", tiny_folder, "--out", out, *flags, "--overwrite").one_line_error()
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
 

@@ -46,8 +46,9 @@ def test_settings_recovery_and_what_is_said(run: Run, tiny_folder: Path, small: 
     assert model.prune_report.settings["round_to"] == 4
 
 
+@pytest.mark.parametrize("how", [[], ["--resume"], ["--overwrite"]])
 def test_an_interrupted_recovery_goes_on(
-    run: Run, tiny_folder: Path, small: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tiny_folder: Path, small: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: list[str]
 ) -> None:
     out = tmp_path / "dropped"
     command = ["prune", tiny_folder, "--method", "llm-drop-ffn", "-s", 0.17, "--out", out, *small]
@@ -61,9 +62,13 @@ def test_an_interrupted_recovery_goes_on(
         outcome = run(*command)
     assert "--resume" in outcome.one_line_error(1)
     assert (out / "checkpoints").is_dir()
-    assert "not empty" in run(*command).one_line_error()
-    assert run(*command, "--resume").code == 0
+    assert "unfinished" in run("evaluate", out).one_line_error()
+    other = ["llm-drop" if part == "llm-drop-ffn" else part for part in command]
+    for again in ([], ["--resume"]):
+        assert "other settings (method llm-drop-ffn" in run(*other, *again).one_line_error()
+    assert run(*command, *how).code == 0
     assert static.is_static_folder(out)
+    assert not (out / "checkpoints").exists()
 
 
 def test_only_a_pruned_model_is_replaced(run: Run, tiny_folder: Path, small: list[object], tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -76,7 +75,10 @@ def with_common(command: Callable[..., None]) -> Callable[..., None]:
     names = {field.name for field in fields(Common)}
 
     def run(**values: Any) -> None:
+        from .envelope import check_apart
+
         common = Common(**{name: values.pop(name) for name in names})
+        check_apart(common.json, values)
         command(common, **values)
 
     parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + shared
@@ -123,11 +125,11 @@ class Session:
         device: str | None = None,
     ) -> None:
         """Print the result for people, or as JSON where `--json` says so; `model` is the reference given."""
-        from .envelope import envelope, print_json, write_json
+        from .envelope import envelope, is_stdout, print_json, write_json
 
         target = self.common.json
         self.progress.done()
-        if target != "-":
+        if not is_stdout(target):
             show(self.console)
         if target is None:
             return
@@ -139,10 +141,10 @@ class Session:
             seed=self.seed,
             result=result,
         )
-        if target == "-":
+        if is_stdout(target):
             print_json(content)
         else:
-            write_json(Path(target), content)
+            write_json(target, content)
             self.progress.message(f"wrote {target}")
 
 
