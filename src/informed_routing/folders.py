@@ -106,8 +106,8 @@ def _lock(folder: Path) -> tuple[Path, int]:
 
 def _remove_empty(folders: Sequence[Path]) -> None:
     """Remove folders that were made for a run which then wrote nothing, the outer one first in the list."""
-    with suppress(OSError):
-        for folder in reversed(folders):
+    for folder in reversed(folders):
+        with suppress(OSError):
             folder.rmdir()
 
 
