@@ -51,7 +51,7 @@ def _checksum(record: str, tensors: Mapping[str, Tensor]) -> str:
     """Of a record and contiguous tensors on the CPU: safetensors itself sees only damage to its header."""
     found = zlib.crc32(record.encode())
     for name in sorted(tensors):
-        found = zlib.crc32(name.encode(), found)
+        found = zlib.crc32(f"{name}{tensors[name].dtype}{tuple(tensors[name].shape)}".encode(), found)
         if tensors[name].numel():
             found = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, found)
     return f"{found:08x}"
@@ -68,7 +68,8 @@ def load_checkpoint(
             metadata = file.metadata()
             record = _record(metadata["record"])
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        if metadata.get("checksum", checksum := _checksum(metadata["record"], stored)) != checksum:
+        # Earlier versions wrote the record alone.
+        if set(metadata) != {"record"} and metadata["checksum"] != _checksum(metadata["record"], stored):
             raise ValueError("its checksum is wrong")
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -205,7 +205,8 @@ class _Fit:
         length = recipe.calibration.sequence_length
         meter = BudgetMeter(self.model.costs, kinds, recipe.route.budget, (length + 1) / 2, gains, recipe.kv)
         targets = recipe.calibration.targets
-        out_of_reach = [target for target in targets if target not in reachable(targets, self.model, meter, length)]
+        kept = reachable(targets, self.model, meter, length)
+        out_of_reach = [target for target in targets if target not in kept]
         if out_of_reach:
             shown = ", ".join(f"{target:g}" for target in out_of_reach)
             self.progress.message(f"calibration targets beyond what the routers can reach are left out: {shown}")
