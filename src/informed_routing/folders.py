@@ -76,6 +76,16 @@ def only_writer(folder: Path) -> Iterator[Path]:
         _remove_empty(made)
 
 
+def check_apart_from(folder: Path, model: str) -> None:
+    """Raises InputError when the model that a run reads is the folder that it writes."""
+    try:
+        same = folder.resolve() == Path(model).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError):  # names that cannot be: refused where they are used
+        return
+    if same:
+        raise InputError(f"--out {folder} is the model that is read", "Give another folder for --out")
+
+
 def _lock(folder: Path) -> tuple[Path, int]:
     """The lock file of a folder and the handle that holds it."""
     path = folder.parent / f".{os.fsdecode(os.fsencode(folder.name)[:200])}.lock"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tests.cli.conftest import Outcome
 from transformers import AutoModelForCausalLM
 
 from informed_routing.baselines import static
+from informed_routing.folders import only_writer
 
 Run = Callable[..., Outcome]
 
@@ -82,6 +84,69 @@ def test_only_a_pruned_model_is_replaced(run: Run, tiny_folder: Path, small: lis
     command[command.index(out)] = tmp_path / "mine"
     assert "not empty" in run(*command, "--overwrite").one_line_error()
     assert (tmp_path / "mine" / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_run_that_dies_while_it_saves(
+    run: Run, tiny_folder: Path, small: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """Nothing half-written evaluates, and the same command, --resume and --overwrite go on."""
+    out = tmp_path / "out"
+    command = ["prune", tiny_folder, "--method", "shortgpt", "-s", 0.34, "--out", out, *small]
+    command += ["--recovery-steps", steps]
+    assert run(*command).code == 0
+    wanted = (out / "model.safetensors").read_bytes()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for first, again in (([], []), ([], ["--resume"]), ([], ["--overwrite"]), (["--overwrite"], ["--resume"])):
+        if not first:
+            shutil.rmtree(out)
+        with monkeypatch.context() as patched:
+            patched.setattr("informed_routing.baselines.folder.write_json", killed)  # all but the last file is there
+            run(*command, *first).one_line_error(1)
+        assert (out / "config.json").exists() == bool(first)
+        assert run(*command, *again).code == 0
+        assert (out / "model.safetensors").read_bytes() == wanted
+        assert not (out / "checkpoints").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("where", ["a file", "below a file", "a long name", "the model"])
+def test_a_bad_output_is_found_before_any_work(
+    run: Run, tiny_folder: Path, small: list[object], tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("x")
+    places = {
+        "a file": tmp_path / "file",
+        "below a file": tmp_path / "file" / "out",
+        "a long name": tmp_path / ("n" * 300),
+        "the model": tiny_folder,
+    }
+    monkeypatch.setattr("informed_routing.assets.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    error = run("prune", tiny_folder, "--method", "shortgpt", "-s", 0.34, "--out", places[where], *small)
+    assert "--out" in error.one_line_error()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_second_run_into_the_same_folder(run: Run, tiny_folder: Path, small: list[object], tmp_path: Path) -> None:
+    with only_writer(tmp_path / "out"):
+        outcome = run("prune", tiny_folder, "--method", "shortgpt", "-s", 0.34, "--out", tmp_path / "out", *small)
+    assert "another run is writing into" in outcome.one_line_error()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_other_origin_are_never_removed(
+    run: Run, tiny_folder: Path, small: list[object], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = ["prune", tiny_folder, "--method", "shortgpt", "-s", 0.34, "--out", out, *small]
+    assert run(*command).code == 0
+    (out / ".git").mkdir()
+    error = run(*command, "--overwrite").one_line_error()
+    assert ".git" in error
+    assert (out / ".git").is_dir()
 
 
 @pytest.mark.parametrize(

@@ -71,13 +71,13 @@ def prune(
         from informed_routing.baselines.static import prune as run_prune
         from informed_routing.baselines.static import save_static
         from informed_routing.config import Recipe
-        from informed_routing.folders import CHECKPOINTS, only_writer
+        from informed_routing.folders import CHECKPOINTS, check_apart_from, only_writer
         from informed_routing.training.texts import Texts
 
         lora = {"steps": max(recovery_steps, 1), "batch_size": batch_size, "sequence_length": sequence_length}
         recovery = Recipe.from_mapping({"lora": lora}).lora  # a bad value is refused before anything runs
         chosen, texts = _settings(settings or ()), data or Recipe.from_mapping({}).data
-        _check_other(out, model)
+        check_apart_from(out, model)
         described = {
             "model": model,
             "method": method,
@@ -112,16 +112,6 @@ def prune(
                 )
             save_static(dense, tokenizer, folder)
         run.finish(result, lambda console: _show(console, result, out), model=model, dtype=dtype_name(dense))
-
-
-def _check_other(out: Path, model: str) -> None:
-    """Raises InputError when the model that is read is the folder that is written."""
-    try:
-        same = out.resolve() == Path(model).expanduser().resolve()
-    except (OSError, RuntimeError, ValueError):  # names that cannot be: refused where they are used
-        return
-    if same:
-        raise InputError(f"--out {out} is the model that is read", "Give another folder for --out")
 
 
 def _settings(given: Sequence[str]) -> dict[str, Any]:

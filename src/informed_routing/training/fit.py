@@ -22,7 +22,7 @@ from ..evaluation.environment import environment
 from ..evaluation.latency import measure_latency
 from ..execution.native import native_reason
 from ..files import disk_error, write_json, write_several, write_text
-from ..folders import CHECKPOINTS, only_writer, put_folder
+from ..folders import CHECKPOINTS, check_apart_from, only_writer, put_folder
 from ..model_card import model_card
 from ..persistence import (
     LORA_FOLDER,
@@ -130,6 +130,7 @@ class _Fit:
         overwrite: bool,
         accelerator: Accelerator,
     ) -> None:
+        check_apart_from(out, recipe.model)
         beginning = locate(recipe.start) if recipe.start else None
         if beginning:
             if out.resolve() == beginning.resolve():
