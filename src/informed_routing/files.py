@@ -20,6 +20,7 @@ try:
 except ImportError:  # no POSIX: nobody's leftovers are removed
     fcntl = None  # type: ignore[assignment]
 
+_HAS_LOCKS: bool = fcntl is not None
 _MARK = ".tmp-"
 _YOUNG = 2.0
 """Seconds in which a scratch folder may not have its lock yet."""
@@ -87,7 +88,7 @@ def _stem(name: str) -> str:
 
 def _locked(folder: Path) -> int | None:
     """A handle that holds the lock of a folder; None where another process has it or there are no locks."""
-    if fcntl is None:
+    if not _HAS_LOCKS:
         return None
     handle = None
     try:

@@ -52,7 +52,9 @@ def test_settings_recovery_and_what_is_said(run: Run, tiny_folder: Path, small: 
 def test_an_interrupted_recovery_goes_on(
     run: Run, tiny_folder: Path, small: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: list[str]
 ) -> None:
-    out = tmp_path / "dropped"
+    out, text, content = tmp_path / "dropped", tmp_path / "mine.jsonl", Path(str(small[1])).read_text()
+    text.write_text(content)
+    small = ["--data", text, *small[2:]]
     command = ["prune", tiny_folder, "--method", "llm-drop-ffn", "-s", 0.17, "--out", out, *small]
     command += ["--recovery-steps", 2]
 
@@ -64,10 +66,14 @@ def test_an_interrupted_recovery_goes_on(
         outcome = run(*command)
     assert "--resume" in outcome.one_line_error(1)
     assert (out / "checkpoints").is_dir()
-    assert "unfinished" in run("evaluate", out).one_line_error()
+    assert "unfinished prune" in run("evaluate", out).one_line_error()
     other = ["llm-drop" if part == "llm-drop-ffn" else part for part in command]
     for again in ([], ["--resume"]):
         assert "other settings (method llm-drop-ffn" in run(*other, *again).one_line_error()
+    text.write_text(content.replace("river", "valley"))
+    if how != ["--overwrite"]:
+        assert "begun with another text" in run(*command, *how).one_line_error()
+    text.write_text(content)
     assert run(*command, *how).code == 0
     assert static.is_static_folder(out)
     assert not (out / "checkpoints").exists()

@@ -44,12 +44,12 @@ def sha256_of(path: Path) -> str:
 
 
 def make_cache_folder(folder: Path) -> None:
-    """Make a folder of the cache, which others may read as the umask says, but never write to."""
+    """Make a folder of the cache as the umask says, but never one that everybody may write to."""
     root = cache_dir()
     root.parent.mkdir(parents=True, exist_ok=True)
     inside = folder.relative_to(root).parts if folder.is_relative_to(root) else ()
     for depth in range(len(inside) + 1):
-        root.joinpath(*inside[:depth]).mkdir(mode=0o755, exist_ok=True)
+        root.joinpath(*inside[:depth]).mkdir(mode=0o775, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
 
 

@@ -83,6 +83,17 @@ def check_folder(folder: Path, described: Mapping[str, Any], *, resume: bool, ov
     return True
 
 
+def check_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
+    """Raises InputError when an interrupted run read another model or text under the same name."""
+    stored = _stored(folder, "another --out, or --overwrite").get("inputs", {})
+    for name, digest in inputs.items():
+        if stored.get(name) != digest:
+            raise InputError(
+                f"--out {folder} was begun with another {name}: its content has changed since",
+                "Put the old one back, or give --overwrite",
+            )
+
+
 def begin(folder: Path, described: Mapping[str, Any], *, resumed: bool) -> None:
     """Write what an interrupted run has to know. Nothing of an earlier result goes."""
     if resumed:

@@ -65,13 +65,16 @@ def prune(
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other", "Give one of them")
     with session("prune", common) as run:
+        from hashlib import sha256
+
         from informed_routing.assets import load_model
         from informed_routing.baselines.recovery import recover
-        from informed_routing.baselines.saving import RECOVERY_FILE, begin, check_folder
+        from informed_routing.baselines.saving import RECOVERY_FILE, begin, check_folder, check_inputs
         from informed_routing.baselines.static import prune as run_prune
         from informed_routing.baselines.static import save_static
         from informed_routing.config import Recipe
         from informed_routing.folders import CHECKPOINTS, check_apart_from, only_writer
+        from informed_routing.models.fingerprint import fingerprint
         from informed_routing.training.texts import Texts
 
         lora = {"steps": max(recovery_steps, 1), "batch_size": batch_size, "sequence_length": sequence_length}
@@ -98,8 +101,11 @@ def prune(
             dense, tokenizer = load_model(model, dtype=common.dtype, device=run.device)
             text = Texts(texts, tokenizer, run.seed)
             rows = text.some("train", sequence_length, tokens, "pruning")
+            inputs = {"base": fingerprint(dense), "text": sha256(rows.numpy().tobytes()).hexdigest()}
+            if resumed:
+                check_inputs(folder, inputs)
             report = run_prune(dense, method, sparsity, rows, progress=run.progress, **chosen)
-            begin(folder, described, resumed=resumed)
+            begin(folder, {**described, "inputs": inputs}, resumed=resumed)
             result: dict[str, Any] = {"pruning": report.as_dict()}
             if recovery_steps:
                 result["recovery"] = recover(

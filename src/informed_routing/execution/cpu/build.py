@@ -13,13 +13,12 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from importlib import resources
 from pathlib import Path
 
 from ...assets.cache import cache_dir, check_trusted, disk_errors, locked, make_cache_folder, sha256_of
 from ...errors import InputError
-from ...files import write_text
+from ...files import scratch_folder, write_text
 
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
 FLAGS_VARIABLE = "INFORMED_ROUTING_CXXFLAGS"
@@ -116,17 +115,17 @@ def loaded(path: Path) -> ctypes.CDLL:
 
 def _compile(found: str, flags: list[str], texts: dict[str, str], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    with scratch_folder(target) as folder:
         for name, text in texts.items():
-            (Path(folder) / name).write_text(text, encoding="utf-8")
-        made = Path(folder) / target.name
+            (folder / name).write_text(text, encoding="utf-8")
+        made = folder / target.name
         done = subprocess.run(
-            [found, *flags, "-o", str(made), str(Path(folder) / "engine.cpp")], capture_output=True, text=True
+            [found, *flags, "-o", str(made), str(folder / "engine.cpp")], capture_output=True, text=True
         )
         if done.returncode:
             first = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
             raise InputError(f"the native engine did not compile: {first}", "Use the torch engine, and report this")
-        made.chmod(made.stat().st_mode & 0o755)  # whatever the umask says: nobody else may write to it
+        made.chmod(made.stat().st_mode & 0o775)  # whatever the umask says: not everybody may write to it
         made.replace(target)
 
 

@@ -70,7 +70,8 @@ def price_table(engine: CpuEngine) -> PriceTable:
     path = cache_dir() / "native" / f"prices-{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"
     stored = read_record(path)
     if stored is not None:
-        return PriceTable(**{name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()})
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
+        return PriceTable(**values)
     table = measure(engine)
     write_record(path, asdict(table))
     return table
