@@ -67,13 +67,16 @@ def scratch_folder(target: Path) -> Iterator[Path]:
             os.close(handle)
 
 
-def remove_left_overs(folder: Path, name: str = "") -> None:
-    """Remove the scratch folders of dead processes in `folder`: those for a target's `name`, or all of them."""
+def remove_left_overs(folder: Path, name: str = "", *, alone: bool = False) -> None:
+    """Remove the scratch folders of dead processes in `folder`: those for a target's `name`, or all of them.
+
+    Unless this process is `alone` to write there, very young ones stay: they may not have their lock yet.
+    """
     stem = _stem(name) if name else "."
     with suppress(OSError):
         for path in list(folder.iterdir()):
             if path.name.startswith(stem) and is_scratch(path.name) and path.is_dir() and not path.is_symlink():
-                _remove_if_dead(path)
+                _remove_if_dead(path, 0.0 if alone else _YOUNG)
 
 
 def is_scratch(name: str) -> bool:
@@ -101,9 +104,9 @@ def _locked(folder: Path) -> int | None:
     return handle
 
 
-def _remove_if_dead(folder: Path) -> None:
+def _remove_if_dead(folder: Path, age: float) -> None:
     with suppress(OSError):
-        if abs(time.time() - folder.stat().st_mtime) < _YOUNG:
+        if abs(time.time() - folder.stat().st_mtime) < age:
             return
         handle = _locked(folder)
         if handle is not None:

@@ -65,9 +65,9 @@ def only_writer(folder: Path) -> Iterator[Path]:
             raise InputError(f"--out {folder} cannot be written: {reason}", "Give another folder") from None
         raise disk_error(folder, error) from error
     try:
-        remove_left_overs(folder.parent, folder.name)
-        remove_left_overs(folder)
-        remove_left_overs(folder / CHECKPOINTS)
+        remove_left_overs(folder.parent, folder.name, alone=True)
+        remove_left_overs(folder, alone=True)
+        remove_left_overs(folder / CHECKPOINTS, alone=True)
         yield folder
     finally:
         with suppress(OSError):

@@ -98,7 +98,7 @@ class Store:
             raise InputError(f"--out {self.root} cannot be written: {reason}", "Give another folder") from None
         try:
             for folder in (self.root, *(self.root / name for name in ("cells", "failed", "speed", "stages", "tasks"))):
-                remove_left_overs(folder)
+                remove_left_overs(folder, alone=True)
             yield
         finally:
             lock.release()
