@@ -196,5 +196,6 @@ def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] 
 def disk_error(path: Path, error: OSError) -> WorkError:
     """What an OSError means to the user."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return WorkError(f"no disk space left while writing {path}", "Free some space and run again with --resume")
+        remedy = "Free some space and run again, with --resume where the command has it"
+        return WorkError(f"no disk space left while writing {path}", remedy)
     return WorkError(f"cannot write {path}: {error.strerror or error}", "Check the folder and its permissions")
