@@ -98,8 +98,10 @@ def is_routing(ref: str) -> bool:
     from informed_routing.assets import resolve_model
 
     folder = Path(ref).expanduser()
-    if (folder / "checkpoints").is_dir() and not (folder / "routing_config.json").exists():
-        raise InputError(f"{ref} holds an unfinished fit", "Run the same `fit` again with --resume")
+    results = ("routing_config.json", "config.json")
+    if (folder / "checkpoints").is_dir() and not any((folder / name).exists() for name in results):
+        command = "prune" if (folder / "checkpoints" / "prune.json").exists() else "fit"
+        raise InputError(f"{ref} holds an unfinished {command}", f"Run the same `{command}` again with --resume")
     source = resolve_model(ref)
     if source.kind != "hub":
         return source.kind == "routing"

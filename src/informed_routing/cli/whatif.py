@@ -128,7 +128,9 @@ def predict(
     with session("whatif predict", common) as run:
         from informed_routing.whatif import predict as run_predict
         from informed_routing.whatif import read_workloads
+        from informed_routing.whatif.plot import check_plot
 
+        check_plot(plot)
         nominal = _nominal(table, workload)
         found = run_predict(
             table,
