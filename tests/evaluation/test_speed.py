@@ -120,7 +120,8 @@ def test_rows_are_measured_at_the_sparsity_they_name() -> None:
         ("torch", "decode", 0.0),
         ("torch", "decode", 0.5),
     ]
-    assert seen[0.0] == seen[0.5] == 2 * (1 + 2 + 1)  # warm-up, repeats, and one run that counts
+    # a look at its numbers, warm-up, repeats, and one run that counts
+    assert seen[0.0] == seen[0.5] == 2 * (1 + 1 + 2 + 1)
     for row in rows:
         full = row["sparsity"]["target"] == 0.5
         assert row["sparsity"]["units"] == (1.0 if full else 0.0)

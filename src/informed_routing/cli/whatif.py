@@ -81,8 +81,9 @@ def measure(
 
         if out.exists() and not resume:
             raise InputError(f"{out} exists", "Give another --out, or --resume to go on with it")
-        loaded = _loaded(folder, run, execution, weights, base)
         nominal = read_workload(workload)
+        _check_dial(folder, sparsity, budget)
+        loaded = _loaded(folder, run, execution, weights, base)
         _run_workload(run, loaded, nominal, prompts, out, resume, sparsity, budget, domain)
         rows = read_rows(out)
         executed, possible = (sum(getattr(row, name) for row in rows) for name in ("executed", "possible"))
@@ -201,6 +202,14 @@ def _loaded(folder: str, run: Session, execution: Any, weights: Any, base: str |
     loaded = load_routed(folder, run, base)
     choose_execution(run, loaded.model, execution, weights)
     return loaded
+
+
+def _check_dial(folder: str, sparsity: float | None, budget: str | None) -> None:
+    """Refuse a share that was not calibrated before the base model is loaded."""
+    from .loading import check_routed, check_shares
+
+    check_routed(folder)
+    check_shares(folder, check_sparsities([] if sparsity is None else [sparsity]), budget)
 
 
 def _nominal(table: Path, workload: Path | None) -> AnyWorkload:

@@ -54,7 +54,8 @@ def log_likelihoods(
 
     At most `max_length` inputs are seen, the last ones. Pairs with the same inputs are computed once, so equal answers
     have equal values. `dtype` is that of the softmax; None is the logits' own, as in lm-evaluation-harness.
-    Raises InputError for an empty continuation or one longer than `max_length`, WorkError for logits that are not finite.
+    Raises InputError for an empty continuation or one longer than `max_length`, WorkError for logits that are not
+    finite.
     """
     progress = progress or NullProgress()
     askers: dict[tuple[int, ...], list[int]] = {}

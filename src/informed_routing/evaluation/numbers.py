@@ -41,7 +41,8 @@ def not_finite(what: str, model: Any, inputs: Tensor | None = None) -> WorkError
     weights = getattr(getattr(getattr(model, "routing_state", None), "native", None), "weights", None)
     dtype = str(model.dtype).removeprefix("torch.")
     formats = dtype if weights in (None, dtype) else f"{dtype} with {weights} weights"
-    return WorkError(f"{what} is not a finite number in {formats}{f' ({found})' if found else ''}", _remedy(model, weights))
+    where = f" ({found})" if found else ""
+    return WorkError(f"{what} is not a finite number in {formats}{where}", _remedy(model, weights))
 
 
 def _remedy(model: Any, weights: str | None) -> str:

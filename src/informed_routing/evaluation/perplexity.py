@@ -1,8 +1,8 @@
 """Perplexity per token on packed text and per word on whole pages, of dense and routed models alike.
 
 Nothing here is random, nothing is padded, and the LM head is applied to a few rows at a time, so that a
-vocabulary of 128k does not decide how much text fits in memory. A loss that is not finite ends the work: every number in
-a result is one.
+vocabulary of 128k does not decide how much text fits in memory. A loss that is not finite ends the work: every number
+in a result is one.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def token_perplexity(
 ) -> PerplexityResult:
     """Perplexity of rows `[n, L]` (int64): every token but a row's first is predicted from those before it.
 
-    Deterministic; leaves the model in the mode it was in. Raises InputError for empty or too short rows, WorkError for a
-    loss that is not finite, or of which no perplexity can be written, naming the sequence.
+    Deterministic; leaves the model in the mode it was in. Raises InputError for empty or too short rows, WorkError for
+    a loss that is not finite, or of which no perplexity can be written, naming the sequence.
     """
     if rows.ndim != 2 or rows.shape[0] == 0 or rows.shape[1] < 2:
         raise InputError(f"rows of shape {tuple(rows.shape)} hold nothing to predict", "Give [n, L] with L >= 2")

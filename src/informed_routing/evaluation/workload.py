@@ -80,8 +80,8 @@ def measure_workload(
 
     `streams` are the domains' texts as int64 [tokens]. With `out` (a Parquet file) rows are written as they come, and
     with `resume` those that are there already are kept; `about` (JSON values) is stored with them. Raises InputError
-    for domains without text, requests longer than their domain's text, and a file that belongs to another run; WorkError
-    for logits or a loss that are not finite, naming the prompt.
+    for domains without text, requests longer than their domain's text, and a file that belongs to another run;
+    WorkError for logits or a loss that are not finite, naming the prompt.
     """
     progress = progress or NullProgress()
     for request in requests:

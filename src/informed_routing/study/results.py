@@ -126,7 +126,11 @@ def average(entry: Entry) -> Value | None:
     """Mean accuracy of the tasks, in per cent."""
 
     def percent(key: str) -> Callable[[Record], float | None]:
-        return lambda record: 100 * record["average"][key] if record.get("average") else None
+        def read(record: Record) -> float | None:
+            value = (record.get("average") or {}).get(key)  # a mean of single documents has no error
+            return None if value is None else 100 * value
+
+        return read
 
     return entry.value(percent("accuracy"), percent("stderr"))
 
