@@ -88,6 +88,12 @@ def test_unknown_engines_and_weights_are_refused(names: list[str], weights: list
         make_engines(None, None, names, weights)
 
 
+def test_float16_is_called_float16() -> None:
+    (engine,) = make_engines(make_tiny("llama").half(), None, ["transformers"], [])
+    assert engine.weights == "float16"
+    assert engine.storage.body == 2
+
+
 def test_prompts_are_repeated_when_the_text_is_short() -> None:
     assert take_prompts(torch.arange(5), 2, 4).tolist() == [[0, 1, 2, 3], [4, 0, 1, 2]]
 

@@ -120,7 +120,8 @@ def benchmark(
         formats = list(dict.fromkeys(weights or [_own_format(loaded.model)]))
         dense = load_base_of(loaded, run) if {"transformers", "compiled"} & set(names) else None
         engines = make_engines(dense, loaded.model, names, formats, policy or "exact")
-        described = {"name": engines[0].name, "reason": reason}
+        first = next((one for one in engines if one.routes), engines[0])
+        described = {"name": first.name, "reason": reason}
         if "native" in names:
             described["policy"] = policy or "exact"
         say_engine(run, described)
@@ -221,10 +222,10 @@ def _runnable(
     from .loading import native_obstacle
 
     if "native" not in names:
-        return names, f"--engine {names[0]} asks for it"
+        return names, "--engine leaves the native one out"
     obstacle = native_obstacle(run, model, kv)
     if obstacle is None:
-        return names, "--engine native asks for it" if explicit else "it runs this model on this machine"
+        return names, "--engine asks for it" if explicit else "it runs this model on this machine"
     if explicit:
         raise InputError(f"the native engine cannot run {folder}: {obstacle}", "Leave out --engine native")
     return [name for name in names if name != "native"], f"not native: {obstacle}"
@@ -235,12 +236,13 @@ def _documents(run: Session, folder: str, refs: Sequence[str]) -> list[str]:
     from informed_routing.evaluation.parts import part_of
 
     from .loading import fitted_of
+    from .texts import part_words
 
     found = []
     for ref in refs:
         part = part_of(ref, None, fitted_of(folder, "routed"))
         if not ref.startswith("demo:"):
-            run.progress.message(f"prompts from {ref}: its {part.split} part ({part.reason})")
+            run.progress.message(f"prompts from {ref}: {part_words(part.split)} ({part.reason})")
         found += part.documents
     return found
 

@@ -25,7 +25,7 @@ from .common import (
 )
 from .loading import PolicyOption
 from .tasks import TaskOptions, run_tasks
-from .texts import Split, Text, load_all
+from .texts import Split, Text, load_all, part_words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -208,10 +208,9 @@ def _check_policy(policy: str | None, targets: Sequence[float], tasks: bool) -> 
 
 def _part_line(text: Text, task: Mapping[str, Any]) -> str:
     """Which part of a text was scored, and how much that is."""
-    part = "all of it" if text.split == "all" else f"its {text.split} part"
     unit = "pages" if text.pages else "documents"
     rows = f" in rows of {text.length}" if text.rows is not None else ""
-    return f"[{text.name}: {part} ({text.reason}), {text.documents} {unit}, {task['tokens']} tokens{rows}]"
+    return f"[{text.name}: {part_words(text.split)} ({text.reason}), {text.documents} {unit}, {task['tokens']} tokens{rows}]"
 
 
 def show_runs(console: Console, runs: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> None:

@@ -35,6 +35,11 @@ class Text:
         }
 
 
+def part_words(split: str) -> str:
+    """A part of a text, in words."""
+    return "all of it" if split == "all" else f"its {split} part"
+
+
 def choose_parts(refs: Sequence[str], split: Split | None, fitted: Fitted | None) -> list[tuple[str, bool, Part]]:
     """(name, whether it holds pages, the documents to score) of each text. Reads all of them, and no model."""
     from informed_routing.evaluation.parts import part_of
