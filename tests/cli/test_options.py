@@ -162,5 +162,5 @@ def clip(folder: Path, budget: str, highest: float) -> None:
     config = json.loads(path.read_text())
     config["thresholds"] = [row for row in config["thresholds"] if row[budget] <= highest]
     config["sparsity"] = min(config["sparsity"], *(row[config["budget"]] for row in config["thresholds"][-1:]))
-    assert 0 < config["sparsity"]
+    assert config["sparsity"] > 0
     path.write_text(json.dumps(config))

@@ -210,7 +210,8 @@ def _part_line(text: Text, task: Mapping[str, Any]) -> str:
     """Which part of a text was scored, and how much that is."""
     unit = "pages" if text.pages else "documents"
     rows = f" in rows of {text.length}" if text.rows is not None else ""
-    return f"[{text.name}: {part_words(text.split)} ({text.reason}), {text.documents} {unit}, {task['tokens']} tokens{rows}]"
+    amount = f"{text.documents} {unit}, {task['tokens']} tokens{rows}"
+    return f"[{text.name}: {part_words(text.split)} ({text.reason}), {amount}]"
 
 
 def show_runs(console: Console, runs: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> None:

@@ -159,7 +159,7 @@ def check(
 ) -> None:
     """Measure some targets directly and compare with what was predicted. Tables that are there are used again.
 
-    Example: informed-routing whatif check out table.parquet --targets targets.yaml --only long --out checks
+    Example: informed-routing whatif check out table.parquet --targets targets.yaml --only longer --out checks
     """
     check_at_least("--prompts", [prompts], 1)
     with session("whatif check", common) as run:
