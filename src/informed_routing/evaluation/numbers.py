@@ -58,9 +58,9 @@ def _remedy(model: Any, weights: str | None) -> str:
 
 def _origin(model: Any, inputs: Tensor) -> str | None:
     """Where the first value that is not finite stands in a forward by torch; None when the model shows no layers."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    layers = list(getattr(decoder, "layers", ()))
-    if not layers:
+    try:
+        layers = list(model.get_decoder().layers)
+    except Exception:  # a model of another kind
         return None
     bad: list[int] = []
 
