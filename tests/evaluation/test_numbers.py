@@ -142,3 +142,21 @@ def test_metrics_of_tasks() -> None:
     assert _checked(result(acc=1.0, acc_stderr=math.nan)).metrics == {"acc": 1.0}
     with pytest.raises(WorkError, match="acc of task boolq is nan"):
         _checked(result(acc=math.nan))
+
+
+def test_scores_of_pruning() -> None:
+    from informed_routing.baselines.static import prune
+
+    with pytest.raises(WorkError, match=r"the score of layers.1 is not a finite number in float16 \(first in layer 1"):
+        prune(overflowing(), "shortgpt", 0.34, random_ids(2, 12))
+
+
+def test_slices_and_closed_forms() -> None:
+    from informed_routing.baselines.static import prune
+    from informed_routing.config import ForecasterConfig
+    from informed_routing.training.forecast import fit_closed_form
+
+    with pytest.raises(WorkError, match="weights that are not finite numbers in float16"):
+        prune(overflowing(), "slicegpt", 0.34, random_ids(2, 12))
+    with pytest.raises(WorkError, match=r"the ffn unit of layer 1 is not a finite number in float32"):
+        fit_closed_form(broken(make_routed()), random_ids(4, 16), ForecasterConfig(rank=8))

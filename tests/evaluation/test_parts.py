@@ -73,6 +73,16 @@ def test_relative_names_are_compared_by_place(tmp_path: Path, read: Path, monkey
     assert part_of("./read.jsonl", None, known).split == "heldout"
 
 
+def test_names_with_commas_several_texts_in_one_and_columns(tmp_path: Path, read: Path) -> None:
+    odd = write(tmp_path / "a,b.jsonl", 300, 20)
+    known = fitted_on(fitted(tmp_path / "out", [f"{read},{odd}"]))
+    assert [len(source.files) for source in known.sources] == [1, 1]
+    for ref in (str(read), str(odd)):
+        assert part_of(ref, None, known).split == "heldout"
+    by_column = fitted_on(fitted(tmp_path / "column", [f"{read}:text"]))
+    assert part_of(str(read), None, by_column).split == "heldout"
+
+
 def test_what_cannot_be_compared_counts_as_read(tmp_path: Path, read: Path) -> None:
     out = fitted(tmp_path / "out", [str(read)], old=True)
     read.unlink()

@@ -220,26 +220,33 @@ def _sha256(path: Path) -> str:
 
 def _sources(ref: str) -> list[Source]:
     """The texts of a reference as `load_texts` takes it, with their files in the order in which they are read."""
-    whole = Path(ref).expanduser()
-    return [_source(part.strip()) for part in ([ref] if _exists(whole) else ref.split(","))]
+    pieces, found, start = ref.split(","), [], 0
+    while start < len(pieces):
+        ends = range(len(pieces), start + 1, -1)  # a comma in the name of a file does not separate
+        end = next((end for end in ends if _files(",".join(pieces[start:end]).strip())), start + 1)
+        found.append(_source(",".join(pieces[start:end]).strip()))
+        start = end
+    return found
 
 
 def _source(ref: str) -> Source:
     if ref.startswith("demo:"):
         return Source(ref)
-    path = Path(ref).expanduser()
-    names = [str(path)] if _exists(path) else sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207  (any root)
-    files = [Path(name).resolve() for name in names if Path(name).is_file()]
-    found = tuple(TextFile(file.stat().st_size, str(file)) for file in files)
+    name, _, column = ref.rpartition(":")
+    plain = name if name and column and _files(name) and not _files(ref) else ref  # one column of files
+    found = tuple(TextFile(file.stat().st_size, str(file)) for file in _files(plain))
     local = any(sign in ref for sign in "*?[") or ref.startswith(("/", ".", "~")) or _has_suffix(ref)
     return Source(ref, found, missing=local and not found)
 
 
-def _exists(path: Path) -> bool:
+def _files(ref: str) -> list[Path]:
+    """The files of a path or glob, in the order in which they are read."""
+    path = Path(ref).expanduser()
     try:
-        return path.exists()
-    except OSError:  # names that are too long are none
-        return False
+        names = [str(path)] if path.exists() else sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207
+        return [Path(name).resolve() for name in names if Path(name).is_file()]
+    except (OSError, ValueError):  # a name that is too long, or holds what no name may
+        return []
 
 
 def _has_suffix(ref: str) -> bool:
