@@ -126,7 +126,8 @@ def test_perplexities_that_cannot_be_written() -> None:
         exponential(800.0, "token perplexity")
 
     class Letters:
-        bos_token_id, eos_token_id = None, 2
+        bos_token_id: int | None = None
+        eos_token_id: int | None = 2
 
         def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
             return [3 + ord(letter) % 100 for letter in text]

@@ -87,12 +87,14 @@ def _rows(documents: Sequence[str], tokenizer: Any, length: int, limit: int | No
     def packed(count: int) -> Any:
         return pack(documents[:count], tokenizer, length, shorten=True)
 
-    def filled(count: int) -> bool:
-        rows = packed(count)
-        return rows.shape[1] == length and len(rows) >= limit
-
     if limit is None:
         return packed(len(documents)), len(documents)
+    wanted = limit
+
+    def filled(count: int) -> bool:
+        rows = packed(count)
+        return rows.shape[1] == length and len(rows) >= wanted
+
     high = 1
     while high < len(documents) and not filled(high):
         high *= 2

@@ -75,8 +75,8 @@ def log_likelihoods(
                 for number in askers[row.inputs]:
                     results[number] = _score(scores, pairs[number][1])
                     if not math.isfinite(results[number][0]):
-                        inputs = torch.tensor([row.inputs])
-                        raise not_finite(f"the log-likelihood of answer {number + 1}", model, inputs)
+                        what = f"the log-likelihood of answer {number + 1}"
+                        raise not_finite(what, model, torch.tensor([row.inputs]))
             finished += len(batch)
             progress.advance(finished)
     return results
