@@ -34,7 +34,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	@test -f $(OUT)/routing_config.json || { echo "No routed model in $(OUT): run 'make demo' first" >&2; exit 1; }
-	$(BIN)/informed-routing benchmark $(OUT) --sparsity 0.15 --sparsity 0.25 --sparsity 0.4 --prompt-tokens 512
+	$(BIN)/informed-routing benchmark $(OUT) --prompt-tokens 512
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from pydantic import ValidationError
@@ -278,6 +278,9 @@ class RoutedModelForCausalLM(PreTrainedModel):
         """
         if not 0 <= sparsity < 1:
             raise InputError(f"sparsity {sparsity} is not between 0 and 1", "Give a share such as 0.25")
+        for given, known in ((budget, get_args(Budget)), (decision, get_args(Decision))):
+            if given is not None and given not in known:
+                raise InputError(f"{given!r} is not known", f"Choose one of {', '.join(known)}")
         decision = decision or self.routing_config.selection.decision
         if sparsity == 0:
             self.set_decision(AlwaysExecute())

@@ -14,7 +14,8 @@ from informed_routing.routing.limits import STORAGE, Balance, Storage
 
 EngineName = Literal["native", "torch", "transformers", "compiled"]
 ENGINES: tuple[EngineName, ...] = ("native", "torch", "transformers", "compiled")
-_SHORT = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "bfloat16"}
+_SHORT = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_AS_LARGE = {"float16": "bfloat16"}  # what a format costs to read
 
 
 class Engine:
@@ -28,7 +29,7 @@ class Engine:
 
     @property
     def storage(self) -> Storage:
-        return STORAGE.get(self.weights, STORAGE[_SHORT[self.model.dtype]])
+        return STORAGE[_AS_LARGE.get(self.weights, self.weights)]
 
     @property
     def balance(self) -> Balance:
@@ -73,14 +74,14 @@ class RoutedEngine(Engine):
 
     routes = True
 
-    def __init__(self, model: Any, weights: str | None = None) -> None:
+    def __init__(self, model: Any, weights: str | None = None, policy: str = "exact") -> None:
         super().__init__(model, "torch" if weights is None else f"native {weights}")
         self.holder: Any = None
         if weights is not None:
             from informed_routing.execution.native import NativeExecution
 
             self.weights = weights
-            self.holder = NativeExecution(weights)  # type: ignore[arg-type]
+            self.holder = NativeExecution(weights, policy=policy)  # type: ignore[arg-type]
             self.holder.of(model)
 
     @property
@@ -94,25 +95,32 @@ class RoutedEngine(Engine):
         self.model.set_sparsity(sparsity, budget, "threshold")  # the rule that can generate
 
 
-def make_engines(dense: Any, routed: Any, names: Sequence[str], weights: Sequence[str]) -> list[Engine]:
-    """Engines by name; `native` once for each format in `weights`. Raises InputError for unknown names."""
+def check_names(names: Sequence[str], weights: Sequence[str]) -> None:
+    """Raise InputError for engines and formats of weights that are not known."""
     from informed_routing.execution.cpu.packing import FORMATS
 
-    for one in weights:
-        if one not in FORMATS:
-            raise InputError(f"weights {one!r} are not known", f"Choose some of {', '.join(FORMATS)}")
+    for kind, given, known in (("engine", names, ENGINES), ("weights", weights, (*FORMATS, "float16"))):
+        for one in given:
+            if one not in known:
+                raise InputError(f"--{kind} {one} is not known", f"Choose some of {', '.join(known)}")
+
+
+def make_engines(
+    dense: Any, routed: Any, names: Sequence[str], weights: Sequence[str], policy: str = "exact"
+) -> list[Engine]:
+    """Engines by name; `native` once for each format in `weights`, with `policy`. Raises InputError for unknown names.
+
+    `dense` is the base model, and may be None where neither `transformers` nor `compiled` is asked for.
+    """
+    check_names(names, weights)
     engines: list[Engine] = []
     for name in names:
         if name == "native":
-            engines += [RoutedEngine(routed, one) for one in weights]
+            engines += [RoutedEngine(routed, one, policy) for one in weights]
         elif name == "torch":
             engines.append(RoutedEngine(routed))
-        elif name == "transformers":
-            engines.append(Engine(dense))
-        elif name == "compiled":
-            engines.append(CompiledEngine(dense))
         else:
-            raise InputError(f"engine {name!r} is not known", f"Choose some of {', '.join(ENGINES)}")
+            engines.append(Engine(dense) if name == "transformers" else CompiledEngine(dense))
     return engines
 
 

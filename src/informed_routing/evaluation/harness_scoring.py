@@ -8,6 +8,7 @@ masked, so that a routed model neither executes nor counts it.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from informed_routing.errors import InputError
+from informed_routing.evaluation.numbers import not_finite
 from informed_routing.progress import NullProgress, Progress
 from informed_routing.routing.decision import AlwaysExecute, Threshold
 
@@ -52,7 +54,8 @@ def log_likelihoods(
 
     At most `max_length` inputs are seen, the last ones. Pairs with the same inputs are computed once, so equal answers
     have equal values. `dtype` is that of the softmax; None is the logits' own, as in lm-evaluation-harness.
-    Raises InputError for an empty continuation or one longer than `max_length`.
+    Raises InputError for an empty continuation or one longer than `max_length`, WorkError for logits that are not
+    finite.
     """
     progress = progress or NullProgress()
     askers: dict[tuple[int, ...], list[int]] = {}
@@ -71,6 +74,9 @@ def log_likelihoods(
                 scores = F.log_softmax(logits, dim=-1, dtype=dtype)
                 for number in askers[row.inputs]:
                     results[number] = _score(scores, pairs[number][1])
+                    if not math.isfinite(results[number][0]):
+                        what = f"the log-likelihood of answer {number + 1}"
+                        raise not_finite(what, model, torch.tensor([row.inputs]))
             finished += len(batch)
             progress.advance(finished)
     return results

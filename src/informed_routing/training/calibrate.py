@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import Budget, CalibrationConfig, ThresholdRow
-from ..errors import InputError
+from ..errors import InputError, WorkError
 from ..progress import NullProgress, Progress
 from ..routed_model import RoutedModelForCausalLM
 from ..routing.budget import BudgetMeter
@@ -196,6 +196,14 @@ def _measure(model: RoutedModelForCausalLM, rows: Tensor, threshold: float, batc
     finally:
         state.record_margins = False
         state.margins.clear()
+    margins = torch.cat(collected, dim=1)
+    if bool(margins.isnan().any()):  # infinite ones are tokens that always execute
+        unit = model.units[int(margins.isnan().any(1).nonzero()[0])]
+        raise WorkError(
+            f"calibration: margins are not finite in {str(model.dtype).removeprefix('torch.')}, first of the "
+            f"{unit.kind} unit of layer {unit.index // 2}",
+            "Use --dtype bfloat16 or float32",
+        )
     stats, gains = model.routing_stats(), model.routing_config.latency
     model.reset_routing_stats()
     row = ThresholdRow(
@@ -206,7 +214,7 @@ def _measure(model: RoutedModelForCausalLM, rows: Tensor, threshold: float, batc
         macs=stats["macs"],
         latency=gains.saved(stats["attention"], stats["ffn"]) if gains else 0.0,
     )
-    return _Measured(torch.cat(collected, dim=1), row)
+    return _Measured(margins, row)
 
 
 def _predicted(margins: Tensor, threshold: float, meter: BudgetMeter) -> float:

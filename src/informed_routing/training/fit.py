@@ -20,6 +20,7 @@ from ..config import LatencyGains, Recipe
 from ..errors import InputError
 from ..evaluation.environment import environment
 from ..evaluation.latency import measure_latency
+from ..evaluation.parts import text_records
 from ..execution.native import native_reason
 from ..files import disk_error, write_json, write_several, write_text
 from ..folders import CHECKPOINTS, check_apart_from, only_writer, put_folder
@@ -511,6 +512,7 @@ class _Fit:
         result = {
             "recipe": self.recipe.model_dump(mode="json"),
             "stages": self.report,
+            "texts": text_records(self.recipe.data, locate(self.recipe.start) if self.recipe.start else None),
             "informed_routing": __version__,
             "environment": environment(),
             "dtype": str(self.base.dtype).removeprefix("torch."),
