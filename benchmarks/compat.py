@@ -71,7 +71,7 @@ def must(done: Done, what: str, remedy: str) -> Done:
 
 def pins(constraints: Path) -> dict[str, str]:
     """The versions of constraints.txt that hold for this interpreter, by canonical name."""
-    found = {}
+    found: dict[str, str] = {}
     for line in constraints.read_text(encoding="utf-8").splitlines():
         if line.strip() and not line.startswith("#"):
             one = Requirement(line)
@@ -84,7 +84,7 @@ def requirements() -> dict[str, Requirement]:
     """What the package asks for, its extra `eval` included, by canonical name."""
     wanted = [Requirement(line) for line in metadata.requires("informed-routing") or []]
     kept = [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": "eval"})]
-    return {canonicalize_name(one.name): one for one in kept}
+    return {str(canonicalize_name(one.name)): one for one in kept}
 
 
 def environments(asked: dict[str, Requirement], pinned: dict[str, str]) -> dict[str, dict[str, str]]:

@@ -49,8 +49,8 @@ class Shell:
             (folder / "bin" / "python").touch()
             (folder / "lib" / "python3.11" / "site-packages").mkdir(parents=True)
         elif "install" in command:
-            exact = dict(part.split("==") for part in command if part.partition("==")[0] in compat.PACKAGES)
-            self.versions[command[0]] = exact
+            pairs = [part.split("==") for part in command if part.partition("==")[0] in compat.PACKAGES]
+            self.versions[command[0]] = dict(pairs)
         elif "-c" in command:
             output = json.dumps({**dict.fromkeys(compat.RECORDED, "1.0"), **self.versions[command[0]]})
         elif "pytest" in command:
