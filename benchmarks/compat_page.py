@@ -21,7 +21,7 @@ with loaded models. *Oldest* has the lower bounds of `pyproject.toml`, *pinned* 
 
 
 def page(rows: Sequence[Row], suites: Sequence[str]) -> str:
-    """The whole page; rows that were measured on other code than the last one say so."""
+    """The whole page; the machine and the commit of each row stand at its end."""
     parts = [ABOUT, "## Versions", _versions(rows), "## Tests: passed", _results(rows, suites)]
     parts += ["A cell with failures or skipped tests says so; all others passed."]
     for row in rows:
