@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from informed_routing.errors import InputError
+from informed_routing.models.calls import cached
 from informed_routing.routing.limits import STORAGE, Balance, Storage
 
 EngineName = Literal["native", "torch", "transformers", "compiled"]
@@ -45,7 +46,7 @@ class Engine:
 
     def step(self, ids: Tensor, cache: Any) -> Tensor:
         """Logits [B, 1, vocabulary] of the last position after `ids` [B, n] on top of `cache`."""
-        return self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return self.model(input_ids=ids, **cached(self.model, cache), use_cache=True, logits_to_keep=1).logits
 
 
 class CompiledEngine(Engine):
@@ -66,7 +67,7 @@ class CompiledEngine(Engine):
 
     def step(self, ids: Tensor, cache: Any) -> Tensor:
         with torch.no_grad():
-            return self._forward(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            return self._forward(input_ids=ids, **cached(self.model, cache), use_cache=True, logits_to_keep=1).logits
 
 
 class RoutedEngine(Engine):
@@ -79,15 +80,16 @@ class RoutedEngine(Engine):
         self.holder: Any = None
         if weights is not None:
             from informed_routing.execution.native import NativeExecution
+            from informed_routing.execution.self_check import check_engine
 
             self.weights = weights
             self.holder = NativeExecution(weights, policy=policy)  # type: ignore[arg-type]
-            self.holder.of(model)
+            check_engine(model, self.holder)
 
     @property
     def balance(self) -> Balance:
-        table = None if self.holder is None else getattr(self.holder.of(self.model), "table", None)
-        return super().balance if table is None else table.balance
+        own = None if self.holder is None else self.holder.of(self.model).balance
+        return super().balance if own is None else own
 
     def use(self, sparsity: float, budget: str | None) -> None:
         state = self.model.routing_state

@@ -20,6 +20,8 @@ from transformers import DynamicCache
 
 from informed_routing.errors import InputError
 from informed_routing.evaluation.numbers import not_finite
+from informed_routing.execution.changes import unchanging
+from informed_routing.models.calls import cached
 from informed_routing.progress import NullProgress, Progress
 from informed_routing.routing.decision import AlwaysExecute, Threshold
 
@@ -68,7 +70,7 @@ def log_likelihoods(
     rows = [_Row(inputs, max(len(pairs[n][1]) for n in numbers)) for inputs, numbers in askers.items()]
     results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
     finished = 0
-    with torch.inference_mode():
+    with torch.inference_mode(), unchanging(model):
         for shared, batch in _batches(rows, batch_size, share=may_share(model)):
             for row, logits in zip(batch, _wanted_logits(model, shared, batch), strict=True):
                 scores = F.log_softmax(logits, dim=-1, dtype=dtype)
@@ -151,7 +153,7 @@ def _wanted_logits(model: Any, shared: int, rows: list[_Row]) -> list[Tensor]:
     first = min(length - row.wanted for row, length in zip(rows, lengths, strict=True))
     arguments: dict[str, Any] = {"use_cache": cache is not None}
     if cache is not None:
-        arguments["past_key_values"] = cache
+        arguments |= cached(model, cache)
     if min(lengths) < longest:
         arguments["attention_mask"] = mask.to(model.device)
     logits = _forward(model, inputs, longest - first, arguments)
@@ -164,7 +166,7 @@ def _wanted_logits(model: Any, shared: int, rows: list[_Row]) -> list[Tensor]:
 def _prefix(model: Any, tokens: tuple[int, ...], repeats: int) -> DynamicCache:
     """The cache of `tokens`, once for each of the rows that continue them."""
     cache = DynamicCache(config=model.config)
-    _forward(model, torch.tensor([tokens]), 1, {"past_key_values": cache, "use_cache": True})
+    _forward(model, torch.tensor([tokens]), 1, {**cached(model, cache), "use_cache": True})
     cache.batch_repeat_interleave(repeats)
     return cache
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from informed_routing.errors import InputError
 from informed_routing.evaluation.numbers import exponential, not_finite
+from informed_routing.execution.changes import unchanging
 from informed_routing.progress import NullProgress, Progress
 
 HEAD_ROWS = 256  # positions whose logits are held at once: 256 x 49,152 float32 is 50 MB
@@ -215,7 +216,7 @@ def _score(
     total, tokens, sequences = 0.0, 0, 0
     start = time.perf_counter()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), unchanging(model):
             for number, (inputs, targets) in enumerate(batches, 1):
                 loss = _batch_loss(model, inputs, targets)
                 if not math.isfinite(loss):

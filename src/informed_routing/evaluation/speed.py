@@ -22,6 +22,7 @@ from informed_routing.errors import InputError
 from informed_routing.evaluation.engines import Engine
 from informed_routing.evaluation.numbers import not_finite
 from informed_routing.evaluation.perplexity import sparsity_record
+from informed_routing.execution.changes import unchanging
 from informed_routing.progress import NullProgress, Progress
 from informed_routing.routing.limits import limit_speedup
 
@@ -107,7 +108,7 @@ def decode_callable(
         return cache
 
     def run(cache: Any) -> Tensor:
-        with torch.inference_mode():
+        with torch.inference_mode(), unchanging(engine.model):
             steps = following.split(1, dim=1)
             return torch.cat([engine.step(token.contiguous(), cache).argmax(-1) for token in steps], dim=1)
 

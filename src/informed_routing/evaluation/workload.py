@@ -22,7 +22,9 @@ from transformers import DynamicCache
 
 from informed_routing.errors import InputError
 from informed_routing.evaluation.numbers import not_finite
+from informed_routing.execution.changes import unchanging
 from informed_routing.files import write_atomically
+from informed_routing.models.calls import cached
 from informed_routing.progress import NullProgress, Progress
 
 SAVE_EVERY = 100
@@ -127,12 +129,12 @@ def _run(model: Any, piece: Tensor, prompt: int) -> _Run:
     model.reset_routing_stats()
     cache = DynamicCache(config=model.config)
     losses, seconds = [], []
-    with torch.inference_mode():
+    with torch.inference_mode(), unchanging(model):
         steps = [piece[:, :prompt], *(piece[:, at : at + 1] for at in range(prompt, piece.shape[1]))]
         for i, ids in enumerate(steps):
             _wait(model.device)
             begun = time.perf_counter()
-            logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = model(input_ids=ids, **cached(model, cache), use_cache=True, logits_to_keep=1).logits
             _wait(model.device)
             seconds.append(time.perf_counter() - begun)
             last = logits[:, -1].float()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -46,6 +47,11 @@ def identity(model: Any) -> int:
         parts += [value if isinstance(value, (int, float)) else repr(value) for value in values]
     parts += [(p.data_ptr(), tuple(p.shape), 0 if p.is_inference() else p._version) for p in copied(model)]
     return hash(tuple(parts))
+
+
+def unchanging(model: Any) -> AbstractContextManager[None]:
+    """For loops of calls of any model, between which its weights do not change: an engine compares them once."""
+    return model.weights_fixed() if hasattr(model, "weights_fixed") else nullcontext()
 
 
 def copied(model: Any) -> Iterable[nn.Parameter]:
