@@ -4,11 +4,12 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 OUT ?= out/demo
 PYTEST_ARGS ?=
+COMPAT_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint bench slow clean
+.PHONY: install demo test lint bench slow compat clean
 .DEFAULT_GOAL := demo
 
 install: $(STAMP)
@@ -34,10 +35,14 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	@test -f $(OUT)/routing_config.json || { echo "No routed model in $(OUT): run 'make demo' first" >&2; exit 1; }
-	$(BIN)/informed-routing benchmark $(OUT) --sparsity 0.15 --sparsity 0.25 --sparsity 0.4 --prompt-tokens 512
+	$(BIN)/informed-routing benchmark $(OUT) --prompt-tokens 512
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)
+
+# The parity tests with the oldest, the tested and the newest transformers, peft, accelerate and lm-eval.
+compat: $(STAMP)
+	$(BIN)/python benchmarks/compat.py $(COMPAT_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

@@ -36,6 +36,7 @@ from informed_routing.execution.call import Rows
 from informed_routing.execution.gpu.engine import GpuEngine
 from informed_routing.execution.gpu.graph import Recorded
 from informed_routing.files import write_json
+from informed_routing.models.calls import cached
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.routing.decision import AlwaysExecute, Threshold
 from informed_routing.routing.limits import STORAGE, Balance, limit_speedup
@@ -200,7 +201,7 @@ class Bench:
             return Contestant("transformers", lambda: self.dense(input_ids=ids, logits_to_keep=1), {})
         cache = StaticCache(config=self.dense.config, max_cache_len=case.length + self.steps + 8)
         prompt = torch.randint(self.shape.vocabulary, (case.batch, case.length), device=self.device)
-        self.dense(input_ids=prompt, past_key_values=cache, logits_to_keep=1)
+        self.dense(input_ids=prompt, **cached(self.dense, cache), logits_to_keep=1)
         place = torch.full((case.batch, 1), case.length, device=self.device)
         step = torch.compile(self.dense.forward, mode="reduce-overhead") if self.records else self.dense.forward
 
@@ -208,7 +209,7 @@ class Bench:
             for layer in cache.layers:
                 layer.cumulative_length.fill_(case.length)  # type: ignore[union-attr]
             for _ in range(self.steps):
-                step(input_ids=ids, past_key_values=cache, position_ids=place, logits_to_keep=1)
+                step(input_ids=ids, **cached(self.dense, cache), position_ids=place, logits_to_keep=1)
 
         name = "transformers compiled, static cache" if self.records else "transformers, static cache"
         return Contestant(name, run, {})

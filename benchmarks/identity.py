@@ -21,6 +21,7 @@ from informed_routing.baselines.dynamic import RECIPES, attach
 from informed_routing.baselines.static import METHODS, prune
 from informed_routing.evaluation.environment import environment
 from informed_routing.files import write_json
+from informed_routing.models.calls import cache_of, cached
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.routing.decision import Threshold
 
@@ -104,7 +105,7 @@ def predictor(name: str, ids: Tensor) -> dict[str, Any]:
     out = model(ids[:, :32], use_cache=True)
     parts = [gates()]
     for place in range(32, ids.shape[1]):
-        out = model(ids[:, place : place + 1], past_key_values=out.past_key_values)
+        out = model(ids[:, place : place + 1], **cached(model, cache_of(out)))
         parts.append(gates())
     steps = torch.cat(parts, -1)
     different = int((steps != whole).sum())

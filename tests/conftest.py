@@ -1,4 +1,4 @@
-"""What all tests share: two threads, the embedded default (fetched once into the user cache), tiny models."""
+"""What all tests share: two threads or fewer, the embedded default (fetched once into the user cache), tiny models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.tiny import make_tiny
 
 from informed_routing.assets import DEMO_MODEL, load_model, load_texts, load_tokenizer
 
-torch.set_num_threads(2)
+torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", "2"))))
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,21 @@
 """Informed routing: execute or forecast each unit of a language model, per token.
 
 Names are loaded on first use, so that importing the package costs nothing. The routed classes must however be known
-to transformers for `AutoModelForCausalLM`; a small hook registers them when transformers is there already.
+to transformers for `AutoModelForCausalLM`; a small hook registers them when its auto classes are imported.
 """
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from .registration import register_with_transformers
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "RoutedModelForCausalLM": "routed_model",
-    "RoutedConfig": "routed_model",
+    "RoutedConfig": "auto_config",
     "Recipe": "config",
     "RoutingConfig": "config",
     "InformedRoutingError": "errors",
@@ -24,9 +25,10 @@ _EXPORTS = {
 }
 
 if TYPE_CHECKING:
+    from .auto_config import RoutedConfig
     from .config import Recipe, RoutingConfig
     from .errors import InformedRoutingError, InputError, WorkError
-    from .routed_model import RoutedConfig, RoutedModelForCausalLM
+    from .routed_model import RoutedModelForCausalLM
     from .training.fit import fit
 
 __all__ = [
@@ -48,5 +50,4 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
 
 
-if "transformers" in sys.modules:
-    import_module(".routed_model", __name__)
+register_with_transformers()

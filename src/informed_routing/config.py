@@ -353,11 +353,24 @@ class ThresholdRow(_Measured):
     latency: float = Field(0.0, description="share of the time saved, by the table of RoutingConfig.latency")
 
 
+class BasePrint(Frozen):
+    """What tells a base model from another in any floating-point type (models/fingerprint.py)."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(description="of the weights that this was made from")
+    layout: str = Field(description="of the names and shapes of all weights")
+    vocabulary: int = Field(description="rows of the embedding")
+    digests: dict[str, str] = Field(description="of all weights, as they are in each floating-point type")
+    sketch: str = Field("", description="sums of each tensor of a half-precision model, to tell the other half by")
+    facts: dict[str, Any] = Field(default_factory=dict, description="settings of the model that change its results")
+
+
 class BaseModelReference(Frozen):
-    name: str
+    name: str = Field(description="where the base model is: an absolute path, a Hub id, or demo:...")
     revision: str | None = None
-    fingerprint: str
+    fingerprint: str = Field(description="of some weights, rounded: all that earlier versions stored and compared")
     model_type: str
+    weights: BasePrint | None = Field(None, description="absent in folders of earlier versions")
+    near: str | None = Field(None, description="path of a local base model as seen from the routing folder")
 
 
 class RoutingConfig(Frozen):

@@ -35,6 +35,8 @@ def model_card(config: RoutingConfig, fitted: dict[str, Any]) -> str:
             f"model.set_sparsity({config.sparsity})",
             "```",
             "",
+            "Programs that import only transformers load it with `trust_remote_code=True`.",
+            "",
             f"Calibrated on unseen text of {', '.join(fitted['recipe']['data'])} "
             f"in sequences of {config.calibration_context} tokens. Shares approximated; `macs` is the share of the "
             "body's multiply-accumulates saved, with routers and forecasts charged:",

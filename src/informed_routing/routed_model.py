@@ -15,13 +15,14 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from .auto_config import RoutedConfig
 from .config import (
     BaseModelReference,
     Budget,
@@ -36,11 +37,13 @@ from .config import (
     method_of,
 )
 from .errors import InputError
-from .execution.layer import NOT_CAUSAL, add_routing, remove_routing, routed_decoder_class
-from .execution.self_check import Check, check_engine
+from .execution.layer import NOT_CAUSAL, add_routing, routed_decoder_class
+from .execution.self_check import Check, check_engine, skipped
 from .models import calls
 from .models.families import family_of
-from .models.fingerprint import fingerprint
+from .models.fingerprint import reference_to
+from .models.restore import all_or_nothing
+from .models.runtime_classes import made_by
 from .routing.budget import RoutingStats, UnitCost, capacity_for, unit_costs
 from .routing.decision import AlwaysExecute, DecisionRule, Threshold, TopK
 from .routing.routed_unit import Execution, KeyValues, RoutedUnit, RoutingState
@@ -55,12 +58,6 @@ RANGE_SLACK = 0.005
 """How far above the last measured share a sparsity may lie: targets are met to a fraction of a point."""
 
 
-class RoutedConfig(PreTrainedConfig):
-    """Lets `AutoModelForCausalLM` find a routing folder; the real settings are in routing_config.json."""
-
-    model_type = "informed_routing"
-
-
 class RoutedModelForCausalLM(PreTrainedModel):
     """Base of all routed models. Build one with `from_pretrained` (a routing folder) or `attach` (a live model)."""
 
@@ -72,6 +69,7 @@ class RoutedModelForCausalLM(PreTrainedModel):
     # -- building ---------------------------------------------------------------------------------------
 
     @classmethod
+    @all_or_nothing
     def attach(
         cls,
         model: PreTrainedModel,
@@ -83,22 +81,21 @@ class RoutedModelForCausalLM(PreTrainedModel):
         routing_config: RoutingConfig | None = None,
         name: str = "",
         revision: str | None = None,
+        self_check: bool = True,
     ) -> RoutedModelForCausalLM:
         """Give a dense model routed layers, in place, with fresh (or, for `routing_config`, unloaded) weights.
 
         Forecaster, router, selection and `kv` are the parts that make a method; `routing_config` holds all of them.
         Every token executes until `set_sparsity`, so logits are the base model's. Raises InputError for an unknown
-        family, a rank above the hidden size, or parts that do not go together.
+        family, a rank above the hidden size, parts that do not go together, and where a few tokens show that the
+        routed model does not compute what it must with the versions installed (`self_check`).
         """
         if isinstance(model, RoutedModelForCausalLM):
             raise InputError("the model is routed already", "Load the dense base model first")
-        family = family_of(model.config.model_type)
+        family_of(model.config.model_type)  # first of all: it says which families there are
         hidden_size = model.config.hidden_size
-        print_of_base = fingerprint(model)
         if routing_config is None:
-            reference = BaseModelReference(
-                name=name, revision=revision, fingerprint=print_of_base, model_type=model.config.model_type
-            )
+            reference = reference_to(model, name, revision)
             forecaster, router = forecaster or ForecasterConfig(), router or RouterConfig()
             routing_config = _fresh_config(model, reference, forecaster, router, selection or SelectionConfig(), kv)
         forecaster, router, selection = routing_config.forecaster, routing_config.router, routing_config.selection
@@ -114,67 +111,117 @@ class RoutedModelForCausalLM(PreTrainedModel):
                 "Choose a lower one",
             )
         _check_own_forwards(model)
-        dense_class, check = type(model), Check(model, routing_config)
-        try:
+        with nullcontext() if self_check else skipped():
+            check = Check(model, routing_config)
             routed = _with_routing(model, routing_config)
             check.routed(routed)
-        except BaseException:
-            remove_routing(decoder)
-            model.__class__ = dense_class
-            for name in ("routing_config", "routing_state", "_target"):
-                vars(model).pop(name, None)
-            raise
         return routed
+
+    def __init__(self, config: Any = None, *_: Any, **__: Any) -> None:
+        raise InputError(
+            "a routed model is not built from a configuration", "Use from_pretrained(folder), or attach(model)"
+        )
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | Path,
-        *_: Any,
-        dtype: torch.dtype | str = "auto",
-        device: torch.device | str = "cpu",
-        base: str | PreTrainedModel | None = None,
+        *,
+        dtype: torch.dtype | str | None = "auto",
+        device: torch.device | str | None = None,
+        base: str | Path | PreTrainedModel | None = None,
         execution: Execution = "sparse",
         kv: KeyValues | None = None,
         merge_lora: bool = True,
-        trust_remote_code: bool = False,
-        **__: Any,
+        trust_remote_code: bool | None = False,
+        attn_implementation: str | None = None,
+        device_map: Any = None,
+        torch_dtype: torch.dtype | str | None = None,
+        subfolder: str = "",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        config: PreTrainedConfig | None = None,
+        self_check: bool = True,
+        **options: Any,
     ) -> RoutedModelForCausalLM:
         """Load a routing folder (or a Hub id of one) onto its base model, at the sparsity it was trained for.
 
-        `base` overrides where the base model is; its weights are checked all the same. A LoRA adapter in the folder
-        is merged into the base weights. Raises InputError for a missing or damaged folder or a wrong base model.
+        `base` overrides where the base model is; its weights and settings are checked all the same. A live model given
+        as `base` is changed in place, or left as it was when loading fails. A LoRA adapter in the folder is merged into
+        the base weights. `revision` and `subfolder` are those of the routing; the base model has its own. `device_map`
+        may name one device. Raises InputError for a missing or damaged folder, a wrong base model, and options of
+        transformers that routed models do not have; TypeError for options that nobody knows.
         """
+        from . import load_options
         from .persistence import load
 
-        return load(
-            pretrained_model_name_or_path,
-            dtype=dtype,
-            device=device,
-            base=base,
-            execution=execution,
-            kv=kv,
-            merge_lora=merge_lora,
-            trust_remote_code=trust_remote_code,
-        )
+        load_options.check_unknown(options)
+        load_options.check_execution(execution, kv, merge_lora, base)
+        wanted = load_options.chosen_dtype(None if torch_dtype is not None and dtype == "auto" else dtype, torch_dtype)
+        if isinstance(base, PreTrainedModel):
+            load_options.check_base_object(base, wanted, device, device_map)
+        hub = load_options.HubOptions(revision, token, cache_dir, bool(local_files_only), bool(force_download))
+        with nullcontext() if self_check else skipped():
+            return load(
+                pretrained_model_name_or_path,
+                dtype=wanted,
+                device=load_options.chosen_device(device, device_map),
+                base=base,
+                execution=execution,
+                kv=kv,
+                merge_lora=merge_lora,
+                trust_remote_code=bool(trust_remote_code),
+                attn_implementation=attn_implementation,
+                subfolder=subfolder or "",
+                config=config,
+                hub=hub,
+            )
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
-        """Write the routing folder: configuration and the routers' and forecasters' tensors, not the base model."""
-        from .persistence import push, save
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        token: str | bool | None = None,
+        *,
+        save_base: str | Path | None = None,
+        safe_serialization: bool = True,
+        repo_id: str | None = None,
+        **hub: Any,
+    ) -> None:
+        """Write the routing folder: configuration and the routers' and forecasters' tensors, not the base model.
 
-        save(self, Path(save_directory))
-        if kwargs.get("push_to_hub"):
-            push(Path(save_directory), kwargs.get("repo_id") or Path(save_directory).name, kwargs)
+        Raises InputError when loading the folder would not give this model again: when the base weights are no longer
+        those that the routing refers to. `save_base` then names a new folder for the base model as it is now. An
+        adapter that the model was loaded with is written again. `state_dict` replaces the model's weights. With
+        `push_to_hub` the options of that method may be given too.
+        """
+        from .saving import check_hub_options, push, save_checked
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Upload the routing folder to the Hub."""
-        import tempfile
+        check_hub_options(hub, pushed=push_to_hub, variant=variant, safe_serialization=safe_serialization)
+        if not is_main_process:
+            return
+        folder = Path(save_directory).expanduser()
+        save_checked(self, folder, state_dict=state_dict, save_base=save_base, max_shard_size=max_shard_size)
+        if push_to_hub:
+            push(self, repo_id or folder.absolute().name, token=token, folder=folder, **hub)
 
-        from .persistence import push, save
+    def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, **options: Any) -> Any:  # type: ignore[override]
+        """Upload the routing folder to the Hub.
 
-        with tempfile.TemporaryDirectory() as folder:
-            save(self, Path(folder))
-            return push(Path(folder), repo_id, kwargs)
+        Options: `private`, `revision`, `commit_message`, `commit_description`, `create_pr`, `max_shard_size`.
+        """
+        from .saving import check_hub_options, push
+
+        size = options.pop("max_shard_size", None)
+        check_hub_options(options, pushed=True)
+        return push(self, repo_id, token=token, max_shard_size="50GB" if size is None else size, **options)
 
     # -- parts ------------------------------------------------------------------------------------------
 
@@ -231,6 +278,9 @@ class RoutedModelForCausalLM(PreTrainedModel):
         """
         if not 0 <= sparsity < 1:
             raise InputError(f"sparsity {sparsity} is not between 0 and 1", "Give a share such as 0.25")
+        for given, known in ((budget, get_args(Budget)), (decision, get_args(Decision))):
+            if given is not None and given not in known:
+                raise InputError(f"{given!r} is not known", f"Choose one of {', '.join(known)}")
         decision = decision or self.routing_config.selection.decision
         if sparsity == 0:
             self.set_decision(AlwaysExecute())
@@ -294,6 +344,7 @@ class RoutedModelForCausalLM(PreTrainedModel):
         *,
         weights: Weights | None = None,
         policy: Policy = "exact",
+        self_check: bool = True,
     ) -> None:
         """Choose how routed units are computed.
 
@@ -303,7 +354,8 @@ class RoutedModelForCausalLM(PreTrainedModel):
         packed copy of the base model's matrices; on a GPU it reads the model's own (also torchao's). The policy `exact`
         always does what the routers say, so the same tokens give the same text; `auto` executes all rows of a unit's
         call where skipping some of them would take longer (small batches) by prices timed on this machine.
-        Raises InputError for unknown values, or when the engine cannot run this model here.
+        Raises InputError for unknown values, when the engine cannot run this model here, or when a few tokens show that
+        it does not compute what it must (`self_check`); the model is then as it was.
         """
         if execution not in ("sparse", "masked", "native"):
             raise InputError(f"execution {execution!r} is not known", "Choose sparse, masked or native")
@@ -315,21 +367,20 @@ class RoutedModelForCausalLM(PreTrainedModel):
             raise InputError(f"policy {policy!r} is not known", "Choose exact or auto")
         if policy == "auto" and execution != "native":
             raise InputError("policy 'auto' needs the native engine", "Use execution='native'")
-        self.routing_state.native, self.routing_state.execution = None, "sparse"
+        state = self.routing_state
+        kept = state.kv if kv is None else kv
+        native = None
         if execution == "native":
             from .execution.native import NativeExecution
 
+            if kept == "drop":
+                raise InputError(
+                    "the native engine keeps all keys", "Use kv='keep', or execution='sparse' with kv='drop'"
+                )
             native = NativeExecution(weights, policy=policy)
-            engine = native.of(self)
-            self.routing_state.native = native
-            try:
-                check_engine(self, engine.weights)
-            except InputError:
-                self.routing_state.native = None
-                raise
-        self.routing_state.execution = execution
-        if kv is not None:
-            self.routing_state.kv = kv
+            with nullcontext() if self_check else skipped():
+                check_engine(self, native)
+        state.execution, state.native, state.kv = execution, native, kept
 
     def with_thresholds(self, rows: tuple[ThresholdRow, ...], budget: Budget, sparsity: float, context: int) -> None:
         """Store a calibrated table."""
@@ -368,13 +419,14 @@ class RoutedModelForCausalLM(PreTrainedModel):
 
 
 def _check_own_forwards(model: PreTrainedModel) -> None:
-    """Raises InputError for modules whose `forward` was replaced: routing, which is their class's, would be bypassed."""
+    """Raises InputError for modules whose `forward` was replaced: it would be called instead of the routed class's."""
     decoder = cast(Any, model).model
     for module in (model, decoder, *decoder.layers):
         if calls.has_own_forward(module):
             raise InputError(
                 f"the model's {type(module).__name__} has a forward of its own (hooks of accelerate, or a patch)",
-                "Load it without device_map; accelerate.hooks.remove_hook_from_module(model, recurse=True) removes hooks",
+                "Load it without device_map, or take hooks off: "
+                "accelerate.hooks.remove_hook_from_module(model, recurse=True)",
             )
         vars(module).pop("forward", None)  # the class's own: it would stand before the routed class's
 
@@ -467,6 +519,7 @@ def _routed_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
             "config_class": base.config_class,
             "forward": _forward_of(base),
             "__module__": __name__,
+            **made_by(_routed_model_class, base),
             "_no_split_modules": [*split, *(f"Routed{name}" for name in split)] if split else split,
         },
     )
@@ -501,5 +554,5 @@ def _version() -> str:
     return __version__
 
 
-AutoConfig.register(RoutedConfig.model_type, RoutedConfig)
-AutoModelForCausalLM.register(RoutedConfig, RoutedModelForCausalLM)
+AutoConfig.register(RoutedConfig.model_type, RoutedConfig, exist_ok=True)
+AutoModelForCausalLM.register(RoutedConfig, RoutedModelForCausalLM, exist_ok=True)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,30 @@ def test_full_disk_names_the_remedy() -> None:
     with pytest.raises(WorkError, match=r"Failed while writing x: No space left.*INFORMED_ROUTING_CACHE"):
         with cache.disk_errors("writing x"):
             raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_records_that_are_damaged_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFORMED_ROUTING_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "cache" / "prices" / "a.json"
+    assert cache.read_record(path) is None
+    cache.write_record(path, {"rows": [1, 2], "rate": 0.5})
+    assert cache.read_record(path) == {"rows": [1, 2], "rate": 0.5}
+    whole = path.read_text()
+    for damaged in ("", "{}", "[]", "null", whole[:-5], whole.replace("0.5", "0.6"), "[" * 100_000):
+        path.write_text(damaged)
+        assert cache.read_record(path) is None
+    (tmp_path / "file").write_text("")
+    cache.write_record(tmp_path / "file" / "b.json", {})  # a cache that cannot be written to is none
+
+
+def test_folders_of_the_cache_are_never_open_to_everybody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFORMED_ROUTING_CACHE", str(tmp_path / "deep" / "cache"))
+    for umask, mode in ((0, 0o775), (0o077, 0o700)):
+        folder = tmp_path / "deep" / "cache" / f"{umask}" / "inner"
+        before = os.umask(umask)
+        try:
+            cache.make_cache_folder(folder)
+        finally:
+            os.umask(before)
+        assert folder.stat().st_mode & 0o777 == mode
+        cache.check_trusted(folder)

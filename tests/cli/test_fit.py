@@ -59,10 +59,35 @@ def test_output_folder_that_exists(run: Run, tiny_folder: Path, tmp_path: Path, 
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
     error = run("fit", tiny_folder, "--out", out, *flags).one_line_error()
-    assert "exists already" in error
-    assert "--overwrite" in error
+    assert "exists already and holds thesis.txt" in error
+    assert "--overwrite" not in error
     run("fit", tiny_folder, "--out", out, *flags, "--overwrite").one_line_error()
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+
+
+def test_the_working_directory_is_never_cleared(
+    run: Run, tiny_folder: Path, tmp_path: Path, flags: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "project"
+    for name in (".git/HEAD", ".env"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text("precious")
+    monkeypatch.chdir(home)
+    for more in ([], ["--overwrite"], ["--resume"]):
+        error = run("fit", tiny_folder, "--out", ".", *flags, *more).one_line_error()
+        assert ".env" in error
+        assert "--overwrite" not in error
+    assert sorted(path.name for path in home.iterdir()) == [".env", ".git"]
+
+
+def test_resume_and_overwrite_together(run: Run, routing_folder: Path, tiny_folder: Path, flags: list[object]) -> None:
+    error = run("fit", tiny_folder, "--out", routing_folder, *flags, "--resume", "--overwrite").one_line_error()
+    assert "--resume and --overwrite exclude each other" in error
+
+
+def test_the_model_itself_is_no_place_to_write(run: Run, routing_folder: Path, flags: list[object]) -> None:
+    error = run("fit", routing_folder, "--out", routing_folder, *flags, "--overwrite").one_line_error()
+    assert "is the model that is read" in error
 
 
 def test_output_that_is_a_file(run: Run, tiny_folder: Path, tmp_path: Path, flags: list[object]) -> None:

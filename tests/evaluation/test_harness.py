@@ -90,7 +90,8 @@ def directly(model: Any, tokenizer: Any, data_dir: Path, spec: TaskSpec, documen
     (folder / f"{spec.name}.yaml").write_text(json.dumps({"include": str(definition), "task": spec.name, **source}))
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
-    task = manager.load([spec.name])["tasks"][spec.name]
+    old = not hasattr(manager, "load")  # before 0.4.12
+    task = manager.load_task_or_group([spec.name])[spec.name] if old else manager.load([spec.name])["tasks"][spec.name]
     task.set_config("num_fewshot", spec.shots)
     task.set_fewshot_seed(1234)
     chosen = None if documents is None else {spec.name: documents}

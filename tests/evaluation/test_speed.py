@@ -88,6 +88,12 @@ def test_unknown_engines_and_weights_are_refused(names: list[str], weights: list
         make_engines(None, None, names, weights)
 
 
+def test_float16_is_called_float16() -> None:
+    (engine,) = make_engines(make_tiny("llama").half(), None, ["transformers"], [])
+    assert engine.weights == "float16"
+    assert engine.storage.body == 2
+
+
 def test_prompts_are_repeated_when_the_text_is_short() -> None:
     assert take_prompts(torch.arange(5), 2, 4).tolist() == [[0, 1, 2, 3], [4, 0, 1, 2]]
 
@@ -120,7 +126,8 @@ def test_rows_are_measured_at_the_sparsity_they_name() -> None:
         ("torch", "decode", 0.0),
         ("torch", "decode", 0.5),
     ]
-    assert seen[0.0] == seen[0.5] == 2 * (1 + 2 + 1)  # warm-up, repeats, and one run that counts
+    # a look at its numbers, warm-up, repeats, and one run that counts
+    assert seen[0.0] == seen[0.5] == 2 * (1 + 1 + 2 + 1)
     for row in rows:
         full = row["sparsity"]["target"] == 0.5
         assert row["sparsity"]["units"] == (1.0 if full else 0.0)

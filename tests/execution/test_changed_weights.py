@@ -93,8 +93,8 @@ def _merged(model: Any) -> None:
 
 
 CHANGES: list[Callable[[Any], None]] = [
-    _in_place, _through_data, _one_element_through_data, _through_numpy, _replaced_data, _replaced_module, _loaded, _norm,
-    _epsilon, _embeddings, _head, _resized, _routers, _forecasters, _other_dtype, _merged,
+    _in_place, _through_data, _one_element_through_data, _through_numpy, _replaced_data, _replaced_module, _loaded,
+    _norm, _epsilon, _embeddings, _head, _resized, _routers, _forecasters, _other_dtype, _merged,
 ]  # fmt: skip
 
 

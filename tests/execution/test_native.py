@@ -395,7 +395,9 @@ def test_a_row_of_bfloat16_does_not_depend_on_how_many_there_are(plain_tiles: An
 
 
 @pytest.mark.parametrize("tiles", ["of the machine", "plain"])
-def test_bfloat16_cached_tokens_are_uncached_ones(tiles: str, plain_tiles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_cached_tokens_are_uncached_ones(
+    tiles: str, plain_tiles: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A prompt by matrix instructions and single tokens without them round alike."""
     if tiles == "plain":
         for module in (build, cpu_engine, availability):

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from informed_routing.errors import WorkError
+from informed_routing.errors import InputError, WorkError
+from informed_routing.files import settle, write_json
 
 CACHE_VARIABLE = "INFORMED_ROUTING_CACHE"
+_OWN = f"set {CACHE_VARIABLE} to a folder of your own"
 
 
 def cache_dir() -> Path:
@@ -37,6 +41,53 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def make_cache_folder(folder: Path) -> None:
+    """Make a folder of the cache as the umask says, but never one that everybody may write to."""
+    root = cache_dir()
+    root.parent.mkdir(parents=True, exist_ok=True)
+    inside = folder.relative_to(root).parts if folder.is_relative_to(root) else ()
+    for depth in range(len(inside) + 1):
+        root.joinpath(*inside[:depth]).mkdir(mode=0o775, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def check_trusted(path: Path) -> None:
+    """Raise InputError for a file or folder of the cache that another user could have written: code comes from it.
+
+    Its owner must be this user or the system's, and not everybody may write to it.
+    """
+    if not hasattr(os, "geteuid"):
+        return
+    status = path.stat()
+    if status.st_uid not in (os.geteuid(), 0):
+        raise InputError(f"{path} belongs to another user, and code is loaded from it", f"Remove it, or {_OWN}")
+    if stat.S_IMODE(status.st_mode) & stat.S_IWOTH:
+        raise InputError(
+            f"everybody may write to {path}, and code is loaded from it", f"Run `chmod o-w {path}`, or {_OWN}"
+        )
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What `write_record` stored; None where it is missing or damaged, so that it is made again."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        content, digest = stored["content"], stored["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return content if isinstance(content, dict) and digest == _digest(content) else None
+
+
+def write_record(path: Path, content: dict[str, Any]) -> None:
+    """Keep a JSON mapping in the cache with its digest. That a cache cannot be written to is no error."""
+    with suppress(WorkError, OSError):
+        make_cache_folder(path.parent)
+        write_json(path, {"content": content, "sha256": _digest(content)})
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
@@ -65,7 +116,7 @@ def locked(target: Path) -> Iterator[None]:
     from filelock import FileLock
 
     with disk_errors(f"opening the cache at {target.parent}"):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_cache_folder(target.parent)
         lock = FileLock(str(target.parent / f".{target.name}.lock"))
         lock.acquire()
     try:
@@ -93,26 +144,9 @@ def scratch_beside(target: Path) -> Iterator[Path]:
 
 
 def publish(built: Path, target: Path) -> None:
-    """Move a finished file or folder to its place: flushed to disk, then renamed in one step.
-
-    Files get the permissions that the user's umask gives to new ones, whoever wrote them.
-    """
+    """Move a finished file or folder to its place: flushed to disk, readable as the umask says, renamed in one step."""
     with disk_errors(f"writing {target}"):
-        usual = _usual_mode(built.parent)
-        for path in [built] if built.is_file() else sorted(p for p in built.rglob("*") if p.is_file()):
-            path.chmod(usual)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        settle(built)
         if target.is_dir():
             shutil.rmtree(target)  # a damaged earlier copy: the caller has found it incomplete
         built.replace(target)
-
-
-def _usual_mode(folder: Path) -> int:
-    """Permissions of a file that is made in the ordinary way (the umask cannot be read without changing it)."""
-    probe = folder / f".mode-{os.getpid()}"
-    try:
-        probe.touch()
-        return stat.S_IMODE(probe.stat().st_mode)
-    finally:
-        probe.unlink(missing_ok=True)

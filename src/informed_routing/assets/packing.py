@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 _BATCH = 512  # documents given to the tokenizer at once
 
 
-def pack(texts: Iterable[str], tokenizer: Any, length: int) -> torch.LongTensor:
+def pack(texts: Iterable[str], tokenizer: Any, length: int, *, shorten: bool = False) -> torch.LongTensor:
     """Join documents with the end-of-text token and cut them in rows: int64 `[n, length]`, no padding.
 
     The remainder that fills no row is dropped. Where the tokenizer itself begins every text with a
     beginning-of-text token (Llama 3, Gemma), every row begins with it, since such models expect it.
-    Raises `InputError` when there is less than one row, and for ids beyond the embeddings of the model that the
-    tokenizer was loaded with.
+    Raises `InputError` when there is less than one row (with `shorten` such a text is one shorter row, of 2 tokens at
+    least), and for ids beyond the embeddings of the model that the tokenizer was loaded with.
     """
     import torch
 
@@ -39,6 +39,8 @@ def pack(texts: Iterable[str], tokenizer: Any, length: int) -> torch.LongTensor:
             del ids[:whole]
     blocks.append(torch.tensor(ids, dtype=torch.long))
     stream = torch.cat(blocks)
+    if shorten and stream.numel() < body and stream.numel() + len(start) >= 2:
+        body = stream.numel()
     count = stream.numel() // body
     if count == 0:
         raise InputError(

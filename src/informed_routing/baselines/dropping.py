@@ -18,6 +18,7 @@ from ..config import UnitKind
 from ..errors import InputError
 from ..models import calls
 from ..models.families import family_of
+from ..models.runtime_classes import made_by
 from ..models.units import Unit
 from .reshaped import mark_reshaped
 
@@ -95,8 +96,14 @@ def _run_partial_layer(self: Any, hidden_states: Tensor, call: calls.Call) -> Te
 @functools.cache
 def partial_layer_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a family's decoder layer that runs `kept_units` only."""
-    names = {"forward": calls.layer_forward(base, _run_partial_layer), "kept_units": (), "unit_observer": None, "keyless": None}
-    return type(f"Partial{base.__name__}", (base,), {**names, "__module__": __name__})
+    names: dict[str, Any] = {
+        "forward": calls.layer_forward(base, _run_partial_layer),
+        "kept_units": (),
+        "unit_observer": None,
+        "keyless": None,
+    }
+    names |= {"__module__": __name__, **made_by(partial_layer_class, base)}
+    return type(f"Partial{base.__name__}", (base,), names)
 
 
 def units_of(model: Any) -> tuple[Unit, Unit]:

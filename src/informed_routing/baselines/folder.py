@@ -18,16 +18,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from ..adapter_folder import check_numbers
 from ..assets import load_model, load_tokenizer, resolve_dtype
 from ..assets.gguf import quiet_transformers
 from ..config import UnitKind
 from ..errors import InputError
-from ..files import write_json, write_several, write_tensors
+from ..files import write_json, write_tensors
+from ..folders import put_folder
+from ..models.facts import config_facts
+from ..models.fingerprint import live_adapters
+from ..training.folder import of_tokenizer
 from .dropping import drop_units, dropped_units
 from .report import PruneReport
+from .saving import LAST, PRUNING_FILE, is_ours
 from .sliced import reshape_sliced, sliced_width
 
-PRUNING_FILE = "pruning.json"
 MODEL_TYPE = "informed_routing_static"
 FORMAT_VERSION = 1
 
@@ -58,12 +63,14 @@ def is_static_folder(path: str | Path) -> bool:
 
 
 def save_static(model: Any, tokenizer: Any, folder: str | Path) -> None:
-    """Write a pruned model, with its tokenizer (or None) and its `prune_report`, if any; `pruning.json` comes last.
+    """Write a pruned model, with its tokenizer (or None) and its `prune_report`, if any.
 
-    Adapters must be merged. Raises WorkError when the disk is full or not writable.
+    What the folder held of an earlier one stays until all is written, and then goes, with the checkpoints; other files
+    stay, and those of a tokenizer too where none is given. Raises InputError for live adapters, which must be merged,
+    and WorkError when the disk is full or not writable.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if adapters := live_adapters(model):
+        raise InputError(f"the model carries the live adapter {adapters[0]!r}", "Merge it (merge_and_unload) first")
     width = sliced_width(model)
     content = StaticFolder(
         model_type=model.config.model_type,
@@ -72,18 +79,24 @@ def save_static(model: Any, tokenizer: Any, folder: str | Path) -> None:
         full_width=None if width is None else model.model.norm.full_width,
         report=getattr(model, "prune_report", None),
     )
-    (folder / PRUNING_FILE).unlink(missing_ok=True)  # what follows is not what it described
-    if content.plain:
-        with quiet_transformers():
-            write_several(folder, model.save_pretrained)
-    else:
-        # Tied parameters have one name among the named ones.
-        write_tensors(folder / "model.safetensors", dict(model.named_parameters()), {"format": "pt"})
-        write_several(folder, model.generation_config.save_pretrained)
-        write_json(folder / "config.json", {**json.loads(model.config.to_json_string()), "model_type": MODEL_TYPE})
-    if tokenizer is not None:
-        write_several(folder, tokenizer.save_pretrained)
-    write_json(folder / PRUNING_FILE, content.model_dump(mode="json"))
+
+    def write(new: Path) -> None:
+        if content.plain:
+            with quiet_transformers():
+                model.save_pretrained(new)
+        else:
+            # Tied parameters have one name among the named ones.
+            write_tensors(new / "model.safetensors", dict(model.named_parameters()), {"format": "pt"})
+            model.generation_config.save_pretrained(new)
+            write_json(new / "config.json", {**json.loads(model.config.to_json_string()), "model_type": MODEL_TYPE})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+        write_json(new / PRUNING_FILE, content.model_dump(mode="json"))
+
+    def ours(name: str) -> bool:
+        return is_ours(name) and not (tokenizer is None and of_tokenizer(name))
+
+    put_folder(Path(folder), write, ours=ours, last=LAST)
 
 
 def load_static(
@@ -125,14 +138,24 @@ def _load_reshaped(folder: Path, content: StaticFolder, dtype: torch.dtype) -> A
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         tensors = load_file(str(folder / "model.safetensors"))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{folder} cannot be read: {str(error).splitlines()[0]}", _REMEDY) from None
-    settings.pop("model_type")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{folder} cannot be read: {reason}", _REMEDY) from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{folder / 'config.json'} is damaged (no mapping of settings)", _REMEDY)
+    for name, tensor in tensors.items():
+        check_numbers(f"{name} of {folder / 'model.safetensors'}", tensor)
+    settings.pop("model_type", None)
     if content.full_width is not None:
         settings["hidden_size"] = content.full_width
-    config = AutoConfig.for_model(content.model_type, **settings)
-    with init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        config = AutoConfig.for_model(content.model_type, **settings)
+        with init_empty_weights(include_buffers=False):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # transformers raises all sorts for settings that cannot be
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{folder / 'config.json'} is damaged ({reason})", _REMEDY) from None
+    config_facts(config)  # finite numbers only
     if content.width is not None:
         reshape_sliced(model, content.width)
     drop_units(model, content.dropped)
@@ -145,5 +168,9 @@ def _load_reshaped(folder: Path, content: StaticFolder, dtype: torch.dtype) -> A
     if absent or found.unexpected_keys:
         raise InputError(f"{folder} does not fit its {PRUNING_FILE}: {(absent + found.unexpected_keys)[0]}", _REMEDY)
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except Exception as error:  # a damaged file raises all sorts
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"{folder / 'generation_config.json'} is damaged ({reason})", _REMEDY) from None
     return model

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from ..models.runtime_classes import made_by
+
 
 def mark_reshaped(model: Any) -> None:
     """Make a reshaped model save itself by `save_static`, in place."""
@@ -21,7 +23,7 @@ def mark_reshaped(model: Any) -> None:
 def _reshaped_class(base: type[nn.Module]) -> type[nn.Module]:
     if "_save_reshaped" in base.__dict__:
         return base
-    names = {"save_pretrained": _save, "_save_reshaped": True, "__module__": __name__}
+    names = {"save_pretrained": _save, "_save_reshaped": True, "__module__": __name__, **made_by(_reshaped_class, base)}
     return type(base.__name__, (base,), names)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..models import calls
+from ..models.runtime_classes import made_by
 from ..models.units import Unit
 from .dropping import units_of
 from .reshaped import mark_reshaped
@@ -56,7 +57,8 @@ def _run_sliced_layer(self: Any, hidden_states: Tensor, call: calls.Call) -> Ten
 @functools.cache
 def sliced_layer_class(base: type[nn.Module]) -> type[nn.Module]:
     """The sliced subclass of a family's decoder layer."""
-    names = {"forward": calls.layer_forward(base, _run_sliced_layer), "__module__": __name__}
+    forward = calls.layer_forward(base, _run_sliced_layer)
+    names = {"forward": forward, "__module__": __name__, **made_by(sliced_layer_class, base)}
     return type(f"Sliced{base.__name__}", (base,), names)
 
 

@@ -12,6 +12,7 @@ Counts of layers and units are rounded to the nearest number.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -21,7 +22,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..config import describe
-from ..errors import InputError
+from ..errors import InputError, WorkError
+from ..evaluation.numbers import not_finite
 from ..progress import NullProgress, Progress
 from .dropping import dropped_units
 from .folder import is_static_folder, load_static, save_static
@@ -42,7 +44,7 @@ def prune(
 
     `settings` are those of the method (`METHODS[method].settings`). The report is also kept as `model.prune_report`,
     where `save_static` finds it. Raises InputError for an unknown method or setting, a model that is routed or pruned
-    already, or a sparsity that cannot be reached.
+    already, or a sparsity that cannot be reached; WorkError for scores or weights that are not finite.
     """
     chosen, checked = _checked(method, sparsity, settings)
     _check_dense(model)
@@ -55,6 +57,9 @@ def prune(
     if isinstance(chosen, RankedMethod):
         wanted = chosen.count(model, sparsity, checked)
         scores = chosen.score(model, rows, checked, progress) if wanted else {}
+        for part, score in scores.items():
+            if not math.isfinite(score):  # it would be sorted anywhere, and whatever came first would go
+                raise not_finite(f"the score of {chosen.name(part)}", model, rows[:1])
         order = sorted(scores, key=scores.__getitem__)  # stable: of equals, the first in the model goes first
         found = _remove(chosen, model, chosen.choose(model, wanted, order, checked))
         found["scores"] = {chosen.name(part): scores[part] for part in order}
@@ -62,6 +67,11 @@ def prune(
     else:
         found = _width(model, sparsity, checked)
         slice_model(model, found["width"], rows, checked.batch_size, progress)
+        if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
+            raise WorkError(
+                f"slicing gave weights that are not finite numbers in {str(model.dtype).removeprefix('torch.')}",
+                "Prune with --dtype bfloat16 or float32",
+            )
     report = PruneReport(
         method=method,
         sparsity=sparsity,

@@ -60,17 +60,6 @@ def check_device(device: str) -> str:
     return device
 
 
-def check_temperature(temperature: float | None) -> None:
-    """Raise InputError for a temperature that logits cannot be divided by."""
-    if not temperature:
-        return
-    if temperature < 0:
-        raise InputError(f"--temperature {temperature:g} is below 0", "Give 0 for greedy, or about 0.7")
-    if not COLDEST <= temperature <= HOTTEST:
-        bounds = f"{COLDEST:g} and {HOTTEST:g}"
-        raise InputError(f"--temperature {temperature:g} is not between {bounds}", "Give 0 for greedy")
-
-
 def check_threads(threads: int | None) -> None:
     """Raise InputError for a number of threads that cannot be started."""
     most = max(MOST_THREADS, os.cpu_count() or 1)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from informed_routing.errors import InputError
 
-from .common import BaseOption, Common, check_at_least, check_sparsities, dtype_name, session, with_common
+from .common import BaseOption, Common, Session, check_at_least, check_sparsities, dtype_name, session, with_common
+from .loading import PolicyOption
+
+if TYPE_CHECKING:
+    from informed_routing.config import RoutingConfig
+
+DEFAULT_SHARES = (0.25, 0.4)
+_NATIVE_ONLY = "no engine of the benchmark is native"
 
 
 @with_common
@@ -16,7 +25,10 @@ def benchmark(
     common: Common,
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Routing folder, or Hub id of one.")],
     sparsity: Annotated[
-        list[float] | None, typer.Option("--sparsity", "-s", help="Repeatable [default: 0.25 and 0.4].")
+        list[float] | None,
+        typer.Option(
+            "--sparsity", "-s", help="Repeatable [default: 0.25 and 0.4, or the calibrated shares next to them]."
+        ),
     ] = None,
     prompt_tokens: Annotated[
         list[int] | None, typer.Option("--prompt-tokens", help="Repeatable [default: 512].")
@@ -54,8 +66,13 @@ def benchmark(
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", metavar="DATA", help="Text of the prompts (held-out part) [default: demo:wiki]."),
+        typer.Option(
+            "--data",
+            metavar="DATA",
+            help="Text of the prompts, as far as the fit has not read it [default: demo:wiki]. Repeatable.",
+        ),
     ] = None,
+    policy: PolicyOption = None,
     base: BaseOption = None,
 ) -> None:
     """Time prefill and decode, routed beside dense, with the limit that memory and arithmetic set.
@@ -64,38 +81,53 @@ def benchmark(
 
     Example: informed-routing benchmark out --sparsity 0.25 --prompt-tokens 512 --new-tokens 32 --repeats 10
     """
-    targets = check_sparsities(sparsity or [0.25, 0.4])
-    lengths, counts, batches = prompt_tokens or [512], new_tokens or [32], batch or [1]
+    targets = check_sparsities(sparsity or [])
+    lengths, counts, batches = (
+        list(dict.fromkeys(given or [default]))
+        for given, default in ((prompt_tokens, 512), (new_tokens, 32), (batch, 1))
+    )
     check_at_least("--prompt-tokens", lengths, 1)
     check_at_least("--new-tokens", counts, 0)
     check_at_least("--batch", batches, 1)
     check_at_least("--repeats", [repeats], 1)
     check_at_least("--warmup", [warmup], 0)
     with session("benchmark", common) as run:
-        from informed_routing.evaluation.engines import make_engines
+        from informed_routing.evaluation.engines import check_names, make_engines
         from informed_routing.evaluation.environment import environment
-        from informed_routing.evaluation.speed import benchmark_rows, prompt_text
-        from informed_routing.execution.native import native_reason
+        from informed_routing.evaluation.speed import benchmark_rows
 
-        from .loading import load_base_of, load_routed
+        from .loading import check_routed, check_shares, load_base_of, load_routed, say_engine
         from .tables import phase_table, speed_table
 
+        check_routed(folder)
+        names = list(dict.fromkeys(engine or ["native", "torch", "transformers"]))
+        check_names(names, weights or [])
+        _refuse_idle(names, sparsity, budget, kv, policy, weights, profile, targets)
+        config = check_shares(folder, targets, budget if targets else None, "threshold")  # the rule that can generate
+        if not targets and {"native", "torch"} & set(names):
+            targets = default_shares(config, budget)
+            shown = " and ".join(f"{100 * share:g} %" for share in targets)
+            run.progress.message(
+                f"timing at {shown} of the {budget or config.budget}: calibrated up to {_highest(config, budget):.1%}"
+            )
+        documents = _documents(run, folder, data or ["demo:wiki"])
         loaded = load_routed(folder, run, base)
-        loaded.model.set_execution("sparse", kv=kv)
-        for target in targets:
-            # A value out of range is refused before anything is timed.
-            loaded.model.set_sparsity(target, budget, "threshold")
-        names: list[str] = list(engine or ["native", "torch", "transformers"])
-        reason = native_reason(loaded.model, run.progress) if kv != "drop" else "kv='drop' needs the torch engine"
-        if reason is not None and "native" in names:
-            if engine:
-                raise InputError(f"the native engine cannot run {folder}: {reason}", "Leave out --engine native")
-            run.progress.message(f"no native engine: {reason}")
-            names.remove("native")
-        formats = list(weights or ["bfloat16" if dtype_name(loaded.model) == "bfloat16" else "float32"])
+        kv_used = kv or config.kv
+        loaded.model.set_execution("sparse", kv=kv_used)
+        names, reason = _runnable(run, loaded.model, folder, names, kv_used, explicit=engine is not None)
+        if "native" not in names:
+            _refuse_native_options(reason, policy, weights, profile)
+        formats = list(dict.fromkeys(weights or [_own_format(loaded.model)]))
+        dense = load_base_of(loaded, run) if {"transformers", "compiled"} & set(names) else None
+        engines = make_engines(dense, loaded.model, names, formats, policy or "exact")
+        first = next((one for one in engines if one.routes), engines[0])
+        described = {"name": first.name, "reason": reason}
+        if "native" in names:
+            described["policy"] = policy or "exact"
+        say_engine(run, described)
         rows = benchmark_rows(
-            make_engines(load_base_of(loaded, run), loaded.model, names, formats),
-            prompt_text(data or ["demo:wiki"], loaded.tokenizer, (max(lengths) + max(counts)) * max(batches)),
+            engines,
+            _prompts(run, documents, loaded.tokenizer, (max(lengths) + max(counts)) * max(batches)),
             sparsities=targets,
             prompt_tokens=lengths,
             new_tokens=counts,
@@ -112,4 +144,114 @@ def benchmark(
             if profile:
                 console.print(phase_table(rows, "Where the native engine's time goes (share of the forward)"))
 
-        run.finish({"environment": environment(), "rows": rows}, show, model=folder, dtype=dtype_name(loaded.model))
+        result = {
+            "environment": environment(),
+            "engine": described,
+            "engines": [one.name for one in engines],
+            "rows": rows,
+        }
+        run.finish(result, show, model=folder, dtype=dtype_name(loaded.model))
+
+
+def default_shares(config: RoutingConfig, budget: str | None) -> list[float]:
+    """The usual shares where the routing is calibrated for them, else the nearest whole per cent that it is.
+
+    Raises InputError for a routing that has not been calibrated.
+    """
+    shares = [getattr(row, budget or config.budget) for row in config.thresholds]
+    if not shares:
+        raise InputError("the routing has not been calibrated", "Give --sparsity 0, or run `fit` to the end")
+    low, high = max(min(shares), 0.0), max(shares)
+    if high <= 0:
+        raise InputError(f"the routing is calibrated for no share of {budget or config.budget}", "Use another --budget")
+    found = []
+    for share in DEFAULT_SHARES:
+        if share < low:
+            share = min(math.ceil(100 * low) / 100, high)
+        elif share > high:
+            share = max(math.floor(100 * high) / 100, low)
+        found.append(share or high)  # 0 is the dense model, which is timed anyway
+    return list(dict.fromkeys(found))
+
+
+def _own_format(model: Any) -> str:
+    """What the native engine computes with by itself: on a GPU the model's own weights."""
+    dtype = dtype_name(model)
+    return dtype if model.device.type != "cpu" or dtype == "bfloat16" else "float32"
+
+
+def _highest(config: RoutingConfig, budget: str | None) -> float:
+    return max(getattr(row, budget or config.budget) for row in config.thresholds)
+
+
+def _refuse_idle(
+    names: Sequence[str],
+    sparsity: list[float] | None,
+    budget: str | None,
+    kv: str | None,
+    policy: str | None,
+    weights: list[str] | None,
+    profile: bool,
+    targets: Sequence[float],
+) -> None:
+    """Raise InputError for options that the engines and shares that were asked for leave without effect."""
+    from .loading import refuse_idle
+
+    leave = "Leave it out, or give the engine that it is for"
+    if not {"native", "torch"} & set(names):
+        reason = f"of the engines {', '.join(names)} none routes"
+        refuse_idle(reason, leave, sparsity=sparsity, budget=budget, kv=kv, policy=policy)
+    if "native" not in names:
+        _refuse_native_options(_NATIVE_ONLY, policy, weights, profile)
+    if targets and not any(targets):
+        idle = {"kv": kv, "policy": policy if policy == "auto" else None}
+        refuse_idle("at sparsity 0 all is executed", "Leave it out, or give another --sparsity", **idle)
+
+
+def _refuse_native_options(reason: str, policy: str | None, weights: list[str] | None, profile: bool) -> None:
+    from .loading import refuse_idle
+
+    only_auto = policy if policy == "auto" else None  # the others are exact by themselves
+    refuse_idle(reason, "Leave it out, or add --engine native", policy=only_auto, weights=weights, profile=profile)
+
+
+def _runnable(
+    run: Session, model: Any, folder: str, names: list[str], kv: str, *, explicit: bool
+) -> tuple[list[str], str]:
+    """The engines that can run, and why the native one does or does not. InputError where it was asked for."""
+    from .loading import native_obstacle
+
+    if "native" not in names:
+        return names, "--engine leaves the native one out"
+    obstacle = native_obstacle(run, model, kv)
+    if obstacle is None:
+        return names, "--engine asks for it" if explicit else "it runs this model on this machine"
+    if explicit:
+        raise InputError(f"the native engine cannot run {folder}: {obstacle}", "Leave out --engine native")
+    return [name for name in names if name != "native"], f"not native: {obstacle}"
+
+
+def _documents(run: Session, folder: str, refs: Sequence[str]) -> list[str]:
+    """The documents that prompts are taken from, saying which part of each text they are."""
+    from informed_routing.evaluation.parts import part_of
+
+    from .loading import fitted_of
+    from .texts import part_words
+
+    found = []
+    for ref in refs:
+        part = part_of(ref, None, fitted_of(folder, "routed"))
+        if not ref.startswith("demo:"):
+            run.progress.message(f"prompts from {ref}: {part_words(part.split)} ({part.reason})")
+        found += part.documents
+    return found
+
+
+def _prompts(run: Session, documents: Sequence[str], tokenizer: Any, needed: int) -> Any:
+    """At least `needed` tokens int64 [tokens] of the documents, if they have so many; says so where they have not."""
+    from informed_routing.evaluation.speed import tokens_of
+
+    text = tokens_of(documents, tokenizer, needed)
+    if 0 < len(text) < needed:
+        run.progress.message(f"the text has {len(text)} tokens, the largest prompts need {needed}: it is repeated")
+    return text

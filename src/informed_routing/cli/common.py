@@ -7,9 +7,8 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -68,6 +67,14 @@ class Common:
         typer.Option("--threads", help="CPU threads [default: all cores].", rich_help_panel=_PANEL),
     ] = None
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.", rich_help_panel=_PANEL)] = False
+    skip_self_check: Annotated[
+        bool,
+        typer.Option(
+            "--skip-self-check",
+            help="Go on where a few tokens show that routing does not compute what it must: at your own risk.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = False
     debug: Annotated[
         bool,
         typer.Option("--debug", help="Show tracebacks and the libraries' messages.", rich_help_panel=_PANEL),
@@ -90,8 +97,11 @@ def with_common(command: Callable[..., None]) -> Callable[..., None]:
     called = labels(parameters)
 
     def run(**values: Any) -> None:
+        from .envelope import check_apart
+
         values = check_values(values, called)
         common = Common(**{name: values.pop(name) for name in names})
+        check_apart(common.json, values)
         command(common, **values)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -137,7 +147,7 @@ class Session:
         device: str | None = None,
     ) -> None:
         """Print the result for people, or as JSON where `--json` says so; `model` is the reference given."""
-        from .envelope import envelope, print_json, write_json
+        from .envelope import envelope, is_stdout, print_json, write_json
 
         target = self.common.json
         self.progress.done()
@@ -150,12 +160,12 @@ class Session:
                 seed=self.seed,
                 result=result,
             )
-        if target == "-":
-            with to_stdout():
-                print_json(content)
-            return
-        if target is not None:  # before the tables: a reader of stdout who goes early must not cost the file
-            write_json(Path(target), content)
+            if is_stdout(target):
+                with to_stdout():
+                    print_json(content)
+                return
+            # before the tables: a reader of stdout who goes early must not cost the file
+            write_json(target, content)
             self.progress.message(f"wrote {target}")
         with to_stdout():
             show(self.console)
@@ -192,13 +202,22 @@ def session(command: str, common: Common, seed: int | None = None) -> Iterator[S
         width = None if sys.stdout.isatty() else _PIPE_WIDTH
         # names are shown as they are: brackets and colons in them are no styles and no pictures
         console = Console(highlight=False, markup=False, emoji=False, width=width)
-        yield Session(command, common, device, seed, progress, console)
+        with _self_check(common.skip_self_check):
+            yield Session(command, common, device, seed, progress, console)
     except Exception as error:
         if not _out_of_memory(error):
             raise
         raise WorkError(f"out of memory {progress.where}", progress.remedy) from error
     finally:
         progress.done()
+
+
+def _self_check(skip: bool) -> AbstractContextManager[None]:
+    if not skip:
+        return nullcontext()
+    from informed_routing.execution.self_check import skipped
+
+    return skipped()
 
 
 def check_sparsities(values: Sequence[float], name: str = "--sparsity") -> list[float]:

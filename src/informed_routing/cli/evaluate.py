@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from informed_routing.errors import InputError
+from informed_routing.errors import InputError, WorkError
 from informed_routing.evaluation.tasks import Preset, average_accuracy
 
 from .common import (
     BaseOption,
     Common,
-    ExecutionOption,
+    Execution,
     Session,
     WeightsOption,
     check_at_least,
@@ -24,15 +23,19 @@ from .common import (
     session,
     with_common,
 )
+from .loading import PolicyOption
 from .tasks import TaskOptions, run_tasks
+from .texts import Split, Text, load_all, part_words
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from .loading import Loaded
 
+__all__ = ["DEFAULT_TEXTS", "evaluate", "evaluate_runs", "load_all"]
+
 DEFAULT_TEXTS = ("demo:wiki", "demo:c4")
-Split = Literal["train", "calibration", "heldout", "all"]
+DEFAULT_LENGTH = 512
 Budget = Literal["units", "macs", "latency"]
 
 
@@ -83,7 +86,12 @@ def evaluate(
     ] = False,
     split: Annotated[
         Split | None,
-        typer.Option("--split", help="Part of the text [default: heldout; all of a page file].", show_default=False),
+        typer.Option(
+            "--split",
+            help="Part of the text [default: all of one that the fit has not read, heldout of one that it has and of "
+            "demo:wiki, c4, code].",
+            show_default=False,
+        ),
     ] = None,
     sparsity: Annotated[
         list[float] | None,
@@ -96,7 +104,10 @@ def evaluate(
     budget: Annotated[
         Budget | None, typer.Option("--budget", help="What --sparsity is measured in [default: as trained].")
     ] = None,
-    sequence_length: Annotated[int, typer.Option("--sequence-length", help="Tokens scored together.")] = 512,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option("--sequence-length", help=f"Tokens of a text scored together [default: {DEFAULT_LENGTH}]."),
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences in a forward pass.")] = 4,
     limit: Annotated[
         int | None,
@@ -104,8 +115,16 @@ def evaluate(
             "--limit", metavar="N", help="At most N sequences (or pages) of each text, documents of each task."
         ),
     ] = None,
-    execution: ExecutionOption = "sparse",
+    execution: Annotated[
+        Execution | None,
+        typer.Option(
+            "--execution",
+            help="sparse skips in PyTorch, masked computes everything: the reference; native is our engine, auto that "
+            "where it runs [default: sparse; native with --weights].",
+        ),
+    ] = None,
     weights: WeightsOption = None,
+    policy: PolicyOption = None,
     base: BaseOption = None,
 ) -> None:
     """Measure perplexity of a model on held-out text, accuracy in tasks, and what was really approximated.
@@ -115,38 +134,84 @@ def evaluate(
     Example: informed-routing evaluate out --preset table7-small --limit 200 --resume-dir results
     """
     targets = check_sparsities(sparsity or [])
-    check_at_least("--sequence-length", [sequence_length], 2)
+    check_at_least("--sequence-length", [] if sequence_length is None else [sequence_length], 2)
     check_at_least("--batch-size", [batch_size], 1)
     check_at_least("--limit", [] if limit is None else [limit], 1)
     options = TaskOptions.parse(tasks, preset, data_dir, resume_dir, limit, spread)
+    refs = data or ([] if options.specs else list(DEFAULT_TEXTS))
+    if not refs:
+        from .loading import refuse_idle
+
+        refuse_idle("tasks have no such choice", "Give --data, too", split=split, sequence_length=sequence_length)
     with session("evaluate", common) as run:
-        from .loading import choose_execution, load_any
+        from .loading import (
+            DENSE_ENGINE,
+            check_shares,
+            choose_execution,
+            fitted_of,
+            kind_of,
+            load_any,
+            refuse_for_dense,
+            say_engine,
+        )
+        from .texts import choose_parts, tokenised
 
         about_tasks = {"harness": options.described()} if options.specs else {}
+        kind = kind_of(model)
+        refuse_for_dense(
+            model, kind, targets, budget=budget, execution=execution, weights=weights, policy=policy, base=base
+        )
+        decision = "threshold"
+        if kind == "routed":
+            config = check_shares(model, targets, budget)
+            targets = targets or list(dict.fromkeys([0.0, config.sparsity]))
+            decision = config.selection.decision if any(targets) else "threshold"
+        _check_policy(policy, targets, bool(options.specs))
+        length = sequence_length or DEFAULT_LENGTH
+        parts = choose_parts(refs, split, fitted_of(model, kind))
         loaded = load_any(model, run, base)
+        engine = DENSE_ENGINE
         if loaded.routed:
-            engine = "native" if weights and execution == "sparse" else execution
-            # Exact: to execute more where that is faster would make scores depend on the machine.
-            choose_execution(run, loaded.model, engine, weights, policy="exact")
-        elif weights or execution != "sparse":
-            raise InputError(f"{model} is a dense model, it has no engine", "Give a routing folder, and --sparsity 0")
-        if not targets:
-            targets = [0.0, loaded.model.routing_config.sparsity] if loaded.routed else [0.0]
-        refs = data or ([] if options.specs else list(DEFAULT_TEXTS))
-        texts = load_all(refs, split, loaded.tokenizer, sequence_length, limit)
-        runs = evaluate_runs(run, loaded, model, texts, targets, budget, sequence_length, batch_size, options)
+            # Exact unless asked otherwise: to execute more where that is faster makes scores depend on the machine.
+            chosen = execution or ("native" if weights else "sparse")
+            why = None if execution or weights else "the default of evaluate; --execution native scores by our engine"
+            engine = choose_execution(run, loaded.model, chosen, weights, policy=policy, decision=decision, why=why)
+        targets = targets or [0.0]
+        texts = tokenised(parts, loaded.tokenizer, length, limit, run.progress.message)
+        say_engine(run, engine)
+        runs = evaluate_runs(run, loaded, model, texts, targets, budget, length, batch_size, options)
         result = {
             "runs": runs,
-            "sequence_length": sequence_length,
-            "data": {text.name: {"split": text.split} for text in texts},
+            "engine": engine,
+            "sequence_length": length,
+            "data": {text.name: text.described() for text in texts},
             **about_tasks,
         }
-        run.finish(
-            result,
-            lambda console: show_runs(console, runs, [text.name for text in texts]),
-            model=model,
-            dtype=dtype_name(loaded.model),
-        )
+
+        def show(console: Console) -> None:
+            show_runs(console, runs, [text.name for text in texts])
+            for text in texts:
+                console.print(_part_line(text, runs[0]["tasks"][text.name]), markup=False, soft_wrap=True)
+
+        run.finish(result, show, model=model, dtype=dtype_name(loaded.model))
+
+
+def _check_policy(policy: str | None, targets: Sequence[float], tasks: bool) -> None:
+    """Raise InputError for --policy auto where nothing is routed, and of tasks, which are always exact."""
+    if policy != "auto":
+        return
+    if tasks:
+        raise InputError("--policy auto has no effect on tasks: they do what the routers say", "Leave it out")
+    if not any(targets):
+        raise InputError("--policy auto has no effect at --sparsity 0: all is executed", "Leave it out")
+
+
+def _part_line(text: Text, task: Mapping[str, Any]) -> str:
+    """Which part of a text was scored, and how much that is."""
+    unit = "pages" if text.pages else "documents"
+    rows = f" in rows of {text.length}" if text.rows is not None else ""
+    amount = f"{text.documents} {unit}, {task['tokens']} tokens{rows}"
+    return f"[{text.name}: {part_words(text.split)} ({text.reason}), {amount}]"
 
 
 def show_runs(console: Console, runs: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> None:
@@ -162,33 +227,6 @@ def show_runs(console: Console, runs: Sequence[Mapping[str, Any]], texts: Sequen
         )
 
 
-@dataclass(frozen=True)
-class Text:
-    """One text to score: packed `rows` [n, L], or whole `pages`."""
-
-    name: str
-    split: str
-    rows: Any = None
-    pages: tuple[str, ...] = ()
-
-
-def load_all(refs: Sequence[str], split: Split | None, tokenizer: Any, length: int, limit: int | None) -> list[Text]:
-    """The texts behind references, tokenised where they are scored in rows."""
-    from informed_routing.assets import load_texts, pack
-
-    from .loading import is_pages, task_names
-
-    texts = []
-    for ref, name in zip(refs, task_names(list(refs)), strict=True):
-        if is_pages(ref):
-            part = split or "all"
-            texts.append(Text(name, part, pages=tuple(load_texts(ref, part)[:limit])))
-        else:
-            part = split or "heldout"
-            texts.append(Text(name, part, rows=pack(load_texts(ref, part), tokenizer, length)[:limit]))
-    return texts
-
-
 def evaluate_runs(
     run: Session,
     loaded: Loaded,
@@ -201,12 +239,7 @@ def evaluate_runs(
     options: TaskOptions | None = None,
 ) -> list[dict[str, Any]]:
     """`result.runs` of the contract. InputError when a dense model is asked for sparsity, and for a name twice."""
-    from informed_routing.evaluation.perplexity import (
-        merge_stats,
-        page_perplexity,
-        sparsity_record,
-        token_perplexity,
-    )
+    from informed_routing.evaluation.perplexity import merge_stats, sparsity_record
 
     if not loaded.routed and any(targets):
         raise InputError(
@@ -228,17 +261,13 @@ def evaluate_runs(
         stats = []
         for text in texts:
             progress = _Named(run.progress, f"{text.name} at {target * 100:g} %" if target else f"{text.name}, dense")
-            if text.pages:
-                pages = page_perplexity(loaded.model, loaded.tokenizer, text.pages, length, batch_size, progress)
-                scored: Any = pages
-                tasks[text.name] = {"word_perplexity": pages.word_perplexity, "words": pages.words}
-            else:
-                scored = token_perplexity(loaded.model, text.rows, batch_size, progress)
-                tasks[text.name] = {}
-            tasks[text.name] |= {
+            scored, found = _score(loaded, text, length, batch_size, progress)
+            tasks[text.name] = found | {
                 "token_perplexity": scored.token_perplexity,
                 "loss": scored.loss,
                 "tokens": scored.tokens,
+                "documents": text.documents,
+                "part": text.split,
                 "seconds": scored.seconds,
             }
             if scored.stats:
@@ -253,6 +282,19 @@ def evaluate_runs(
         average = average_accuracy(tasks)
         runs.append(entry if average is None else {**entry, "average": average})
     return runs
+
+
+def _score(loaded: Loaded, text: Text, length: int, batch_size: int, progress: Any) -> tuple[Any, dict[str, Any]]:
+    """Perplexity of one text, with what only pages have. WorkError names the text."""
+    from informed_routing.evaluation.perplexity import page_perplexity, token_perplexity
+
+    try:
+        if not text.pages:
+            return token_perplexity(loaded.model, text.rows, batch_size, progress), {}
+        pages = page_perplexity(loaded.model, loaded.tokenizer, text.pages, length, batch_size, progress)
+        return pages, {"word_perplexity": pages.word_perplexity, "words": pages.words}
+    except WorkError as error:
+        raise WorkError(f"{text.name}: {error.what}", error.remedy) from error
 
 
 class _Named:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -9,7 +10,6 @@ import typer
 
 from informed_routing.errors import InputError
 
-from .arguments import check_temperature
 from .common import (
     BaseOption,
     Common,
@@ -22,6 +22,7 @@ from .common import (
     session,
     with_common,
 )
+from .loading import PolicyOption
 from .streams import read_stdin
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .loading import Loaded
 
 _SAMPLING = "Sampling"
+_COLDEST = 1e-3  # below, logits over the temperature leave the range of numbers
 
 
 @with_common
@@ -67,6 +69,7 @@ def generate(
     ] = None,
     execution: ExecutionOption = "auto",
     weights: WeightsOption = None,
+    policy: PolicyOption = None,
     base: BaseOption = None,
 ) -> None:
     """Generate text, really skipping work.
@@ -79,24 +82,48 @@ def generate(
     settings = _sampling(temperature, top_p, num_beams)
     prompts = [_read(text) for text in prompt]
     with session("generate", common) as run:
-        from .loading import choose_execution, load_any
+        from .loading import (
+            DENSE_ENGINE,
+            check_shares,
+            choose_execution,
+            kind_of,
+            load_any,
+            refuse_for_dense,
+            refuse_idle,
+            say_engine,
+        )
 
+        kind = kind_of(folder)
+        refuse_for_dense(
+            folder,
+            kind,
+            targets,
+            budget=budget,
+            show_routing=show_routing,
+            kv=kv,
+            execution=None if execution == "auto" else execution,
+            weights=weights,
+            policy=policy,
+            base=base,
+        )
+        engine = DENSE_ENGINE
+        if kind == "routed":
+            config = check_shares(folder, targets, budget, decision="threshold")  # the rule that can generate
+            chosen = targets[0] if targets else config.sparsity
+            if not chosen:
+                idle = {"kv": kv, "policy": policy if policy == "auto" else None}
+                refuse_idle("at sparsity 0 all is executed", "Leave it out, or give another --sparsity", **idle)
         loaded = load_any(folder, run, base)
         if loaded.routed:
-            choose_execution(run, loaded.model, execution, weights, kv)
-            chosen = targets[0] if targets else loaded.model.routing_config.sparsity
-            loaded.model.set_sparsity(chosen, budget, decision="threshold")  # the rule that can generate
-        elif show_routing or any(targets):
-            raise InputError(
-                f"{folder} is a dense model, it routes nothing",
-                f"Fit routers first: informed-routing fit {folder} --out DIR",
-            )
+            engine = choose_execution(run, loaded.model, execution, weights, kv, policy)
+            loaded.model.set_sparsity(chosen, budget, decision="threshold")
+        say_engine(run, engine)
         samples = [
             generate_sample(run, loaded, text, max_new_tokens, chat=chat, routing=show_routing, **settings)
             for text in prompts
         ]
         run.finish(
-            {"samples": samples},
+            {"samples": samples, "engine": engine},
             lambda console: show_samples(console, samples),
             model=folder,
             dtype=dtype_name(loaded.model),
@@ -113,8 +140,14 @@ def generate_sample(
     routing: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
-    """One prompt continued: text, realised sparsity, and with `routing` the share executed of each token."""
+    """One prompt continued: text, realised sparsity, and with `routing` the share executed of each token.
+
+    Raises WorkError at the first step whose logits are not finite numbers.
+    """
     import torch
+    from transformers import LogitsProcessorList
+
+    from informed_routing.evaluation.numbers import FiniteLogits
 
     model, tokenizer = loaded.model, loaded.tokenizer
     ids = torch.tensor([_encode(tokenizer, prompt, chat)], device=model.device)
@@ -122,12 +155,14 @@ def generate_sample(
     if loaded.routed:
         model.reset_routing_stats()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    check: Any = FiniteLogits(model, ids.shape[1])
     with torch.inference_mode():
         output = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
+            logits_processor=LogitsProcessorList([check]),
             **settings,
         )
     new = output[0, ids.shape[1] :]
@@ -226,9 +261,17 @@ def colour(share: float, low: float, high: float) -> str:
 
 def _sampling(temperature: float | None, top_p: float | None, num_beams: int) -> dict[str, Any]:
     """Arguments for transformers' generate; what the model's own generation config says is overridden."""
-    check_temperature(temperature)
+    if temperature is not None and not (temperature == 0 or _COLDEST <= temperature < math.inf):
+        raise InputError(
+            f"--temperature {temperature:g} is neither 0 nor a number from {_COLDEST:g}",
+            "Give 0 for greedy, or about 0.7",
+        )
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"--top-p {top_p:g} is not in (0, 1]", "Give a probability, such as 0.9")
+    if temperature == 0 and top_p is not None:
+        raise InputError(
+            f"--top-p {top_p:g} has no effect: --temperature 0 takes the likeliest token", "Leave out one of them"
+        )
     settings: dict[str, Any] = {
         "num_beams": num_beams,
         "do_sample": False,

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
 
 from informed_routing.errors import InputError
 
 if TYPE_CHECKING:
+    from informed_routing.config import RoutingConfig
+    from informed_routing.evaluation.parts import Fitted
+
     from .common import Session
+
+Kind = Literal["routed", "pruned", "dense"]
+PolicyOption = Annotated[
+    Literal["exact", "auto"] | None,
+    typer.Option(
+        "--policy",
+        help="Of the native engine: exact does what the routers say; auto executes calls whole where that is faster on "
+        "this machine, so that text may differ between machines [default: exact].",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -23,16 +39,25 @@ class Loaded:
     base: str | None = None
 
 
+def kind_of(ref: str) -> Kind:
+    """Whether a model is a routing folder, a pruned model or an ordinary one. InputError for one that is not there."""
+    from informed_routing.baselines.folder import is_static_folder
+
+    if is_static_folder(Path(ref).expanduser()):
+        return "pruned"
+    return "routed" if is_routing(ref) else "dense"
+
+
 def load_any(ref: str, run: Session, base: str | None = None) -> Loaded:
     """A routing folder (or Hub id of one) as a routed model, a pruned one or an ordinary dense model as it is."""
     from informed_routing.assets import load_model
-    from informed_routing.baselines.folder import is_static_folder, load_static
+    from informed_routing.baselines.folder import load_static
 
-    path = Path(ref).expanduser()
-    if is_static_folder(path):
-        pruned, tokenizer = load_static(path, dtype=run.common.dtype, device=run.device)
+    kind = kind_of(ref)
+    if kind == "pruned":
+        pruned, tokenizer = load_static(Path(ref).expanduser(), dtype=run.common.dtype, device=run.device)
         return Loaded(pruned, tokenizer, routed=False)
-    if is_routing(ref):
+    if kind == "routed":
         return load_routed(ref, run, base)
     model, tokenizer = load_model(ref, dtype=run.common.dtype, device=run.device)
     return Loaded(model, tokenizer, routed=False)
@@ -43,16 +68,77 @@ def load_routed(ref: str, run: Session, base: str | None = None) -> Loaded:
     from informed_routing.assets import check_vocabulary, load_tokenizer
     from informed_routing.routed_model import RoutedModelForCausalLM
 
+    check_routed(ref)
+    model = RoutedModelForCausalLM.from_pretrained(_local(ref), dtype=run.common.dtype, device=run.device, base=base)
+    name, revision = _base_of(model, base)
+    tokenizer = load_tokenizer(name, revision=revision)
+    check_vocabulary(tokenizer, model, ref)
+    return Loaded(model.eval(), tokenizer, routed=True, base=base)
+
+
+def check_routed(ref: str) -> None:
+    """Raise InputError for a model that routes nothing."""
     if not is_routing(ref):
         raise InputError(
             f"{ref} is not a routing folder (no routing_config.json)",
             f"Make one with `informed-routing fit {ref} --out DIR`",
         )
-    model = RoutedModelForCausalLM.from_pretrained(ref, dtype=run.common.dtype, device=run.device, base=base)
-    name, revision = _base_of(model, base)
-    tokenizer = load_tokenizer(name, revision=revision)
-    check_vocabulary(tokenizer, model, ref)
-    return Loaded(model.eval(), tokenizer, routed=True, base=base)
+
+
+def check_shares(
+    ref: str, targets: Sequence[float], budget: str | None = None, decision: str | None = None
+) -> RoutingConfig:
+    """The settings of a routing folder, after checking that it can be set to all of these shares.
+
+    Reads routing_config.json only: a share that was not calibrated is refused, with the range, before the base model is
+    loaded. `decision` is as for `set_sparsity`; top-k has no range that a table would tell. Raises InputError.
+    """
+    from informed_routing.persistence import locate, read_config
+    from informed_routing.routed_model import threshold_for
+
+    config = read_config(locate(_local(ref)))
+    for target in targets:
+        if target and (decision or config.selection.decision) == "threshold":
+            threshold_for(config, target, budget)  # type: ignore[arg-type]
+    check_budget(config, targets, budget)
+    return config
+
+
+def check_budget(config: RoutingConfig, targets: Sequence[float], budget: str | None) -> None:
+    """Raise InputError where --budget would say nothing, or would turn a share into another one."""
+    if budget is None:
+        return
+    if not targets and budget != config.budget:
+        raise InputError(
+            f"--budget {budget} needs --sparsity: the share that this model was trained for counts {config.budget}",
+            "Give --sparsity, too",
+        )
+    if targets and not any(targets):
+        raise InputError(f"--budget {budget} has no effect at --sparsity 0", "Leave it out, or give another share")
+
+
+def refuse_idle(reason: str, remedy: str, **given: Any) -> None:
+    """Raise InputError for the first of the options that was given, though for this `reason` it would do nothing.
+
+    Options are named as parameters: `show_routing=True` is --show-routing; None and False were not given.
+    """
+    for name, value in given.items():
+        if value is None or value is False or value == []:
+            continue
+        shown = value[0] if isinstance(value, list) else value
+        flag = f"--{name.replace('_', '-')}" + ("" if shown is True else f" {shown}")
+        raise InputError(f"{flag} has no effect: {reason}", remedy)
+
+
+def refuse_for_dense(ref: str, kind: Kind, targets: Sequence[float], **given: Any) -> None:
+    """Raise InputError for sparsity, and for options that only a routed model has, of one that is not."""
+    if kind == "routed":
+        return
+    fit_first = f"Fit routers first: informed-routing fit {ref} --out DIR"
+    what = "a dense model" if kind == "dense" else "a pruned, dense model"
+    if any(targets):
+        raise InputError(f"{ref} is {what} and has no sparsity {max(targets):g}", fit_first)
+    refuse_idle(f"{ref} is {what}, it routes nothing and has no engine of ours", f"Leave it out. {fit_first}", **given)
 
 
 def choose_execution(
@@ -61,22 +147,103 @@ def choose_execution(
     execution: str,
     weights: str | None,
     kv: str | None = None,
-    policy: Literal["auto", "exact"] = "auto",
-) -> None:
-    """Set a routed model's execution; `auto` is the native engine where it runs. InputError where it was asked for."""
+    policy: str | None = None,
+    *,
+    decision: str = "threshold",
+    why: str | None = None,
+) -> dict[str, str]:
+    """Set a routed model's execution and return what `engine` of a result says of it: a name, and the reason.
+
+    `auto` is the native engine where it runs. `policy` None is exact; `decision` is how tokens will be chosen; `why`
+    explains a choice that the user did not make. Raises InputError where an engine cannot do what was asked for, and
+    for options of the native engine where another one runs.
+    """
+    kv = kv or model.routing_config.kv
+    reason = why or f"--execution {execution} asks for it"
+    if execution in ("auto", "native"):
+        obstacle = native_obstacle(run, model, kv, decision)
+        if obstacle is None and execution == "auto":
+            reason = "it runs this model on this machine"
+        if obstacle is not None:
+            if weights:
+                raise InputError(
+                    f"--weights {weights} needs the native engine, which cannot run: {obstacle}", "Leave it out"
+                )
+            if execution == "native":
+                raise InputError(f"the native engine cannot run: {obstacle}", "Leave out --execution native")
+            reason = f"not native: {obstacle}"
+        execution = "native" if obstacle is None else "sparse"
+    if execution != "native":
+        if weights:
+            raise InputError(f"--weights {weights} needs the native engine", "Leave it out, or give --execution native")
+        if policy == "auto":
+            raise InputError(
+                f"--policy auto needs the native engine, and this is {execution}: {reason}", "Leave it out"
+            )
+    policy = policy or "exact"
+    # The policy is the native engine's own: others always do what the routers say.
+    only_native = {"policy": policy} if execution == "native" else {}
+    model.set_execution(execution, kv, weights=weights, **only_native)
+    if execution != "native":
+        return {"name": f"torch {execution}", "reason": reason}
+    engine = model.routing_state.native.of(model)
+    if getattr(engine, "torch_prefill", False):
+        reason += "; long prompts go to torch, whose matrix products are faster here"
+    return {"name": native_name(model, engine), "reason": reason, "policy": policy}
+
+
+def native_obstacle(run: Session, model: Any, kv: str, decision: str = "threshold") -> str | None:
+    """Why the native engine cannot do what is asked of a model; None when it can."""
     from informed_routing.execution.native import native_reason
 
-    kv = kv or model.routing_config.kv
-    if execution == "auto":
-        reason = "kv='drop'" if kv == "drop" else native_reason(model, run.progress)
-        if reason and weights:
-            raise InputError(f"--weights {weights} needs the native engine, which cannot run: {reason}", "Leave it out")
-        execution = "sparse" if reason else "native"
-    if weights and execution != "native":
-        raise InputError(f"--weights {weights} needs the native engine", "Leave it out, or give --execution native")
-    if execution == "native" and kv == "drop":
-        raise InputError("kv='drop' needs --execution sparse", "Leave out --execution native, or give --kv keep")
-    model.set_execution(execution, kv, weights=weights, policy=policy)
+    if kv == "drop":
+        return "kv='drop' needs a torch engine"
+    if decision == "top-k":
+        return "the top-k of a sequence needs a torch engine"
+    return native_reason(model, run.progress)
+
+
+def native_name(model: Any, engine: Any) -> str:
+    """`native float32`, as rows of a benchmark call it; `native gpu` on one."""
+    return f"native {engine.weights}" if model.device.type == "cpu" else "native gpu"
+
+
+DENSE_ENGINE = {"name": "transformers", "reason": "a dense model routes nothing"}
+
+
+def say_engine(run: Session, engine: Mapping[str, str]) -> None:
+    """One line on stderr: which engine runs, and why."""
+    policy = f", policy {engine['policy']}" if "policy" in engine else ""
+    run.progress.message(f"engine: {engine['name']}{policy} ({engine['reason']})")
+
+
+def fitted_of(ref: str, kind: Kind) -> Fitted | None:
+    """The texts that a model was fitted on; None for a dense model, which no fit of ours has seen."""
+    from informed_routing.evaluation.parts import Fitted, fitted_on
+
+    if kind == "dense":
+        return None
+    if kind == "pruned":
+        return Fitted(unknown="the folder does not say what its pruning read")
+    folder = Path(ref).expanduser()
+    return fitted_on(folder if folder.is_dir() else _hub_folder(ref))
+
+
+def _hub_folder(ref: str) -> Path | None:
+    """The snapshot of a routing folder on the Hub, with its fit.json; None when that cannot be had."""
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(ref, "fit.json", _raise_exceptions_for_missing_entries=False)
+    except OSError:
+        return None
+    return None if found is None else Path(found).parent
+
+
+def _local(ref: str) -> str:
+    """A reference with `~` resolved where it is a folder."""
+    path = Path(ref).expanduser()
+    return str(path) if path.exists() else ref
 
 
 def load_base_of(loaded: Loaded, run: Session) -> Any:
@@ -98,8 +265,10 @@ def is_routing(ref: str) -> bool:
     from informed_routing.assets import resolve_model
 
     folder = Path(ref).expanduser()
-    if (folder / "checkpoints").is_dir() and not (folder / "routing_config.json").exists():
-        raise InputError(f"{ref} holds an unfinished fit", "Run the same `fit` again with --resume")
+    results = ("routing_config.json", "config.json")
+    if (folder / "checkpoints").is_dir() and not any((folder / name).exists() for name in results):
+        command = "prune" if (folder / "checkpoints" / "prune.json").exists() else "fit"
+        raise InputError(f"{ref} holds an unfinished {command}", f"Run the same `{command}` again with --resume")
     source = resolve_model(ref)
     if source.kind != "hub":
         return source.kind == "routing"

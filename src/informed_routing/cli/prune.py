@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,8 +15,6 @@ from .common import Common, check_at_least, dtype_name, session, with_common
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-CHECKPOINTS = "checkpoints"
 
 
 @with_common
@@ -47,7 +44,9 @@ def prune(
         int, typer.Option("--recovery-steps", help="LoRA steps afterwards, merged into the weights.")
     ] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences in a recovery step.")] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted recovery in --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted recovery in --out, as the same command does.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the pruned model in --out.")] = False,
 ) -> None:
     """Remove what matters least of a dense model, by its behaviour on text: the static methods of the comparison.
@@ -64,52 +63,63 @@ def prune(
     check_at_least("--tokens", [tokens], 1)
     check_at_least("--sequence-length", [sequence_length], 2)
     check_at_least("--recovery-steps", [recovery_steps], 0)
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other", "Give one of them")
     with session("prune", common) as run:
+        from hashlib import sha256
+
         from informed_routing.assets import load_model
         from informed_routing.baselines.recovery import recover
+        from informed_routing.baselines.saving import RECOVERY_FILE, begin, check_folder, check_inputs
         from informed_routing.baselines.static import prune as run_prune
         from informed_routing.baselines.static import save_static
         from informed_routing.config import Recipe
+        from informed_routing.folders import CHECKPOINTS, check_apart_from, only_writer
+        from informed_routing.models.fingerprint import fingerprint
         from informed_routing.training.texts import Texts
 
         chosen = method_settings(method, settings or ())
-        _check_folder(out, resume, overwrite)
         lora = {"steps": max(recovery_steps, 1), "batch_size": batch_size, "sequence_length": sequence_length}
         recovery = Recipe.from_mapping({"lora": lora}).lora  # a bad value is refused before anything runs
-        dense, tokenizer = load_model(model, dtype=common.dtype, device=run.device)
-        text = Texts(data or Recipe.from_mapping({}).data, tokenizer, run.seed)
-        rows = text.some("train", sequence_length, tokens, "pruning")
-        report = run_prune(dense, method, sparsity, rows, progress=run.progress, **chosen)
-        if overwrite:  # not before there is something to put in its place
-            shutil.rmtree(out, ignore_errors=True)
-        result: dict[str, Any] = {"pruning": report.as_dict()}
-        if recovery_steps:
-            result["recovery"] = recover(
-                dense,
-                text.rows("train", sequence_length),
-                recovery,
-                seed=run.seed,
-                checkpoint=out / CHECKPOINTS / "recovery.safetensors",
-                progress=run.progress,
-            )
-        save_static(dense, tokenizer, out)
-        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+        texts = data or Recipe.from_mapping({}).data
+        check_apart_from(out, model)
+        described = {
+            "model": model,
+            "method": method,
+            "sparsity": sparsity,
+            "settings": chosen,
+            "data": list(texts),
+            "tokens": tokens,
+            "sequence_length": sequence_length,
+            "recovery_steps": recovery_steps,
+            "batch_size": batch_size,
+            "seed": run.seed,
+            "dtype": common.dtype,
+        }
+        with only_writer(out) as folder:
+            resumed = check_folder(folder, described, resume=resume, overwrite=overwrite)
+            if resumed:
+                run.progress.message(f"continuing the interrupted run in {out}")
+            dense, tokenizer = load_model(model, dtype=common.dtype, device=run.device)
+            text = Texts(texts, tokenizer, run.seed)
+            rows = text.some("train", sequence_length, tokens, "pruning")
+            inputs = {"base": fingerprint(dense), "text": sha256(rows.numpy().tobytes()).hexdigest()}
+            if resumed:
+                check_inputs(folder, inputs)
+            report = run_prune(dense, method, sparsity, rows, progress=run.progress, **chosen)
+            begin(folder, {**described, "inputs": inputs}, resumed=resumed)
+            result: dict[str, Any] = {"pruning": report.as_dict()}
+            if recovery_steps:
+                result["recovery"] = recover(
+                    dense,
+                    text.rows("train", sequence_length),
+                    recovery,
+                    seed=run.seed,
+                    checkpoint=folder / CHECKPOINTS / RECOVERY_FILE,
+                    progress=run.progress,
+                )
+            save_static(dense, tokenizer, folder)
         run.finish(result, lambda console: _show(console, result, out), model=model, dtype=dtype_name(dense))
-
-
-def _check_folder(out: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse to write among other files; only an earlier pruned model may be replaced."""
-    from informed_routing.baselines.static import is_static_folder
-
-    if resume and overwrite:
-        raise InputError("--resume and --overwrite exclude each other", "Give one of them")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if resume and (out / CHECKPOINTS).is_dir():
-        return
-    if not (overwrite and is_static_folder(out)):
-        remedy = "Give another --out" + (", or --overwrite" if is_static_folder(out) else "")
-        raise InputError(f"--out {out} is not empty", remedy)
 
 
 def _show(console: Console, result: Mapping[str, Any], out: Path) -> None:

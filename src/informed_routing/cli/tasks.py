@@ -56,7 +56,7 @@ class TaskOptions:
             "version": require_harness(),
             "fewshot_seed": FEWSHOT_SEED,
             "documents": "all" if self.limit is None else ("spread" if self.spread else "first"),
-            "limit": self.limit,
+            **({} if self.limit is None else {"limit": self.limit}),
             "source": "hub" if self.data_dir is None else "files",
         }
 

@@ -88,6 +88,7 @@ def measure(
             raise InputError(f"{out} exists", "Give another --out, or --resume to go on with it")
         nominal = read_workload(workload)
         texts = _texts([nominal], domain)
+        _check_dial(folder, sparsity, budget)
         loaded = _loaded(folder, run, execution, weights, base)
         _run_workload(run, loaded, nominal, prompts, out, resume, sparsity, budget, texts)
         rows = read_rows(out)
@@ -128,7 +129,9 @@ def predict(
     with session("whatif predict", common) as run:
         from informed_routing.whatif import predict as run_predict
         from informed_routing.whatif import read_workloads
+        from informed_routing.whatif.plot import check_plot
 
+        check_plot(plot)
         nominal = _nominal(table, workload)
         found = run_predict(
             table,
@@ -168,7 +171,7 @@ def check(
 ) -> None:
     """Measure some targets directly and compare with what was predicted. Tables that are there are used again.
 
-    Example: informed-routing whatif check out table.parquet --targets targets.yaml --only long --out checks
+    Example: informed-routing whatif check out table.parquet --targets targets.yaml --only longer --out checks
     """
     check_at_least("--prompts", [prompts], 1)
     check_folder("--out", out)
@@ -217,6 +220,14 @@ def _loaded(folder: str, run: Session, execution: Any, weights: Any, base: str |
     loaded = load_routed(folder, run, base)
     choose_execution(run, loaded.model, execution, weights)
     return loaded
+
+
+def _check_dial(folder: str, sparsity: float | None, budget: str | None) -> None:
+    """Refuse a share that was not calibrated before the base model is loaded."""
+    from .loading import check_routed, check_shares
+
+    check_routed(folder)
+    check_shares(folder, check_sparsities([] if sparsity is None else [sparsity]), budget)
 
 
 def _nominal(table: Path, workload: Path | None) -> AnyWorkload:

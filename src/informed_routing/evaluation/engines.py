@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from informed_routing.errors import InputError
+from informed_routing.models.calls import cached
 from informed_routing.routing.limits import STORAGE, Balance, Storage
 
 EngineName = Literal["native", "torch", "transformers", "compiled"]
 ENGINES: tuple[EngineName, ...] = ("native", "torch", "transformers", "compiled")
-_SHORT = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "bfloat16"}
+_SHORT = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_AS_LARGE = {"float16": "bfloat16"}  # what a format costs to read
 
 
 class Engine:
@@ -28,7 +30,7 @@ class Engine:
 
     @property
     def storage(self) -> Storage:
-        return STORAGE.get(self.weights, STORAGE[_SHORT[self.model.dtype]])
+        return STORAGE[_AS_LARGE.get(self.weights, self.weights)]
 
     @property
     def balance(self) -> Balance:
@@ -44,7 +46,7 @@ class Engine:
 
     def step(self, ids: Tensor, cache: Any) -> Tensor:
         """Logits [B, 1, vocabulary] of the last position after `ids` [B, n] on top of `cache`."""
-        return self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return self.model(input_ids=ids, **cached(self.model, cache), use_cache=True, logits_to_keep=1).logits
 
 
 class CompiledEngine(Engine):
@@ -65,7 +67,7 @@ class CompiledEngine(Engine):
 
     def step(self, ids: Tensor, cache: Any) -> Tensor:
         with torch.no_grad():
-            return self._forward(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            return self._forward(input_ids=ids, **cached(self.model, cache), use_cache=True, logits_to_keep=1).logits
 
 
 class RoutedEngine(Engine):
@@ -73,20 +75,21 @@ class RoutedEngine(Engine):
 
     routes = True
 
-    def __init__(self, model: Any, weights: str | None = None) -> None:
+    def __init__(self, model: Any, weights: str | None = None, policy: str = "exact") -> None:
         super().__init__(model, "torch" if weights is None else f"native {weights}")
         self.holder: Any = None
         if weights is not None:
             from informed_routing.execution.native import NativeExecution
+            from informed_routing.execution.self_check import check_engine
 
             self.weights = weights
-            self.holder = NativeExecution(weights)  # type: ignore[arg-type]
-            self.holder.of(model)
+            self.holder = NativeExecution(weights, policy=policy)  # type: ignore[arg-type]
+            check_engine(model, self.holder)
 
     @property
     def balance(self) -> Balance:
-        table = None if self.holder is None else getattr(self.holder.of(self.model), "table", None)
-        return super().balance if table is None else table.balance
+        own = None if self.holder is None else self.holder.of(self.model).balance
+        return super().balance if own is None else own
 
     def use(self, sparsity: float, budget: str | None) -> None:
         state = self.model.routing_state
@@ -94,25 +97,32 @@ class RoutedEngine(Engine):
         self.model.set_sparsity(sparsity, budget, "threshold")  # the rule that can generate
 
 
-def make_engines(dense: Any, routed: Any, names: Sequence[str], weights: Sequence[str]) -> list[Engine]:
-    """Engines by name; `native` once for each format in `weights`. Raises InputError for unknown names."""
+def check_names(names: Sequence[str], weights: Sequence[str]) -> None:
+    """Raise InputError for engines and formats of weights that are not known."""
     from informed_routing.execution.cpu.packing import FORMATS
 
-    for one in weights:
-        if one not in FORMATS:
-            raise InputError(f"weights {one!r} are not known", f"Choose some of {', '.join(FORMATS)}")
+    for kind, given, known in (("engine", names, ENGINES), ("weights", weights, (*FORMATS, "float16"))):
+        for one in given:
+            if one not in known:
+                raise InputError(f"--{kind} {one} is not known", f"Choose some of {', '.join(known)}")
+
+
+def make_engines(
+    dense: Any, routed: Any, names: Sequence[str], weights: Sequence[str], policy: str = "exact"
+) -> list[Engine]:
+    """Engines by name; `native` once for each format in `weights`, with `policy`. Raises InputError for unknown names.
+
+    `dense` is the base model, and may be None where neither `transformers` nor `compiled` is asked for.
+    """
+    check_names(names, weights)
     engines: list[Engine] = []
     for name in names:
         if name == "native":
-            engines += [RoutedEngine(routed, one) for one in weights]
+            engines += [RoutedEngine(routed, one, policy) for one in weights]
         elif name == "torch":
             engines.append(RoutedEngine(routed))
-        elif name == "transformers":
-            engines.append(Engine(dense))
-        elif name == "compiled":
-            engines.append(CompiledEngine(dense))
         else:
-            raise InputError(f"engine {name!r} is not known", f"Choose some of {', '.join(ENGINES)}")
+            engines.append(Engine(dense) if name == "transformers" else CompiledEngine(dense))
     return engines
 
 

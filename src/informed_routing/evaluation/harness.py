@@ -14,10 +14,11 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from informed_routing.errors import InputError
+from informed_routing.errors import InputError, WorkError
 from informed_routing.progress import NullProgress, Progress
 from informed_routing.routing.decision import GumbelSample
 
@@ -46,7 +47,7 @@ def evaluate_tasks(
     forward; it changes numbers by no more than rounding does. With `results_dir`, results of finished tasks are kept
     there and not computed again for the same model, settings and data. The model is left as it was.
     Raises InputError when lm-evaluation-harness is missing, for unknown tasks and for missing files, in each case
-    before anything is computed.
+    before anything is computed; WorkError for logits or a metric that are not finite.
     """
     harness, progress = require_harness(), progress or NullProgress()
     local = {spec: None if data_dir is None else local_files(spec, Path(data_dir)) for spec in tasks}
@@ -65,7 +66,16 @@ def evaluate_tasks(
             finished[spec] = _evaluate(model, tokenizer, spec, loaded.pop(spec), limit, spread, batch_size, progress)
             if folder is not None:
                 folder.save(keys[spec], finished[spec])
-    return {spec.name: finished[spec] for spec in tasks}
+    return {spec.name: _checked(finished[spec]) for spec in tasks}
+
+
+def _checked(result: TaskResult) -> TaskResult:
+    """A result whose numbers are all finite: a standard error that is not (of a single document) is left out."""
+    kept = {key: value for key, value in result.metrics.items() if math.isfinite(value) or "_stderr" not in key}
+    for key, value in kept.items():
+        if not math.isfinite(value):
+            raise WorkError(f"{key} of task {result.task} is {value}, not a finite number", "Leave the task out")
+    return replace(result, metrics=kept)
 
 
 def _task_key(spec: TaskSpec, local: LocalFiles | None, limit: int | None, spread: bool) -> dict[str, Any]:
@@ -99,7 +109,10 @@ def _evaluate(
             model.reset_routing_stats()
         chosen = subset(len(task.eval_docs), limit, spread)
         score = _word_perplexity if spec.name == WIKITEXT else _harness_metrics
-        metrics = score(live, task, spec, chosen, progress)
+        try:
+            metrics = score(live, task, spec, chosen, progress)
+        except WorkError as error:
+            raise WorkError(f"task {spec}: {error.what}", error.remedy) from error
     stats = {k: v for k, v in model.routing_stats().items() if k != "per_unit"} if routed else None
     shots = int(task.get_config("num_fewshot") or 0)
     return TaskResult(spec.name, shots, len(chosen), metrics, time.perf_counter() - start, stats)

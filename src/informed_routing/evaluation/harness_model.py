@@ -7,6 +7,7 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
+from informed_routing.evaluation.numbers import FiniteLogits
 from informed_routing.progress import NullProgress, Progress
 
 from .harness_scoring import distinct, log_likelihoods
@@ -37,6 +38,14 @@ class LiveModel(HFLM):  # type: ignore[misc]
             batch_size=self.batch_size,
             dtype=self.softmax_dtype,
             progress=self.progress,
+        )
+
+    def _model_generate(self, context: Any, max_length: int, stop: list[str], **settings: Any) -> Any:
+        from transformers import LogitsProcessorList
+
+        check: Any = FiniteLogits(self.model, context.shape[1], f"{self.label}: the logits")
+        return super()._model_generate(
+            context, max_length, stop, logits_processor=LogitsProcessorList([check]), **settings
         )
 
 

@@ -8,6 +8,7 @@ masked, so that a routed model neither executes nor counts it.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from informed_routing.errors import InputError
+from informed_routing.evaluation.numbers import not_finite
+from informed_routing.execution.changes import unchanging
+from informed_routing.models.calls import cached
 from informed_routing.progress import NullProgress, Progress
 from informed_routing.routing.decision import AlwaysExecute, Threshold
 
@@ -52,7 +56,8 @@ def log_likelihoods(
 
     At most `max_length` inputs are seen, the last ones. Pairs with the same inputs are computed once, so equal answers
     have equal values. `dtype` is that of the softmax; None is the logits' own, as in lm-evaluation-harness.
-    Raises InputError for an empty continuation or one longer than `max_length`.
+    Raises InputError for an empty continuation or one longer than `max_length`, WorkError for logits that are not
+    finite.
     """
     progress = progress or NullProgress()
     askers: dict[tuple[int, ...], list[int]] = {}
@@ -65,12 +70,15 @@ def log_likelihoods(
     rows = [_Row(inputs, max(len(pairs[n][1]) for n in numbers)) for inputs, numbers in askers.items()]
     results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
     finished = 0
-    with torch.inference_mode():
+    with torch.inference_mode(), unchanging(model):
         for shared, batch in _batches(rows, batch_size, share=may_share(model)):
             for row, logits in zip(batch, _wanted_logits(model, shared, batch), strict=True):
                 scores = F.log_softmax(logits, dim=-1, dtype=dtype)
                 for number in askers[row.inputs]:
                     results[number] = _score(scores, pairs[number][1])
+                    if not math.isfinite(results[number][0]):
+                        what = f"the log-likelihood of answer {number + 1}"
+                        raise not_finite(what, model, torch.tensor([row.inputs]))
             finished += len(batch)
             progress.advance(finished)
     return results
@@ -145,7 +153,7 @@ def _wanted_logits(model: Any, shared: int, rows: list[_Row]) -> list[Tensor]:
     first = min(length - row.wanted for row, length in zip(rows, lengths, strict=True))
     arguments: dict[str, Any] = {"use_cache": cache is not None}
     if cache is not None:
-        arguments["past_key_values"] = cache
+        arguments |= cached(model, cache)
     if min(lengths) < longest:
         arguments["attention_mask"] = mask.to(model.device)
     logits = _forward(model, inputs, longest - first, arguments)
@@ -158,7 +166,7 @@ def _wanted_logits(model: Any, shared: int, rows: list[_Row]) -> list[Tensor]:
 def _prefix(model: Any, tokens: tuple[int, ...], repeats: int) -> DynamicCache:
     """The cache of `tokens`, once for each of the rows that continue them."""
     cache = DynamicCache(config=model.config)
-    _forward(model, torch.tensor([tokens]), 1, {"past_key_values": cache, "use_cache": True})
+    _forward(model, torch.tensor([tokens]), 1, {**cached(model, cache), "use_cache": True})
     cache.batch_repeat_interleave(repeats)
     return cache
 

@@ -1,7 +1,8 @@
 """Perplexity per token on packed text and per word on whole pages, of dense and routed models alike.
 
 Nothing here is random, nothing is padded, and the LM head is applied to a few rows at a time, so that a
-vocabulary of 128k does not decide how much text fits in memory.
+vocabulary of 128k does not decide how much text fits in memory. A loss that is not finite ends the work: every number
+in a result is one.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from informed_routing.errors import InputError
+from informed_routing.evaluation.numbers import exponential, not_finite
+from informed_routing.execution.changes import unchanging
 from informed_routing.progress import NullProgress, Progress
 
 HEAD_ROWS = 256  # positions whose logits are held at once: 256 x 49,152 float32 is 50 MB
 _IGNORED = -100
+_LARGEST = 700.0  # nats: e to this is still a float
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ def token_perplexity(
 ) -> PerplexityResult:
     """Perplexity of rows `[n, L]` (int64): every token but a row's first is predicted from those before it.
 
-    Deterministic; leaves the model in the mode it was in. Raises InputError for empty or too short rows.
+    Deterministic; leaves the model in the mode it was in. Raises InputError for empty or too short rows, WorkError for
+    a loss that is not finite, or of which no perplexity can be written, naming the sequence.
     """
     if rows.ndim != 2 or rows.shape[0] == 0 or rows.shape[1] < 2:
         raise InputError(f"rows of shape {tuple(rows.shape)} hold nothing to predict", "Give [n, L] with L >= 2")
@@ -69,7 +74,8 @@ def token_perplexity(
     targets[:, :-1] = rows[:, 1:]
     pairs = ((rows[i : i + batch_size], targets[i : i + batch_size]) for i in range(0, len(rows), batch_size))
     total, tokens, seconds, stats = _score(model, pairs, -(-len(rows) // batch_size), progress)
-    return PerplexityResult(_exp(total / tokens), total / tokens, tokens, seconds, stats)
+    loss = total / tokens
+    return PerplexityResult(exponential(loss, "token perplexity"), loss, tokens, seconds, stats)
 
 
 def page_perplexity(
@@ -84,7 +90,8 @@ def page_perplexity(
 
     A page is detokenised, tokenised without special tokens, and scored in the windows of `page_windows`: up
     to `max_length` predictions each, the first after the beginning (or end) of text token. Words are counted
-    on the page as it was given. Raises InputError when there is nothing to score.
+    on the page as it was given. Raises InputError when there is nothing to score, or so few words (in a language that
+    puts no spaces between them) that a perplexity per word cannot be written; WorkError as `token_perplexity` does.
     """
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if prefix is None:
@@ -101,13 +108,18 @@ def page_perplexity(
         raise InputError("the pages hold no text", "Give a file with text in its `page` column")
     batches = _equal_length_batches(windows, batch_size)
     total, tokens, seconds, stats = _score(model, iter(batches), len(batches), progress)
+    if total / words > _LARGEST:
+        raise InputError(
+            f"{words} words in {tokens} tokens are too few for a perplexity per word",
+            "Give the text as a `text` column for perplexity per token",
+        )
     return PagePerplexityResult(
-        token_perplexity=_exp(total / tokens),
+        token_perplexity=exponential(total / tokens, "token perplexity"),
         loss=total / tokens,
         tokens=tokens,
         seconds=seconds,
         stats=stats,
-        word_perplexity=_exp(total / words),
+        word_perplexity=math.exp(total / words),
         words=words,
         pages=len(pages),
     )
@@ -190,7 +202,10 @@ def _equal_length_batches(
 def _score(
     model: torch.nn.Module, batches: Iterator[tuple[Tensor, Tensor]], count: int, progress: Progress | None
 ) -> tuple[float, int, float, dict[str, Any] | None]:
-    """Total loss, predictions, seconds and routing statistics over (inputs, targets) batches of `[b, L]`."""
+    """Total loss, predictions, seconds and routing statistics over (inputs, targets) batches of `[b, L]`.
+
+    Raises WorkError for a loss that is not finite.
+    """
     progress = progress or NullProgress()
     was_training = model.training
     model.eval()
@@ -198,12 +213,16 @@ def _score(
     if routed:
         cast(Any, model).reset_routing_stats()
     progress.stage("perplexity", count)
-    total, tokens = 0.0, 0
+    total, tokens, sequences = 0.0, 0, 0
     start = time.perf_counter()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), unchanging(model):
             for number, (inputs, targets) in enumerate(batches, 1):
-                total += _batch_loss(model, inputs, targets)
+                loss = _batch_loss(model, inputs, targets)
+                if not math.isfinite(loss):
+                    raise _at_fault(model, inputs, targets, sequences)
+                total += loss
+                sequences += len(inputs)
                 tokens += int((targets != _IGNORED).sum())
                 progress.advance(number, loss=total / tokens)
     finally:
@@ -212,12 +231,26 @@ def _score(
     return total, tokens, time.perf_counter() - start, stats
 
 
+def _at_fault(model: torch.nn.Module, inputs: Tensor, targets: Tensor, before: int) -> Exception:
+    """The error for a batch `[b, L]` whose loss is not finite, with the first sequence that makes it so."""
+    for row in range(len(inputs)):
+        one = slice(row, row + 1)
+        if not math.isfinite(_batch_loss(model, inputs[one], targets[one])):
+            return not_finite(f"the loss of sequence {before + row + 1}", model, inputs[one])
+    return not_finite(f"the loss of sequences {before + 1} to {before + len(inputs)}", model)
+
+
 def _batch_loss(model: torch.nn.Module, inputs: Tensor, targets: Tensor) -> float:
-    """Summed negative log likelihood of targets `[b, L]` for inputs `[b, L]`, summed in float64."""
+    """Summed negative log likelihood of targets `[b, L]` for inputs `[b, L]`, summed in float64.
+
+    NaN where the last hidden states are not finite: what a fused head makes of such is not relied on.
+    """
     wrapped = cast(Any, model)
     device = wrapped.device
     inputs, targets = inputs.to(device), targets.to(device).flatten()
     hidden, last = _hidden_states(wrapped, inputs)
+    if not bool(last.isfinite().all()) or (hidden is not None and not bool(hidden.isfinite().all())):
+        return math.nan
     if hidden is None or not torch.allclose(_head(wrapped, hidden[:, -1]), last, rtol=1e-2, atol=1e-2):
         # a model whose head is more than we know of: let it compute its own logits, all of them
         logits = wrapped(input_ids=inputs, use_cache=False).logits.flatten(0, 1)
@@ -271,7 +304,3 @@ def _head(model: Any, hidden: Tensor) -> Tensor:
     logits: Tensor = model.get_output_embeddings()(hidden)
     cap = getattr(model.config, "final_logit_softcapping", None)
     return torch.tanh(logits / cap) * cap if cap else logits
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf

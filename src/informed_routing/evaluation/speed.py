@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +20,9 @@ from torch import Tensor
 from informed_routing.assets import load_texts
 from informed_routing.errors import InputError
 from informed_routing.evaluation.engines import Engine
+from informed_routing.evaluation.numbers import not_finite
 from informed_routing.evaluation.perplexity import sparsity_record
+from informed_routing.execution.changes import unchanging
 from informed_routing.progress import NullProgress, Progress
 from informed_routing.routing.limits import limit_speedup
 
@@ -106,7 +108,7 @@ def decode_callable(
         return cache
 
     def run(cache: Any) -> Tensor:
-        with torch.inference_mode():
+        with torch.inference_mode(), unchanging(engine.model):
             steps = following.split(1, dim=1)
             return torch.cat([engine.step(token.contiguous(), cache).argmax(-1) for token in steps], dim=1)
 
@@ -135,7 +137,8 @@ def benchmark_rows(
     measured once per batch and prompt length; a `new_tokens` of 0 gives no decode rows. Decode rows carry
     `new_tokens`, all rows `weights`, and with `profile` those of the native engine `phase_seconds`, besides the
     contract's fields. Speed-ups are against the fastest dense engine with the same weights; limits are the roofline
-    of the row's own engine. Raises InputError for settings that cannot be measured.
+    of the row's own engine. Raises InputError for settings that cannot be measured, WorkError where an engine's logits
+    are not finite.
     """
     _check_settings(text, prompt_tokens, new_tokens, batches)
     progress = progress or NullProgress()
@@ -156,8 +159,13 @@ def benchmark_rows(
 
 def prompt_text(refs: Sequence[str], tokenizer: Any, needed: int) -> Tensor:
     """At least `needed` tokens, if there are so many, of the held-out part of texts: int64 `[tokens]`."""
+    return tokens_of(load_texts(refs, "heldout"), tokenizer, needed)
+
+
+def tokens_of(documents: Iterable[str], tokenizer: Any, needed: int) -> Tensor:
+    """The tokens of documents, until there are `needed`: int64 `[tokens]`."""
     ids: list[int] = []
-    for document in load_texts(refs, "heldout"):
+    for document in documents:
         ids += tokenizer.encode(document, add_special_tokens=False)
         if len(ids) >= needed:
             break
@@ -200,6 +208,8 @@ def _compare(
 ) -> list[dict[str, Any]]:
     """Every engine at every sparsity that it can do on one workload, timed together."""
     runs = [(engine, s) for engine in engines for s in (sparsities if engine.routes else [0.0])]
+    for engine, s in runs:
+        _check_numbers(engine, case, s)
     workloads = {f"{engine.name} {s}": case.workload(engine, s) for engine, s in runs}
     timings = measure(workloads, repeats, warmup, progress)
     best: dict[str, float] = {}
@@ -230,6 +240,19 @@ def _compare(
             }
         )
     return rows
+
+
+def _check_numbers(engine: Engine, case: _Case, sparsity: float) -> None:
+    """Raise WorkError when what would be timed computes no numbers: such a forward may be faster than a right one."""
+    engine.use(sparsity, case.budget)
+    with torch.inference_mode():
+        logits = engine.step(case.ids, engine.fresh_cache(*case.ids.shape))
+    bad = ~logits[:, -1].float().isfinite().all(-1)
+    if bool(bad.any()):
+        prompt = case.ids[int(bad.nonzero()[0])][None]
+        share = f"at sparsity {sparsity:g}" if sparsity else "dense"
+        what = f"{engine.name}, {share}: the logits after a prompt of {prompt.shape[1]} tokens"
+        raise not_finite(what, engine.model, prompt)
 
 
 def _realised(engine: Engine, workload: Workload, case: _Case, sparsity: float, profile: bool) -> dict[str, Any]:

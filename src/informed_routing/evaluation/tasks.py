@@ -95,18 +95,18 @@ def headline(name: str, metrics: Iterable[str]) -> str:
 def average_accuracy(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
     """The plain mean of the headline accuracies of the paper's tasks among `results`, as in its tables; None for none.
 
-    `stderr` takes the tasks' errors as independent; `tasks` says what went into the mean.
+    `stderr` takes the tasks' errors as independent, and is left out where a task has none (one document has no spread);
+    `tasks` says what went into the mean.
     """
     chosen = [name for name in HEADLINES if name != WIKITEXT and HEADLINES[name] in results.get(name, {})]
     if not chosen:
         return None
     values = [float(results[name][HEADLINES[name]]) for name in chosen]
     errors = [float(results[name].get(f"{HEADLINES[name]}_stderr", math.nan)) for name in chosen]
-    return {
-        "accuracy": sum(values) / len(values),
-        "stderr": math.sqrt(sum(error**2 for error in errors)) / len(errors),
-        "tasks": chosen,
-    }
+    mean: dict[str, Any] = {"accuracy": sum(values) / len(values)}
+    if all(map(math.isfinite, errors)):
+        mean["stderr"] = math.sqrt(sum(error**2 for error in errors)) / len(errors)
+    return {**mean, "tasks": chosen}
 
 
 def subset(documents: int, limit: int | None, spread: bool) -> Sequence[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -20,7 +21,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from informed_routing.errors import InputError
+from informed_routing.evaluation.numbers import not_finite
+from informed_routing.execution.changes import unchanging
 from informed_routing.files import write_atomically
+from informed_routing.models.calls import cached
 from informed_routing.progress import NullProgress, Progress
 
 SAVE_EVERY = 100
@@ -78,7 +82,8 @@ def measure_workload(
 
     `streams` are the domains' texts as int64 [tokens]. With `out` (a Parquet file) rows are written as they come, and
     with `resume` those that are there already are kept; `about` (JSON values) is stored with them. Raises InputError
-    for domains without text, requests longer than their domain's text, and a file that belongs to another run.
+    for domains without text, requests longer than their domain's text, and a file that belongs to another run;
+    WorkError for logits or a loss that are not finite, naming the prompt.
     """
     progress = progress or NullProgress()
     for request in requests:
@@ -98,6 +103,9 @@ def measure_workload(
         for target in (sparsity, 0.0) if position % 2 else (0.0, sparsity):
             model.set_sparsity(target, budget)
             found[target] = _run(model, piece, request.prompt_tokens)
+            if not math.isfinite(found[target].loss_sum):
+                at = f"at sparsity {target:g}" if target else "dense"
+                raise not_finite(f"the loss of prompt {position + 1} ({request.domain}, {at})", model, piece)
         rows.append(_row(request, found[sparsity], found[0.0], position))
         progress.advance(position + 1, executed=rows[-1].executed / max(rows[-1].possible, 1))
         if out is not None and (len(rows) % SAVE_EVERY == 0 or len(rows) == len(requests)):
@@ -121,16 +129,20 @@ def _run(model: Any, piece: Tensor, prompt: int) -> _Run:
     model.reset_routing_stats()
     cache = DynamicCache(config=model.config)
     losses, seconds = [], []
-    with torch.inference_mode():
+    with torch.inference_mode(), unchanging(model):
         steps = [piece[:, :prompt], *(piece[:, at : at + 1] for at in range(prompt, piece.shape[1]))]
         for i, ids in enumerate(steps):
             _wait(model.device)
             begun = time.perf_counter()
-            logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = model(input_ids=ids, **cached(model, cache), use_cache=True, logits_to_keep=1).logits
             _wait(model.device)
             seconds.append(time.perf_counter() - begun)
+            last = logits[:, -1].float()
+            highest = last.max()
+            if not bool(highest.isfinite()):
+                return _Run((0, 0), 0, 0, (0.0, 0.0), seconds[0], 0.0, math.nan)
             if i + 1 < len(steps):
-                losses.append(torch.nn.functional.cross_entropy(logits[:, -1].float(), piece[:, prompt + i]))
+                losses.append(torch.nn.functional.cross_entropy(last, piece[:, prompt + i]))
     stats = model.stats
     by_kind = (int(stats.executed[0::2].sum()), int(stats.executed[1::2].sum()))
     dense, routed = stats.macs()

@@ -12,8 +12,8 @@ from transformers.cache_utils import Cache
 from ..routing.routed_unit import RoutingState
 
 Policy = Literal["exact", "auto"]
-"""exact: always as the routers say, so that the same tokens give the same text; auto: a unit's whole call is executed where
-that is faster than skipping some of it by prices timed on this machine, so that texts may differ between runs."""
+"""exact: always as the routers say, so that the same tokens give the same text; auto: a unit's whole call is executed
+where that is faster than skipping some of it by prices timed on this machine, so that texts may differ between runs."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class NativeEngine(Protocol):
     """An engine of one routed model that does whole forwards."""
 
     def is_of(self, model: Any, *, sample: bool = False) -> bool:
-        """Whether the model's weights are still those that the engine has copied. `sample`: look at some of them only."""
+        """Whether the model's weights are still those that the engine has copied. `sample`: look at some only."""
         ...
 
     def leaves_to_torch(self, rows: int) -> bool:

@@ -1,8 +1,8 @@
 """A few tokens through a model that was just routed: does it compute here what it must?
 
 Other versions of transformers and torch come after ours. Where one of them passes something in another way, text could
-become garbage without an error; here it becomes an error that names the versions. The first layers are run, enough to have
-each kind of them, in some milliseconds each; what passed is remembered in the cache folder.
+become garbage without an error; here it becomes an error that names the versions. The first layers are run, enough to
+have each kind of them, in some milliseconds each; what passed is remembered in the cache folder.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from ..files import write_json
 from ..models import calls
 from ..routing.budget import RoutingStats
 from ..routing.decision import AlwaysExecute, Threshold
+from .native import NativeExecution, plan
 
 SKIP_VARIABLE = "INFORMED_ROUTING_SKIP_SELF_CHECK"
 """Set to 1, no model is checked: at one's own risk."""
@@ -37,6 +38,20 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}
 """Largest relative difference of a token's hidden state. What goes wrong differs by its own size."""
 FORMAT_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "int8": 0.1, "int4": 0.5}
 """The same of an engine whose weights are rounded, to the torch back end, whose are not."""
+
+
+@contextmanager
+def skipped() -> Iterator[None]:
+    """Check nothing in the block: at one's own risk."""
+    before = os.environ.get(SKIP_VARIABLE)
+    os.environ[SKIP_VARIABLE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SKIP_VARIABLE]
+        else:
+            os.environ[SKIP_VARIABLE] = before
 
 
 class _Replay:
@@ -78,15 +93,15 @@ class Check:
         _remember(self.key)
 
 
-def check_engine(model: Any, weights: str) -> None:
-    """Compare the native engine that a routed model holds with the torch back ends. Raises InputError."""
-    if os.environ.get(SKIP_VARIABLE) == "1":
-        return
+def check_engine(model: Any, native: NativeExecution) -> None:
+    """Make the native engine of a routed model and compare it with the torch back ends. Raises InputError."""
+    weights = native.of(model).weights
     key = _key(model, model.routing_config, f"native {weights}")
-    if _remembered(key):
+    if os.environ.get(SKIP_VARIABLE) == "1" or _remembered(key):
         return
     layers = _first_layers(model)
-    with _quiet(model), _own_state(model), model.weights_fixed():
+    with _quiet(model), _own_state(model), native.fixed():
+        model.routing_state.native = native
         trial = _Trial(model, layers)
         wanted = trial.torch("masked")
         tolerance = TOLERANCE.get(model.dtype, 0.1)
@@ -140,8 +155,6 @@ class _Trial:
 
     def native(self, **given: Any) -> Tensor:
         """Hidden states by the engine."""
-        from .native import plan
-
         state, gates = self.model.routing_state, given.pop("gates", self.gates)
         state.execution, state.decision = "native", Threshold(0.0)
         tokens, mask = given.get("tokens", self.tokens), given.get("mask")
@@ -276,7 +289,5 @@ def _remembered(key: str) -> bool:
 
 
 def _remember(key: str) -> None:
-    try:
+    with suppress(InformedRoutingError):  # a cache that cannot be written: the next run checks again
         write_json(_file(key), {"passed": True})
-    except InformedRoutingError:
-        pass  # a cache that cannot be written: the next run checks again

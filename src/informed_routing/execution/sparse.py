@@ -27,7 +27,7 @@ Rope = tuple[Tensor, Tensor] | None
 def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     """One routed unit on the residual stream [B, N, d]; equals `masked.run` to rounding for the same gate.
 
-    Calls that only the base model's own attention understands are done whole. Raises InputError for them with kv='drop'.
+    Calls that only the base model's own attention understands are done whole: with kv='drop' an InputError.
     """
     if state.dense or state.observer is not None:
         return masked.run(routed, state, layer, hidden, call)

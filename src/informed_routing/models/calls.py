@@ -1,7 +1,7 @@
 """What transformers passes to models, decoders and layers, in our own words.
 
-Argument names move between releases (a cache was `past_key_values`, then `cache`). This is the one place that reads them:
-values are found by name where the name is known, else by type, and what has no word of ours is kept as an option,
+Argument names move between releases (a cache was `past_key_values`, then `cache`). This is the one place that reads
+them: values are found by name where the name is known, else by type, and what has no word of ours is kept as an option,
 so that an engine can leave a call that says more than it understands to the base model's own modules.
 """
 
@@ -167,7 +167,11 @@ def cache_field(output: type) -> str:
 
 
 def hidden_states(
-    decoder: Any, tokens: Tensor, mask: Tensor | None = None, positions: Tensor | None = None, cache: Cache | None = None
+    decoder: Any,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    positions: Tensor | None = None,
+    cache: Cache | None = None,
 ) -> Tensor:
     """Normed last hidden states [B, N, d] of a decoder for ids [B, N]; a given cache gets the new keys."""
     given: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "use_cache": cache is not None}

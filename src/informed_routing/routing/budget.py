@@ -120,6 +120,10 @@ class RoutingStats:
         if self.elsewhere is not None:
             self.elsewhere(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        self.settle()
+        return {**vars(self), "elsewhere": None}  # a copy counts for itself
+
     @classmethod
     def empty(cls, costs: list[UnitCost], kinds: list[str]) -> RoutingStats:
         zeros = torch.zeros(len(costs), dtype=torch.float64)

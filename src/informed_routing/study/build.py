@@ -99,8 +99,7 @@ def _recover(stage: Stage, store: Store, device: str, progress: Progress) -> Rec
     rows = _rows(stage, tokenizer, None, "recovery")
     checkpoint = folder / CHECKPOINTS / "recovery.safetensors"
     found = recover(model, rows, config, seed=settings["seed"], checkpoint=checkpoint, progress=progress)
-    save_static(model, tokenizer, folder)
-    shutil.rmtree(folder / CHECKPOINTS)
+    save_static(model, tokenizer, folder)  # the checkpoint goes last
     return {"seconds": {"recovery": found["seconds"]}, "recovery": found}
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import InputError
-from ..files import write_json
+from ..files import remove_left_overs, write_json
 from .plan import Cell
 from .stages import Stage
 
@@ -32,11 +32,16 @@ class Store:
 
     root: Path
 
+    def __post_init__(self) -> None:
+        if self.root.exists() and not self.root.is_dir():
+            raise InputError(f"--out {self.root} is a file", "Give a folder")
+
     # -- cells ------------------------------------------------------------------------------------------
 
     def record(self, cell: Cell) -> Record | None:
-        """The finished record of a cell."""
-        return _read(self.root / "cells" / cell.file)
+        """The finished record of a cell; None where it is missing, damaged or that of another cell."""
+        found = _read(self.root / "cells" / cell.file)
+        return found if found is not None and found.get("key") == cell.key else None
 
     def failure(self, cell: Cell) -> Record | None:
         return _read(self.root / "failed" / cell.file)
@@ -82,18 +87,27 @@ class Store:
         """Keep a second study out of the folder; a killed process leaves no lock behind."""
         from filelock import FileLock, Timeout
 
-        self.root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(str(self.root / ".lock"), timeout=0)
         try:
-            with FileLock(str(self.root / ".lock"), timeout=0):
-                yield
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
         except Timeout:
             raise InputError(f"another study is running in {self.root}", "Wait for it, or give another --out") from None
+        except (OSError, NotImplementedError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"--out {self.root} cannot be written: {reason}", "Give another folder") from None
+        try:
+            for folder in (self.root, *(self.root / name for name in ("cells", "failed", "speed", "stages", "tasks"))):
+                remove_left_overs(folder, alone=True)
+            yield
+        finally:
+            lock.release()
 
 
 def _read(path: Path) -> Record | None:
-    """A JSON file; None when it is missing or no JSON (files here are whole or absent)."""
+    """A JSON mapping; None when it is missing or damaged (files here are whole or absent): it is made again."""
     try:
-        found: Record = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return found
+    return found if isinstance(found, dict) else None

@@ -7,13 +7,14 @@ the first and beyond the last target are measured on a part of the text and corr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..config import Budget, CalibrationConfig, ThresholdRow
-from ..errors import InputError
+from ..errors import InputError, WorkError
 from ..progress import NullProgress, Progress
 from ..routed_model import RoutedModelForCausalLM
 from ..routing.budget import BudgetMeter
@@ -24,6 +25,9 @@ TOLERANCE = 0.015
 
 PART = 4
 """Passes that only place a threshold read one row in this many."""
+
+MARGIN = 0.02
+"""How far below the attainable share targets must lie."""
 
 BEYOND = 0.03
 """How far the table goes past the last target."""
@@ -51,9 +55,7 @@ def calibrate(
     text = _Text(model, rows, budget, config.batch_size)
     dense = text.measure(text.part, float("-inf"))
     ceiling = text.meter.attainable(dense.margins.isfinite().float().mean(1))  # some tokens may always execute
-    targets = [target for target in config.targets if target < ceiling - 0.02]
-    if not targets:
-        raise InputError(f"no calibration target is below the attainable {ceiling:.2f}", "Lower the targets")
+    targets = _below(config.targets, ceiling)
     progress.stage("calibrate", len(targets))
     near = text.measure(text.part, _quantile(dense.margins, text.meter, targets[0]))
     found: list[_Measured] = []
@@ -70,6 +72,31 @@ def calibrate(
     # The last target may be realised a little short; with a row behind it, the dial reaches it all the same.
     table.append(text.estimate(min(targets[-1] + BEYOND, (targets[-1] + ceiling) / 2), found[-1]))
     return tuple(sorted(table, key=lambda row: row.threshold))
+
+
+def attainable(model: RoutedModelForCausalLM, meter: BudgetMeter, length: int) -> float:
+    """The share saved when everything that may be approximated is, in rows of `length` tokens."""
+    first = model.routing_config.selection.first_tokens
+    return meter.attainable(torch.tensor([u.is_routed * max(length - first, 0) / length for u in model.units]))
+
+
+def reachable(
+    targets: Sequence[float], model: RoutedModelForCausalLM, meter: BudgetMeter, length: int
+) -> tuple[float, ...]:
+    """The targets that a calibration on rows of `length` tokens will keep; InputError where there are none."""
+    return tuple(_below(targets, attainable(model, meter, length)))
+
+
+def _below(targets: Sequence[float], ceiling: float) -> list[float]:
+    if not targets:
+        raise InputError("calibration.targets is empty", "Give one share or more, such as [0.25], or leave it out")
+    found = [target for target in targets if target < ceiling - MARGIN]
+    if not found:
+        raise InputError(
+            f"no calibration target is below the attainable {ceiling - MARGIN:.2f}: the lowest is {min(targets):g}",
+            "Lower calibration.targets",
+        )
+    return found
 
 
 class _Text:
@@ -169,6 +196,14 @@ def _measure(model: RoutedModelForCausalLM, rows: Tensor, threshold: float, batc
     finally:
         state.record_margins = False
         state.margins.clear()
+    margins = torch.cat(collected, dim=1)
+    if bool(margins.isnan().any()):  # infinite ones are tokens that always execute
+        unit = model.units[int(margins.isnan().any(1).nonzero()[0])]
+        raise WorkError(
+            f"calibration: margins are not finite in {str(model.dtype).removeprefix('torch.')}, first of the "
+            f"{unit.kind} unit of layer {unit.index // 2}",
+            "Use --dtype bfloat16 or float32",
+        )
     stats, gains = model.routing_stats(), model.routing_config.latency
     model.reset_routing_stats()
     row = ThresholdRow(
@@ -179,7 +214,7 @@ def _measure(model: RoutedModelForCausalLM, rows: Tensor, threshold: float, batc
         macs=stats["macs"],
         latency=gains.saved(stats["attention"], stats["ffn"]) if gains else 0.0,
     )
-    return _Measured(torch.cat(collected, dim=1), row)
+    return _Measured(margins, row)
 
 
 def _predicted(margins: Tensor, threshold: float, meter: BudgetMeter) -> float:

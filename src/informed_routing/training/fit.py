@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from ..config import LatencyGains, Recipe
 from ..errors import InputError
 from ..evaluation.environment import environment
 from ..evaluation.latency import measure_latency
+from ..evaluation.parts import text_records
 from ..execution.native import native_reason
 from ..files import disk_error, write_json, write_several, write_text
+from ..folders import CHECKPOINTS, check_apart_from, only_writer, put_folder
 from ..model_card import model_card
 from ..persistence import (
     LORA_FOLDER,
@@ -37,19 +40,27 @@ from ..routed_model import RoutedModelForCausalLM
 from ..routing.budget import BudgetMeter, capacity_for
 from ..routing.decision import AlwaysExecute, DecisionRule, Threshold, TopK
 from . import forecast as stage1
-from .calibrate import calibrate, threshold_at
+from .calibrate import attainable, calibrate, reachable, threshold_at
 from .checkpoint import StageRecord, load_checkpoint, save_checkpoint
-from .folder import CHECKPOINTS, RECIPE_FILE, check_folder, clear
+from .folder import (
+    LAST,
+    LATENCY_FILE,
+    RECIPE_FILE,
+    check_folder,
+    clean_checkpoints,
+    clear_checkpoints,
+    is_ours,
+    what_decides,
+)
+from .inputs import check_inputs, write_inputs
 from .loop import run_stage
-from .lora import LoraObjective, add_lora, merge_lora, save_lora
+from .lora import LoraObjective, add_lora, lora_targets, merge_lora, save_lora
 from .methods import route_objective
 from .route import freeze_all_but, learning_rates, router_parameters
 from .schedule import seed_of
 from .texts import Texts
 from .throughput import flops_per_token, throughput
 from .warm_start import warm_start
-
-LATENCY_FILE = "latency.json"
 
 MEASURE_TOKENS = 4096
 """Unseen text on which forecasters are judged."""
@@ -69,11 +80,15 @@ def fit(
     """Fit forecasters and routers (and LoRA) to a model and write the routing folder `out`.
 
     `model` is a model reference, with settings such as `sparsity=0.25`, `budget="macs"`, `data=[...]` or dotted recipe
-    keys in a mapping `overrides`, or a whole `Recipe`. Returns the content of `fit.json`. Raises InputError before any
-    work for what cannot work (an existing folder among it), WorkError for what fails on the way.
+    keys in a mapping `overrides`, or a whole `Recipe`. Returns the content of `fit.json`. With `overwrite` an earlier
+    result stays until the new one is whole. Raises InputError before any work for what cannot work (an existing folder,
+    or another run that writes into it, among it), WorkError for what fails on the way.
     """
     recipe = model if isinstance(model, Recipe) else _recipe(model, settings)
-    return _Fit(recipe, Path(out), device, progress or NullProgress(), resume, overwrite).run(keep_checkpoints)
+    accelerator = Accelerator(cpu=device == "cpu")
+    with only_writer(Path(out)) if accelerator.is_main_process else nullcontext():
+        run = _Fit(recipe, Path(out), device, progress or NullProgress(), resume, overwrite, accelerator)
+        return run.run(keep_checkpoints)
 
 
 def _recipe(model: str, settings: dict[str, Any]) -> Recipe:
@@ -107,8 +122,16 @@ class _Fit:
     """One run: what its phases share."""
 
     def __init__(
-        self, recipe: Recipe, out: Path, device: str, progress: Progress, resume: bool, overwrite: bool
+        self,
+        recipe: Recipe,
+        out: Path,
+        device: str,
+        progress: Progress,
+        resume: bool,
+        overwrite: bool,
+        accelerator: Accelerator,
     ) -> None:
+        check_apart_from(out, recipe.model)
         beginning = locate(recipe.start) if recipe.start else None
         if beginning:
             if out.resolve() == beginning.resolve():
@@ -116,11 +139,11 @@ class _Fit:
             recipe = _with_settings_of(beginning, recipe)
         self.recipe, self.out, self.device, self.progress = recipe, out, device, progress
         self.report: dict[str, Any] = {}
-        self.accelerator = Accelerator(cpu=device == "cpu")
+        self.accelerator = accelerator
         self.checkpoints = out / CHECKPOINTS
-        self._described = recipe.model_dump_json(indent=2) + "\n"
+        self.resumed: Recipe | None = None
         if self.accelerator.is_main_process:
-            check_folder(out, self._described, resume=resume, overwrite=overwrite)
+            self.resumed = check_folder(out, recipe, resume=resume, overwrite=overwrite)
         self.accelerator.wait_for_everyone()
         self.base, self.tokenizer = load_model(
             recipe.model, dtype=recipe.dtype, device=device, revision=recipe.revision
@@ -139,55 +162,97 @@ class _Fit:
             revision=recipe.revision,
         )
         if beginning:
-            check_base(beginning, self.model.routing_config.base_model.fingerprint)
+            check_base(beginning, self.model)
             load_routing_tensors(self.model, beginning / TENSOR_FILE)
         if self.adapter:
             with_lora(self.model, self.adapter, merge=True)
         self.text = Texts(recipe.data, self.tokenizer, recipe.seed)
-        # Text is read before anything is written, so that a refused fit leaves no folder behind.
-        if recipe.stages != ("calibrate",):
-            self.text.rows("train", recipe.route.sequence_length)
-        self.text.rows("calibration", recipe.calibration.sequence_length)
-        self.meter = BudgetMeter(
-            self.model.costs,
-            [u.kind for u in self.model.units],
-            recipe.route.budget,
-            (recipe.route.sequence_length + 1) / 2,
-            self.latency_gains(resume) if recipe.route.budget == "latency" else None,
-            recipe.kv,
-        )
-        ceiling = self.meter.attainable(torch.tensor([float(u.is_routed) for u in self.model.units]))
-        if recipe.route.sparsity >= ceiling:
-            raise InputError(
-                f"sparsity {recipe.route.sparsity} cannot be reached: approximating everything saves "
-                f"{ceiling:.2f} ({recipe.route.budget})",
-                "Choose a lower sparsity, a cheaper router, or the units budget",
-            )
+        # All that can be found wrong is found before anything is written: a refused fit leaves no folder behind.
+        self.check_texts()
+        self.check_targets()
         if self.accelerator.is_main_process:
-            if overwrite and self.out.is_dir():
-                clear(self.out)
-            if self.model.routing_config.latency:
-                table = self.model.routing_config.latency.model_dump_json(indent=2)
-                write_text(self.checkpoints / LATENCY_FILE, table + "\n")
-            write_text(self.checkpoints / RECIPE_FILE, self._described)
+            self.begin()
         self.accelerator.wait_for_everyone()
 
-    def latency_gains(self, resume: bool) -> LatencyGains:
-        """The measured table of a latency budget: this machine's, or that of the run which is being resumed."""
-        stored = self.checkpoints / LATENCY_FILE
-        if resume and stored.is_file():
-            gains = LatencyGains.model_validate_json(stored.read_text(encoding="utf-8"))
+    def check_texts(self) -> None:
+        """Read the text of every stage that will run. Raises InputError where it is less than one row."""
+        recipe = self.recipe
+        wanted = [("calibration", recipe.calibration.sequence_length)]
+        if "forecast" in recipe.stages and recipe.forecaster.fallback == "forecaster":
+            wanted += [("train", recipe.forecast.sequence_length), ("calibration", recipe.forecast.sequence_length)]
+        if {"forecast", "route", "joint"} & set(recipe.stages):
+            wanted.append(("train", recipe.route.sequence_length))
+        if "lora" in recipe.stages:
+            wanted.append(("train", recipe.lora.sequence_length))
+        for split, length in wanted:
+            self.text.rows(split, length)
+
+    def check_targets(self) -> None:
+        """Set the meter; raises InputError for shares that cannot be reached and layers that cannot take LoRA."""
+        recipe, kinds = self.recipe, [u.kind for u in self.model.units]
+        gains = self.latency_gains() if recipe.route.budget == "latency" else None
+        length = recipe.route.sequence_length
+        self.meter = BudgetMeter(self.model.costs, kinds, recipe.route.budget, (length + 1) / 2, gains, recipe.kv)
+        ceiling = attainable(self.model, self.meter, length)
+        wanted = {"sparsity": recipe.route.sparsity}
+        if "lora" in recipe.stages and recipe.lora.sparsity is not None:
+            wanted["lora.sparsity"] = recipe.lora.sparsity
+        for name, value in wanted.items():
+            if value >= ceiling:
+                raise InputError(
+                    f"{name} {value} cannot be reached: approximating everything saves "
+                    f"{ceiling:.2f} ({recipe.route.budget})",
+                    "Choose a lower sparsity, a cheaper router, or the units budget",
+                )
+        length = recipe.calibration.sequence_length
+        meter = BudgetMeter(self.model.costs, kinds, recipe.route.budget, (length + 1) / 2, gains, recipe.kv)
+        targets = recipe.calibration.targets
+        kept = reachable(targets, self.model, meter, length)
+        out_of_reach = [target for target in targets if target not in kept]
+        if out_of_reach:
+            shown = ", ".join(f"{target:g}" for target in out_of_reach)
+            self.progress.message(f"calibration targets beyond what the routers can reach are left out: {shown}")
+        if {"lora", "joint"} & set(recipe.stages):
+            lora_targets(self.model, recipe.lora)
+
+    def begin(self) -> None:
+        """Write what a resumed fit has to know. Nothing of an earlier result goes."""
+        if self.resumed is None:
+            clear_checkpoints(self.out)
         else:
-            found: list[Any] = [None]
-            if self.accelerator.is_main_process:
+            clean_checkpoints(self.out)
+            check_inputs(self.checkpoints, self.model, self.text, self.recipe)
+        write_text(self.checkpoints / RECIPE_FILE, self.recipe.model_dump_json(indent=2) + "\n")
+        if self.model.routing_config.latency:
+            table = self.model.routing_config.latency.model_dump_json(indent=2)
+            write_text(self.checkpoints / LATENCY_FILE, table + "\n")
+        write_inputs(self.checkpoints, self.model, self.text, self.recipe)
+
+    def latency_gains(self) -> LatencyGains:
+        """The measured table of a latency budget: this machine's, or that of the run which is being resumed."""
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            found = [self.stored_gains()]
+            if found[0] is None:
                 length = self.recipe.route.sequence_length
                 ids = self.text.rows("calibration", length)[:1].to(self.model.device)
                 half = self.base.dtype == torch.bfloat16
                 weights = None if native_reason(self.model, self.progress) else "bfloat16" if half else "float32"
                 found = [measure_latency(self.model, ids, weights=weights, progress=self.progress)]
-            gains = broadcast_object_list(found)[0]
+        gains: LatencyGains = broadcast_object_list(found)[0]
         self.model.routing_config = self.model.routing_config.model_copy(update={"latency": gains})
         return gains
+
+    def stored_gains(self) -> LatencyGains | None:
+        """The table that the resumed run measured, unless routing has another recipe now."""
+        path, before = self.checkpoints / LATENCY_FILE, self.resumed
+        stage = "joint" if "joint" in self.recipe.stages else "route"
+        if before is None or not path.is_file() or what_decides(before, stage) != what_decides(self.recipe, stage):
+            return None
+        try:
+            return LatencyGains.model_validate_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise InputError(f"{path} is damaged", "Use --overwrite to fit anew") from None
 
     # -- phases -------------------------------------------------------------------------------------------
 
@@ -443,28 +508,35 @@ class _Fit:
         return found
 
     def finish(self, keep_checkpoints: bool) -> dict[str, Any]:
-        """Write the folder; routing_config.json, which makes it loadable, comes last."""
+        """Write the folder: it is what it was until all of it is there."""
         result = {
             "recipe": self.recipe.model_dump(mode="json"),
             "stages": self.report,
+            "texts": text_records(self.recipe.data, locate(self.recipe.start) if self.recipe.start else None),
             "informed_routing": __version__,
             "environment": environment(),
             "dtype": str(self.base.dtype).removeprefix("torch."),
             "device": str(self.model.device),
             "processes": self.accelerator.num_processes,
         }
-        if self.accelerator.is_main_process:
+
+        def write(folder: Path) -> None:
             if {"lora", "joint"} & set(self.recipe.stages):
-                save_lora(self.model, self.recipe.lora, self.out / LORA_FOLDER, self.recipe.model)
+                name = self.model.routing_config.base_model.name
+                save_lora(self.model, self.recipe.lora, folder / LORA_FOLDER, name)
                 merge_lora(self.model)
             elif self.adapter:
-                shutil.copytree(self.adapter, self.out / LORA_FOLDER, dirs_exist_ok=True)
-            write_several(self.out, self.tokenizer.save_pretrained)
-            write_json(self.out / "fit.json", result)
-            write_text(self.out / "README.md", model_card(self.model.routing_config, result))
-            save(self.model, self.out)
-            if not keep_checkpoints:
-                shutil.rmtree(self.checkpoints)
+                shutil.copytree(self.adapter, folder / LORA_FOLDER)
+            write_several(folder, self.tokenizer.save_pretrained)
+            write_json(folder / "fit.json", result)
+            write_text(folder / "README.md", model_card(self.model.routing_config, result))
+            save(self.model, folder)
+
+        def ours(name: str) -> bool:
+            return is_ours(name) and not (keep_checkpoints and name == CHECKPOINTS)
+
+        if self.accelerator.is_main_process:
+            put_folder(self.out, write, ours=ours, last=LAST)
         self.accelerator.wait_for_everyone()
         return result
 

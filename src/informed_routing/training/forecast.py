@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import ForecasterConfig
+from ..evaluation.numbers import not_finite
 from ..progress import Progress
 from ..routed_model import RoutedModelForCausalLM
 from ..routing.decision import AlwaysExecute, DecisionRule
@@ -130,12 +131,18 @@ def fit_closed_form(
     progress: Progress | None = None,
     decision: DecisionRule | None = None,
 ) -> tuple[float, float]:
-    """Least-squares forecasters for all units from rows [n, L]; returns seconds of (pass, solve)."""
+    """Least-squares forecasters for all units from rows [n, L]; returns seconds of (pass, solve).
+
+    Raises WorkError for a unit whose inputs or outputs are not finite.
+    """
     started = time.perf_counter()
     moments = gather_moments(model, rows, accelerator, progress, decision=decision)
     passed = time.perf_counter()
     for unit, found in zip(model.units, moments, strict=True):
         if unit.forecaster is not None:
+            if not bool(found.xx.isfinite().all() and found.xy.isfinite().all()):
+                what = f"an input or output of the {unit.kind} unit of layer {unit.index // 2}"
+                raise not_finite(what, model, rows[:1])
             solve(found, config.ridge).write_to(unit.forecaster)
     return passed - started, time.perf_counter() - passed
 

@@ -25,11 +25,7 @@ ADAPTER = "default"
 
 def add_lora(model: Any, config: LoraStage) -> dict[str, nn.Parameter]:
     """Put adapters into a live model (routed or dense) and return their tensors by name."""
-    targets = config.targets or family_of(model.config.model_type).lora_targets
-    names = [name for name, _ in model.named_modules()]
-    for target in targets:
-        if not any(name.split(".")[-1] == target for name in names):
-            raise InputError(f"LoRA target {target!r} is no layer of this model", "Name linear layers such as q_proj")
+    targets = lora_targets(model, config)
     inject_adapter_in_model(peft_config(config, targets, ""), model, adapter_name=ADAPTER)
     trainable = {}
     for name, parameter in model.named_parameters():
@@ -37,6 +33,40 @@ def add_lora(model: Any, config: LoraStage) -> dict[str, nn.Parameter]:
             parameter.data = parameter.data.float()
             trainable[name] = parameter
     return trainable
+
+
+def lora_targets(model: Any, config: LoraStage) -> tuple[str, ...]:
+    """The names of the layers that get adapters: linear layers of the model's decoder, as PEFT matches names.
+
+    Raises InputError for a name that fits nothing, or something else: PEFT would refuse it only when it is put in, a
+    head gets no gradient here, and routers and forecasters are no part of the adapter's base model.
+    """
+    head = model.get_output_embeddings()
+    routing = {id(part) for unit in getattr(model, "units", ()) for part in unit.modules()}
+    parts = [(name, part) for name, part in model.named_modules() if id(part) not in routing]
+
+    def named(target: str) -> list[nn.Module]:
+        return [part for name, part in parts if name == target or name.endswith(f".{target}")]
+
+    targets = config.targets
+    if targets is None:  # of a pruned model some may be gone altogether
+        targets = tuple(name for name in family_of(model.config.model_type).lora_targets if named(name))
+    if not targets:
+        raise InputError("lora.targets is empty", "Name linear layers such as q_proj")
+    for target in targets:
+        found = named(target)
+        if not found:
+            raise InputError(f"LoRA target {target!r} is no layer of this model", "Name linear layers such as q_proj")
+        for part in found:
+            if isinstance(part, BaseTunerLayer):  # it has an adapter already
+                continue
+            if not isinstance(part, nn.Linear) or part is head:
+                what = "the output head" if part is head else type(part).__name__
+                raise InputError(
+                    f"LoRA target {target!r} is no linear layer of the decoder ({what})",
+                    "Name linear layers such as q_proj",
+                )
+    return tuple(targets)
 
 
 def peft_config(config: LoraStage, targets: tuple[str, ...], base: str) -> LoraConfig:
@@ -54,7 +84,7 @@ def peft_config(config: LoraStage, targets: tuple[str, ...], base: str) -> LoraC
 
 def save_lora(model: Any, config: LoraStage, folder: Path, base: str) -> None:
     """Write the adapter as PEFT does, whole or not at all: it loads on the dense base model too."""
-    targets = config.targets or family_of(model.config.model_type).lora_targets
+    targets = lora_targets(model, config)
     tensors = {
         f"base_model.model.{name.replace(f'.{ADAPTER}', '')}": parameter
         for name, parameter in model.named_parameters()

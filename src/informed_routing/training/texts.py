@@ -29,6 +29,10 @@ class Texts:
             self._rows[split, length] = pack(load_texts(list(data), split), self.tokenizer, length)  # type: ignore[arg-type]
         return self._rows[split, length]
 
+    def packed(self) -> list[tuple[tuple[str, int], Tensor]]:
+        """What has been read so far: (split, length) and its rows, in a fixed order."""
+        return sorted(self._rows.items(), key=lambda item: item[0])
+
     def some(self, split: str, length: int, tokens: int, name: str) -> Tensor:
         """A random choice of rows worth `tokens` tokens; `name` and the seed decide which."""
         rows = self.rows(split, length)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
-from ..files import write_atomically
+from ..outputs import check_output, write_output
 from .predictions import Predictions
 
 COLOURS = {"green": "#2a7f3f", "amber": "#c98a00", "red": "#b3261e"}
+CREATOR = "informed-routing whatif"
+
+
+def check_plot(path: Path | None) -> None:
+    """Raises InputError when `--plot` cannot be written; of existing files only plots of this program are replaced."""
+    if path is not None:
+        check_output("--plot", path, lambda beginning: CREATOR.encode() in beginning)
 
 
 def draw(found: Predictions, path: Path) -> None:
@@ -34,8 +42,10 @@ def draw(found: Predictions, path: Path) -> None:
         axis.set(title=_plain(metric), ylim=(len(targets) - 0.5, -0.5))
         axis.set_yticks(range(len(targets)), [_plain(name) if place == 0 else "" for name in targets])
         axis.grid(alpha=0.3)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="svg", metadata={"Date": None}))
+    content = io.BytesIO()
+    figure.savefig(content, format="svg", metadata={"Date": None, "Creator": CREATOR})
     pyplot.close(figure)
+    write_output(path, content.getvalue())
 
 
 def _plain(name: str) -> str:

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from ...errors import InputError
 from ...models.families import family_of
 from ...routing.decision import AlwaysExecute, Threshold
+from ...routing.limits import Balance
 from ...routing.routed_unit import GateBlock, RoutingState
 from ..call import Policy, Rows
 from ..changes import PAGE, content, copied, identity
@@ -124,6 +125,11 @@ class CpuEngine:
             self.prices.execute[kind] = prices.data_ptr()
             self.prices.approximate[kind] = approximate.data_ptr()
         self._price_tensors = (*execute, approximate)
+
+    @property
+    def balance(self) -> Balance:
+        """The machine's rates, measured on first use: what limits are made of."""
+        return (self.table or price_table(self)).balance
 
     @property
     def bytes(self) -> int:

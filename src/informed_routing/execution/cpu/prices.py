@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...assets.cache import cache_dir
-from ...files import write_json
+from ...assets.cache import cache_dir, read_record, write_record
 from ...routing.limits import STORAGE, Balance
 from .build import library_path
 
@@ -69,14 +68,13 @@ def price_table(engine: CpuEngine) -> PriceTable:
     shapes = [(part.type, part.n, part.k) for part in _parts(layer)]
     key = json.dumps([library_path().name, shapes, len(engine.layers), engine.threads, ROWS])
     path = cache_dir() / "native" / f"prices-{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = read_record(path)
+    if stored is not None:
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
         return PriceTable(**values)
-    except (OSError, ValueError, TypeError):
-        table = measure(engine)
-        write_json(path, asdict(table))
-        return table
+    table = measure(engine)
+    write_record(path, asdict(table))
+    return table
 
 
 def _parts(layer: Any) -> tuple[Any, ...]:

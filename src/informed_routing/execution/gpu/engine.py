@@ -102,6 +102,11 @@ class GpuEngine:
 
     # -- what the dispatcher asks -------------------------------------------------------------------------
 
+    @property
+    def balance(self) -> None:
+        """No rates of its own: limits are made of torch's."""
+        return None
+
     def is_of(self, model: Any, *, sample: bool = False) -> bool:
         """Whether routers and forecasters, of which there are copies, are as they were. All else is read in place."""
         return sample or _content(model) == self.content

@@ -6,7 +6,6 @@ its own launches. A price is timed for each unit kind, for decode and prefill, a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy
 
-from ...files import write_json
+from ...assets.cache import read_record, write_record
 from ..kernels.tuning import bucket
 
 UNION = 256
@@ -67,7 +66,7 @@ class PriceBook:
             self._prices[self._key(kind, rows, decode)] = time(kind)
         if missing:
             stored = {**_read(self.path), **{key: asdict(price) for key, price in self._prices.items()}}
-            write_json(self.path, stored)
+            write_record(self.path, stored)
 
 
 def rounds_up(price: Price | None, kind: int, rows: int, share: float) -> bool:
@@ -94,7 +93,4 @@ def executed_shares(thresholds: Sequence[Any], value: float) -> tuple[float, flo
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
+    return read_record(path) or {}

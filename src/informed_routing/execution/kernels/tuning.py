@@ -6,7 +6,6 @@ selection changes no kernel. Nothing is timed while a CUDA graph is recorded.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,9 +93,9 @@ def tune(kernel: str, x: Tensor, n: int, k: int, launch: Callable[[Tiles], Any],
 
 def remember(path: Path) -> None:
     """Write what was timed to `path`, with what is there already."""
-    from ...files import write_json
+    from ...assets.cache import write_record
 
-    write_json(path, {**_read(path), **{key: asdict(shape) for key, shape in _chosen.items()}})
+    write_record(path, {**_read(path), **{key: asdict(shape) for key, shape in _chosen.items()}})
 
 
 def recall(path: Path) -> None:
@@ -106,7 +105,6 @@ def recall(path: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
+    from ...assets.cache import read_record
+
+    return read_record(path) or {}
