@@ -365,7 +365,7 @@ def _tasks_that_cannot_be(case: Case) -> Right:
 def _delta_and_only(case: Case) -> Right:
     if case.command.name == "check" and case.rng.random() < 0.5:
         _give(case, "--only", case.rng.choice(("nobody", "", "long,short", "[/b]")))
-        return refused("target")
+        return refused("target", "--only")
     _give(case, "--delta", case.rng.choice(("0", "1", "-1", "nan", "2")))
     return refused("delta")
 

@@ -16,7 +16,7 @@ from .case import Case, Right
 from .process import Outcome
 
 _TIMED = re.compile(
-    r"seconds|_per_second|speedup|limit_speedup|fraction_of_limit|mfu|flops|environment|files|memory|bytes_per|latency|slower|^key$"
+    r"seconds|_per_second|speedup|limit_speedup|fraction_of_limit|mfu|flops|environment|files|memory|bytes_per|latency|slower|^key$|^engine$"
 )
 _INTERNAL = re.compile(r"error: \w*(Error|Exception|Interrupt|Warning)\b.*--debug")
 

@@ -140,7 +140,7 @@ def _an_unknown_setting(case: Case) -> Right:
     _at(data, where)[new] = value
     path.write_text(yaml.safe_dump(data, sort_keys=False))
     case.note = f"{path.name}: {dotted((*where, new))}"
-    return refused(new.strip(), old, path.name)
+    return refused(new.strip(), old, *_named(path, (*where, old)))
 
 
 def _at(top: Any, where: Where) -> Any:
