@@ -328,7 +328,7 @@ def _settings_of_a_method(case: Case) -> Right:
     )
     case.arguments += ["--set", value]
     case.note = value
-    return refused("--set", value.partition("=")[0] or "--set")
+    return refused("--set", value.partition("=")[0] or "--set", "sparsity")
 
 
 @mutator("option", only="fit fit-lora")

@@ -16,7 +16,7 @@ from .case import Case, Right
 from .process import Outcome
 
 _TIMED = re.compile(
-    r"seconds|_per_second|speedup|limit_speedup|fraction_of_limit|mfu|flops|environment|files|memory|bytes_per|latency|slower|^key$|^engine$"
+    r"seconds|_per_second|speedup|limit_speedup|fraction_of_limit|mfu|flops|environment|files|memory|bytes_per|latency|slower|^key$|^engine$|^table$"
 )
 _INTERNAL = re.compile(r"error: \w*(Error|Exception|Interrupt|Warning)\b.*--debug")
 
@@ -132,6 +132,8 @@ def _files(case: Case, outcome: Outcome, before: Picture, after: Picture) -> Ite
         if path.rstrip("/") in case.allowed or any(path.startswith(f"{name}/") for name in case.allowed):
             continue
         own = any(path == name or path.startswith(f"{name}/") for name in outputs)
+        # Ctrl-C may stop the cleaning, too; the next run removes what is left then.
+        own = own or (outcome.code == 1 and any(path.startswith(f".{name}.tmp-") for name in outputs))
         if not own:
             yield f"{path} was {'written' if path not in before.files else 'changed'}, it is no output"
         elif outcome.code == 2:

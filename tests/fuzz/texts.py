@@ -136,8 +136,9 @@ def _no_text(case: Case) -> Right:
         content = b"\n".join(lines)
     elif form == "cut off":
         content = content[: content.find(b"\n", 3000) - 5]
-    new = {"empty": b"", "blank": b"\n \n\t\n", "UTF-16": content.decode().encode("utf-16")}
-    path.write_bytes(new.get(form, content))
+    elif form == "UTF-16":
+        content = content.decode().encode("utf-16")
+    path.write_bytes({"empty": b"", "blank": b"\n \n\t\n"}.get(form, content))
     case.note = f"text.jsonl: {form}"
     if form == "UTF-16":
         return SAME_OR_REFUSED  # it begins with a mark that says so
