@@ -73,7 +73,7 @@ def test_forbidden_tokens_are_no_fault() -> None:
     assert torch.equal(check(ids, scores), scores)
     for bad in (math.nan, math.inf):
         scores[1, 3] = bad
-        with pytest.raises(WorkError, match="the logits of new token 1"):
+        with pytest.raises(WorkError, match="a logit of new token 1"):
             check(ids, scores)
     with pytest.raises(WorkError):
         check(ids, torch.full((2, 128), -math.inf))

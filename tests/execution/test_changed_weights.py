@@ -152,9 +152,14 @@ def test_weights_are_compared_once_where_they_are_said_to_be_fixed(monkeypatch: 
     model = make_routed("llama")
     model.set_decision(Threshold(0.0))
     model.set_execution("native")
-    engine, read = model.routing_state.native.engine, []
+    engine, read = model.routing_state.native.engine, list[bool]()
     is_of = engine.is_of
-    monkeypatch.setattr(engine, "is_of", lambda model, sample=False: read.append(sample) or is_of(model, sample=sample))
+
+    def noted(model: Any, *, sample: bool = False) -> bool:
+        read.append(sample)
+        return is_of(model, sample=sample)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(engine, "is_of", noted)
     with torch.inference_mode():
         output = model(input_ids=IDS, use_cache=True)
         model(input_ids=IDS[:, :1], **cached(model, cache_of(output)))

@@ -43,7 +43,7 @@ class LiveModel(HFLM):  # type: ignore[misc]
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **settings: Any) -> Any:
         from transformers import LogitsProcessorList
 
-        check: Any = FiniteLogits(self.model, context.shape[1], f"{self.label}: the logits")
+        check: Any = FiniteLogits(self.model, context.shape[1], f"{self.label}: a logit")
         return super()._model_generate(
             context, max_length, stop, logits_processor=LogitsProcessorList([check]), **settings
         )

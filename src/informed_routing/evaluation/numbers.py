@@ -22,7 +22,7 @@ class FiniteLogits:
     one reduction a step, and NaN comes through it.
     """
 
-    def __init__(self, model: Any, prompt_tokens: int, what: str = "the logits") -> None:
+    def __init__(self, model: Any, prompt_tokens: int, what: str = "a logit") -> None:
         self.model, self.prompt_tokens, self.what = model, prompt_tokens, what
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -251,7 +251,7 @@ def _check_numbers(engine: Engine, case: _Case, sparsity: float) -> None:
     if bool(bad.any()):
         prompt = case.ids[int(bad.nonzero()[0])][None]
         share = f"at sparsity {sparsity:g}" if sparsity else "dense"
-        what = f"{engine.name}, {share}: the logits after a prompt of {prompt.shape[1]} tokens"
+        what = f"{engine.name}, {share}: a logit after a prompt of {prompt.shape[1]} tokens"
         raise not_finite(what, engine.model, prompt)
 
 

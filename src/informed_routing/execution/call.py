@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -47,6 +48,10 @@ class NativeEngine(Protocol):
 
     def is_of(self, model: Any, *, sample: bool = False) -> bool:
         """Whether the model's weights are still those that the engine has copied. `sample`: look at some only."""
+        ...
+
+    def checked(self, layers: int) -> AbstractContextManager[None]:
+        """Run no more than some layers, and exactly as the routers say: for checks."""
         ...
 
     def leaves_to_torch(self, rows: int) -> bool:

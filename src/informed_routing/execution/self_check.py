@@ -162,7 +162,7 @@ class _Trial:
         asked = plan(self.model, call)
         if asked is None:
             raise _failure("the engine does not take a plain call")
-        with asked.engine.only_first(self.layers):  # type: ignore[attr-defined]
+        with asked.engine.checked(self.layers):
             return asked.run(self.model, forced=gates)
 
 

@@ -156,7 +156,8 @@ def cached(model: Any, cache: Cache) -> dict[str, Any]:
 
 def cache_of(output: Any) -> Any:
     """The cache in a model's output; None where there is none."""
-    return output.get(cache_field(type(output)))
+    kind: Any = type(output)
+    return output.get(cache_field(kind))
 
 
 @functools.cache

@@ -100,13 +100,14 @@ class CpuEngine:
         return content(self.library, copied(model), self.threads, step) == self.content[step]
 
     @contextmanager
-    def only_first(self, layers: int) -> Iterator[None]:
-        """Run no more than some layers: for checks."""
-        self.model.n_layers, whole = layers, self.model.n_layers
+    def checked(self, layers: int) -> Iterator[None]:
+        """Run no more than some layers, and exactly as the routers say: for checks."""
+        whole, prices = self.model.n_layers, self.prices
+        self.model.n_layers, self.prices = layers, Prices()
         try:
             yield
         finally:
-            self.model.n_layers = whole
+            self.model.n_layers, self.prices = whole, prices
 
     def keep_cache_in(self, dtype: torch.dtype) -> None:
         """Keep keys and values in float32 or bfloat16 from now on (bfloat16 is the default below float32 weights)."""

@@ -112,14 +112,14 @@ class GpuEngine:
         return sample or _content(model) == self.content
 
     @contextmanager
-    def only_first(self, layers: int) -> Iterator[None]:
-        """Run no more than some layers: for checks."""
-        whole = self.layers
-        self.layers = whole[:layers]
+    def checked(self, layers: int) -> Iterator[None]:
+        """Run no more than some layers, and exactly as the routers say: for checks."""
+        whole, policy = self.layers, self.policy
+        self.layers, self.policy = whole[:layers], "exact"
         try:
             yield
         finally:
-            self.layers = whole
+            self.layers, self.policy = whole, policy
 
     def leaves_to_torch(self, rows: int) -> bool:
         return False
