@@ -191,12 +191,11 @@ class Killer:
         found = Result.read(self.world.folder, self.job.outputs[:-1])
         if found.tensors != self.wanted.tensors:
             yield "other weights than an uninterrupted run's"
-        if (
-            not finished
-            and not COMMANDS.get(self.job.name, COMMANDS["fit"]).timed
-            and found.content != self.wanted.content
-        ):
-            yield f"another result: {difference(self.wanted.content, found.content)}"
+        timed = self.job.name in COMMANDS and COMMANDS[self.job.name].timed
+        other = None if timed or finished else difference(self.wanted.content, found.content)
+        other = other or difference(self.wanted.tables, found.tables, "table")
+        if other:
+            yield f"another result: {other}"
         names = [name for name in self._names() if not (finished and name == "out.json")]
         if strangers := [name for name in names if name not in self.names]:
             yield f"{strangers[0]} is left, which an uninterrupted run does not leave"

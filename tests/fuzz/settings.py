@@ -485,4 +485,6 @@ def _damaged_task_files(case: Case) -> Right:
     )
     path.write_text(new)
     case.note = f"boolq: {form}"
+    if form in ("a label of text", "a null question"):
+        return OTHER_OR_REFUSED  # a label may be a choice in words; the harness prints None, as it does for the Hub
     return refused("boolq")
