@@ -45,7 +45,7 @@ def story(number: int) -> str:
     return " ".join(WORDS[(7 * number + 3 * place * place + number * place) % len(WORDS)] for place in range(40))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def _tiny_default(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `demo:smollm2-135m` is here: wide enough for the demo's forecasters to save something."""
     folder = tmp_path_factory.mktemp("default")
@@ -55,7 +55,7 @@ def _tiny_default(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def _embedded(_tiny_default: Path) -> Iterator[None]:
     """The embedded model and texts are tiny ones, fits read little of them, and there is no network."""
 
@@ -78,7 +78,7 @@ def _embedded(_tiny_default: Path) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def _desk(tmp_path_factory: pytest.TempPathFactory, _embedded: None) -> Path:
     """Made by the commands: a fit, a pruned model, a measured table. The YAML files are the documents' own."""
     desk = tmp_path_factory.mktemp("desk")
@@ -109,7 +109,7 @@ def desk(_desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return copy
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def _known() -> dict[str, Outcome]:
     return {}
 

@@ -43,6 +43,8 @@ def runs(words: Sequence[str], desk: Path) -> list[list[str]]:
     name, given = _name_of(words[1:])
     given = _filled(name, given)
     if name == "study":
+        if not is_slow(given):  # what would run cells, of which none is run here
+            given = [word for word in given if word not in ("--ray", "--speed")]
         return [[*name.split(), *given, *([] if is_slow(given) or "--dry-run" in given else ["--dry-run"])]]
     given = _smaller(name, given)
     if name == "fit":
