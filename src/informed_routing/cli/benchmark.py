@@ -232,7 +232,7 @@ def _runnable(
 
 
 def _documents(run: Session, folder: str, refs: Sequence[str]) -> list[str]:
-    """The documents that prompts are taken from, those of all texts in turn, saying which part of each text they are."""
+    """The documents that prompts are taken from, all texts in turn; says which part of each text they are."""
     from informed_routing.evaluation.parts import part_of
 
     from .loading import fitted_of
