@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .errors import InputError, WorkError
 from .files import disk_error, write_atomically
+from .user_files import user_path
 
 try:
     import fcntl
@@ -50,7 +51,7 @@ def check_output(option: str, target: str | Path, ours: Callable[[bytes], bool])
         if number is not None:
             _check_descriptor(option, target, number)
             return
-        path = Path(target).expanduser()
+        path = user_path(target, option)
         try:
             status = path.stat()
         except FileNotFoundError:

@@ -267,7 +267,7 @@ def test_memory_that_runs_out_is_blamed_on_what_was_being_done(
     def exhausted(*_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("informed_routing.cli.evaluate.load_all", exhausted)
+    monkeypatch.setattr("informed_routing.cli.texts.choose_parts", exhausted)
     error = run("evaluate", routing_folder, "-q").one_line_error(1)
     assert "out of memory while reading the input or loading the model" in error
     assert "--batch-size" not in error

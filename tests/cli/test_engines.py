@@ -233,6 +233,22 @@ def test_benchmark_takes_prompts_from_all_of_a_text_that_is_new(run: Run, routin
     assert "has 5 tokens, the largest prompts need 18: it is repeated" in outcome.err
 
 
+def test_benchmark_takes_prompts_from_all_texts_in_turn(run: Run, routing_folder: Path, tmp_path: Path) -> None:
+    from informed_routing.cli.benchmark import _documents
+    from informed_routing.progress import NullProgress
+
+    class Session:
+        progress = NullProgress()
+
+    files = [tmp_path / f"{name}.jsonl" for name in "ab"]
+    for file in files:
+        file.write_text("".join(json.dumps({"text": f"{file.stem}{n}"}) + "\n" for n in range(30)))
+    (routing_folder / "fit.json").write_text(json.dumps({"recipe": {"data": ["demo:wiki"]}}))
+    found = _documents(Session(), str(routing_folder), list(map(str, files)))  # type: ignore[arg-type]
+    assert found[:4] == ["a0", "b0", "a1", "b1"]
+    assert len(found) == 60
+
+
 # -- numbers -------------------------------------------------------------------------------------------------
 
 

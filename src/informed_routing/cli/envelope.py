@@ -12,6 +12,7 @@ from typing import Any
 from informed_routing.errors import InputError
 from informed_routing.finite import json_values
 from informed_routing.outputs import STDOUT, check_output, descriptor, write_output
+from informed_routing.user_files import user_path
 
 _BEGINNING = re.compile(rb'\s*\{\s*"informed_routing"\s*:')
 
@@ -57,7 +58,9 @@ def check_apart(target: str | None, others: Mapping[str, Any]) -> None:
         return
     for name in ("out", "plot"):
         other = others.get(name)
-        if other is not None and Path(other).expanduser().absolute() == Path(target).expanduser().absolute():
+        if other is None:
+            continue
+        if user_path(other, f"--{name}").absolute() == user_path(target, "--json").absolute():
             raise InputError(f"--json {target} is what --{name} writes", "Give another file")
 
 

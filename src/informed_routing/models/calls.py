@@ -101,7 +101,14 @@ def _by_type(value: Any) -> Word | None:
 
 
 def bound(forward: Callable[..., Any], args: tuple[Any, ...], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a call of a method (without self) by name, wherever they stood. Raises TypeError for too many."""
+    """Arguments of a call of a method (without self) by name, wherever they stood. Raises TypeError for too many.
+
+    A cache under the name of another release gets the method's own: it would be ignored without a word.
+    """
+    own = cache_name(forward)
+    caches = [name for name, word in _NAMES.items() if word == "cache" and name != own and given.get(name) is not None]
+    if len(caches) == 1 and given.get(own) is None:
+        given = {**{name: value for name, value in given.items() if name != caches[0]}, own: given[caches[0]]}
     if not args:
         return dict(given)
     names = _parameters(forward)
