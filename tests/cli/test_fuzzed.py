@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.cli.conftest import Outcome
@@ -26,7 +27,8 @@ def test_a_working_directory_that_was_removed(run: Run, tmp_path: Path, monkeypa
     gone.mkdir()
     monkeypatch.chdir(gone)
     gone.rmdir()
-    assert "working directory" in run("evaluate", "model", "--json", "out.json").one_line_error()
+    table = ("whatif", "predict", tmp_path / "t.parquet", "--targets", tmp_path / "t.yaml", "--plot", "plot.svg")
+    assert "directory" in run(*table).one_line_error()
 
 
 @pytest.mark.parametrize("kind", ["BPE", "WordLevel"])
@@ -34,7 +36,7 @@ def test_a_tokenizer_without_words(run: Run, tiny_folder: Path, tmp_path: Path, 
     """One gives no tokens, the other fails."""
     other = Path(shutil.copytree(tiny_folder, tmp_path / "other"))
     data = json.loads((other / "tokenizer.json").read_text())
-    empty = {"BPE": {"merges": []}, "WordLevel": {"unk_token": "<none>"}}[kind]
+    empty: dict[str, Any] = {"BPE": {"merges": []}, "WordLevel": {"unk_token": "<none>"}}[kind]
     data["model"], data["added_tokens"] = {"type": kind, "vocab": {}, **empty}, []
     (other / "tokenizer.json").write_text(json.dumps(data))
     assert "tokenizer" in run("generate", other, "-p", "the river", "-q").one_line_error()
