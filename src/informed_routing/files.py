@@ -186,11 +186,16 @@ def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] 
     def save(temporary: Path) -> None:
         try:
             save_file(ready, str(temporary), metadata=metadata)
-        except SafetensorError as error:  # it wraps the operating system's error in its message
-            full = "No space left" in str(error)
-            raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
+        except SafetensorError as error:
+            raise system_error(error) from error
 
     write_atomically(path, save)
+
+
+def system_error(error: Exception) -> OSError:
+    """What the operating system said, where safetensors wrapped it in a message of its own."""
+    full = "No space left" in str(error)
+    return OSError(errno.ENOSPC if full else errno.EIO, str(error))
 
 
 def disk_error(path: Path, error: OSError) -> WorkError:

@@ -78,7 +78,8 @@ class Case:
 
     def rename(self, old: str, new: str) -> None:
         """Name another file on the command line."""
-        self.arguments = [new if part == old else part.replace(f"={old}", f"={new}") for part in self.arguments]
+        words, rest = self.arguments[: self.command.words], self.arguments[self.command.words :]
+        self.arguments = [*words, *(new if part == old else part.replace(f"={old}", f"={new}") for part in rest)]
 
 
 Mutator = Callable[[Case], Right]

@@ -16,8 +16,10 @@ from .case import Case, Right
 from .process import Outcome
 
 _TIMED = re.compile(
-    r"seconds|_per_second|speedup|limit_speedup|fraction_of_limit|mfu|flops|environment|files|memory|bytes_per|latency|slower|^key$"
+    r"seconds|_per_second|speedup|limit_speedup|fraction_of_limit|mfu|flops|environment|files|memory|bytes_per|latency|slower|^key$|^engine$|^table$|^data$|^model$"
 )
+ROUNDING = 1e-6
+"""Where weights lie in memory, such as by how many files they came from, decides how some sums are blocked."""
 _INTERNAL = re.compile(r"error: \w*(Error|Exception|Interrupt|Warning)\b.*--debug")
 
 
@@ -61,7 +63,8 @@ class Result:
 
     content: Any = None
     nulls: set[str] = field(default_factory=set)
-    tensors: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, str] = field(default_factory=dict)  # hashes
+    tables: dict[str, Any] = field(default_factory=dict)  # columns
 
     @classmethod
     def read(cls, folder: Path, outputs: tuple[str, ...], renamed: tuple[str, str] | None = None) -> Result:
@@ -75,9 +78,10 @@ class Result:
         for output in outputs:
             top = folder / output
             for path in [top, *sorted(top.rglob("*"))] if top.exists() else []:
-                read = {".safetensors": _tensors, ".parquet": _columns}.get(path.suffix)
-                if read and path.is_file() and "checkpoints" not in path.parts:
-                    found.tensors |= {f"{path.name}/{key}": digest for key, digest in read(path)}
+                if path.suffix == ".safetensors" and path.is_file() and "checkpoints" not in path.parts:
+                    found.tensors |= {f"{path.name}/{key}": digest for key, digest in _tensors(path)}
+                elif path.suffix == ".parquet":
+                    found.tables[path.name] = dict(_columns(path))
         return found
 
 
@@ -132,6 +136,8 @@ def _files(case: Case, outcome: Outcome, before: Picture, after: Picture) -> Ite
         if path.rstrip("/") in case.allowed or any(path.startswith(f"{name}/") for name in case.allowed):
             continue
         own = any(path == name or path.startswith(f"{name}/") for name in outputs)
+        # Ctrl-C may stop the cleaning, too; the next run removes what is left then.
+        own = own or (outcome.code == 1 and any(path.startswith(f".{name}.tmp-") for name in outputs))
         if not own:
             yield f"{path} was {'written' if path not in before.files else 'changed'}, it is no output"
         elif outcome.code == 2:
@@ -203,14 +209,14 @@ def _tensors(path: Path) -> Iterator[tuple[str, str]]:
             yield name, hashlib.sha256(_bytes(file.get_tensor(name))).hexdigest()
 
 
-def _columns(path: Path) -> Iterator[tuple[str, str]]:
+def _columns(path: Path) -> Iterator[tuple[str, list[Any]]]:
     """The columns of a table, without what the clock decides."""
     import pyarrow.parquet
 
     table = pyarrow.parquet.ParquetFile(path).read(use_threads=False)
     for name in table.column_names:
         if "seconds" not in name:
-            yield name, hashlib.sha256(repr(table.column(name).to_pylist()).encode()).hexdigest()
+            yield name, table.column(name).to_pylist()
 
 
 def _bytes(tensor: Any) -> bytes:
@@ -235,23 +241,29 @@ def _values(case: Case, outcome: Outcome, wanted: Result | None) -> Iterator[str
         return
     if new := sorted(found.nulls - wanted.nulls):
         yield f"null where a number was asked for: {new[0]}"
-    if not case.command.timed and found.content != wanted.content:
-        yield f"another result: {difference(wanted.content, found.content)}"
+    if not case.command.timed and (other := difference(wanted.content, found.content)):
+        yield f"another result: {other}"
+    if other := difference(wanted.tables, found.tables, "table"):
+        yield f"another table: {other}"
     if found.tensors != wanted.tensors:
         yield "other weights"
 
 
-def difference(wanted: Any, found: Any, where: str = "result") -> str:
-    """The first place where two results differ."""
+def difference(wanted: Any, found: Any, where: str = "result") -> str | None:
+    """The first place where two results differ by more than the rounding of sums; None where they are the same."""
     if isinstance(wanted, dict) and isinstance(found, dict):
-        for key in sorted(wanted.keys() | found.keys()):
-            if wanted.get(key) != found.get(key):
-                return difference(wanted.get(key), found.get(key), f"{where}.{key}")
+        keys = sorted(wanted.keys() | found.keys())
+        return _first(difference(wanted.get(key), found.get(key), f"{where}.{key}") for key in keys)
     if isinstance(wanted, list) and isinstance(found, list) and len(wanted) == len(found):
-        for number, (one, other) in enumerate(zip(wanted, found, strict=True)):
-            if one != other:
-                return difference(one, other, f"{where}[{number}]")
-    return f"{where} is {str(found)[:60]}, not {str(wanted)[:60]}"
+        pairs = enumerate(zip(wanted, found, strict=True))
+        return _first(difference(one, other, f"{where}[{number}]") for number, (one, other) in pairs)
+    if isinstance(wanted, float) and isinstance(found, float) and math.isclose(wanted, found, rel_tol=ROUNDING):
+        return None
+    return None if wanted == found else f"{where} is {str(found)[:60]}, not {str(wanted)[:60]}"
+
+
+def _first(found: Iterator[str | None]) -> str | None:
+    return next((one for one in found if one is not None), None)
 
 
 def _without_time(value: Any) -> Any:

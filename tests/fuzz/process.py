@@ -214,14 +214,17 @@ def file_size_limit(size: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def on_file_event(number: int, act: Callable[[], Any]) -> Callable[[], None]:
-    """Call `act` at the start of the `number`-th change of the file system (counted from 1) that Python asks for."""
+def on_file_event(number: int, act: Callable[[], Any], *, growing: bool = False) -> Callable[[], None]:
+    """Call `act` at the start of the `number`-th change of the file system (counted from 1) that Python asks for.
+
+    `growing` counts only those that need space.
+    """
 
     def watch() -> None:
         left = [number]
 
         def hook(event: str, given: tuple[Any, ...]) -> None:
-            if is_file_change(event, given):
+            if is_file_change(event, given) and (not growing or event in ("open", "os.mkdir")):
                 left[0] -= 1
                 if left[0] == 0:
                     act()

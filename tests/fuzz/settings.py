@@ -140,7 +140,7 @@ def _an_unknown_setting(case: Case) -> Right:
     _at(data, where)[new] = value
     path.write_text(yaml.safe_dump(data, sort_keys=False))
     case.note = f"{path.name}: {dotted((*where, new))}"
-    return refused(new.strip(), old, path.name)
+    return refused(new.strip(), old, *_named(path, (*where, old)))
 
 
 def _at(top: Any, where: Where) -> Any:
@@ -485,4 +485,6 @@ def _damaged_task_files(case: Case) -> Right:
     )
     path.write_text(new)
     case.note = f"boolq: {form}"
+    if form in ("a label of text", "a null question"):
+        return OTHER_OR_REFUSED  # a label may be a choice in words; the harness prints None, as it does for the Hub
     return refused("boolq")

@@ -149,7 +149,7 @@ def _a_full_disk(case: Case) -> Right:
     case.note = f"a disk of {size} kB" if mounted else "no space left at some change"
     if not mounted:
         number = case.rng.randrange(1, 12)
-        case.prepare.append(on_file_event(number, _no_space))
+        case.prepare.append(on_file_event(number, _no_space, growing=True))
         return SAME_OR_STOPPED
     case.finish.append(lambda: subprocess.run(["umount", "-l", str(disk)], check=True))
     option = next(name for name in ("--out", "-o", "--plot", "--resume-dir") if name in case.arguments)
@@ -171,7 +171,7 @@ def _no_space() -> None:
 @mutator("environment", only=WRITERS)
 def _no_space_at_some_change(case: Case) -> Right:
     number = case.rng.randrange(1, 40)
-    case.prepare.append(on_file_event(number, _no_space))
+    case.prepare.append(on_file_event(number, _no_space, growing=True))
     case.note = f"no space left at change {number}"
     return Right((0, 1), False)
 

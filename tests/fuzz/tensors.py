@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
 from pathlib import Path
@@ -225,8 +226,10 @@ def _damaged_checkpoints(case: Case) -> Right:
     if form == "gone":
         path.unlink()
     elif form == "litter":
-        (folder / f".{path.name}.abc123").write_bytes(content[:100])
-        (folder.parent / ".new-abc").mkdir()
+        for left in (folder / f".{path.name}.tmp-0123abcd", folder.parent / ".fit.json.tmp-0123abcd"):
+            left.mkdir()
+            (left / "new").write_bytes(content[:100])
+            os.utime(left, (0, 0))
     elif form in ("of another shape", "misnamed", "no record"):
         tensors, metadata = _read(path)
         if not tensors:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from .case import OTHER, OTHER_OR_REFUSED, SAME, Case, Right, mutator, refused
+from .case import OTHER, OTHER_OR_REFUSED, SAME, SAME_OR_REFUSED, Case, Right, mutator, refused
 from .world import DOCUMENTS
 
 READERS = "evaluate-dense evaluate-routed fit prune measure benchmark"
@@ -136,9 +136,12 @@ def _no_text(case: Case) -> Right:
         content = b"\n".join(lines)
     elif form == "cut off":
         content = content[: content.find(b"\n", 3000) - 5]
-    new = {"empty": b"", "blank": b"\n \n\t\n", "UTF-16": content.decode().encode("utf-16")}
-    path.write_bytes(new.get(form, content))
+    elif form == "UTF-16":
+        content = content.decode().encode("utf-16")
+    path.write_bytes({"empty": b"", "blank": b"\n \n\t\n"}.get(form, content))
     case.note = f"text.jsonl: {form}"
+    if form == "UTF-16":
+        return SAME_OR_REFUSED  # it begins with a mark that says so
     if form == "a lone surrogate":
         return Right((0, 2), False, ("text.jsonl",))
     return refused(*named)

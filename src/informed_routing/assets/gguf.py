@@ -63,12 +63,31 @@ def _digest(file: Path) -> bytes:
 
 
 def is_complete(folder: Path) -> bool:
-    """True if `folder` holds a converted model (written whole: this catches later damage)."""
-    weights = folder / "model.safetensors"
-    shards = folder / "model.safetensors.index.json"
-    return all((folder / name).is_file() for name in ("config.json", "tokenizer.json")) and (
-        weights.is_file() or shards.is_file()
-    )
+    """True if `folder` holds a converted model (written whole: this catches later damage, by ends and headers)."""
+    settings, weights = sorted(folder.glob("*.json")), sorted(folder.glob("*.safetensors"))
+    if not {"config.json", "tokenizer.json"} <= {path.name for path in settings} or not weights:
+        return False
+    index = folder / "model.safetensors.index.json"
+    try:
+        wanted = set(json.loads(index.read_text("utf-8"))["weight_map"].values()) if index.is_file() else set()
+        return wanted <= {path.name for path in weights} and all(map(_ends_well, [*settings, *weights]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _ends_well(path: Path) -> bool:
+    """Whether a file of a conversion has its end: of JSON the last brace, of tensors the last byte of the header's."""
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix == ".json":
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - 16, 0))
+            return file.read().rstrip().endswith(b"}")
+    try:
+        with safe_open(str(path), framework="pt"):
+            return True
+    except SafetensorError:
+        return False
 
 
 def _convert(model: GgufModel, out: Path, dtype: torch.dtype | None) -> None:

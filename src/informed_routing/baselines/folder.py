@@ -23,7 +23,7 @@ from ..assets import load_model, load_tokenizer, resolve_dtype
 from ..assets.gguf import quiet_transformers
 from ..config import UnitKind
 from ..errors import InputError
-from ..files import write_json, write_tensors
+from ..files import system_error, write_json, write_tensors
 from ..folders import put_folder
 from ..models.facts import config_facts
 from ..models.fingerprint import live_adapters
@@ -82,8 +82,11 @@ def save_static(model: Any, tokenizer: Any, folder: str | Path) -> None:
 
     def write(new: Path) -> None:
         if content.plain:
-            with quiet_transformers():
-                model.save_pretrained(new)
+            try:
+                with quiet_transformers():
+                    model.save_pretrained(new)
+            except SafetensorError as error:
+                raise system_error(error) from error
         else:
             # Tied parameters have one name among the named ones.
             write_tensors(new / "model.safetensors", dict(model.named_parameters()), {"format": "pt"})

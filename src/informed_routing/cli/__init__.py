@@ -22,6 +22,7 @@ from .arguments import refuse_empty
 
 _PROGRAM = "informed-routing"
 _RESUMABLE = ("demo", "study")
+_NO_HOME = "there is no such home folder. Write paths without ~, and set HOME"
 _NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
 _LONGEST = 1200  # characters of a message
 
@@ -89,7 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":  # the help has been printed
             _keep_what_was_shown()
             return 2
-        return _fail(*explain(error, command))
+        message, code = explain(error, command)
+        if message is _NO_HOME:
+            message = f"{next((part for part in given if '~' in part), '~')}: {message}"
+        return _fail(message, code)
 
 
 def _stopped(stop: SystemExit) -> int:
@@ -164,8 +168,20 @@ def unreadable(error: BaseException) -> str | None:
     if isinstance(error, ValueError) and "embedded null" in str(error):
         return "a path holds a NUL character. Leave it out"
     if isinstance(error, RuntimeError) and "home directory" in str(error):
-        return "there is no such home folder. Write paths without ~, and set HOME"
+        return _NO_HOME
+    if type(error) is Exception:  # so bare only from the library of tokenizers
+        return f"the tokenizer cannot encode the text: {error}. Check the model's tokenizer.json"
+    if isinstance(error, FileNotFoundError) and _folder_is_gone():
+        return "the working directory does not exist any more. Change to one that does"
     return None
+
+
+def _folder_is_gone() -> bool:
+    try:
+        os.getcwd()  # noqa: PTH109 (Path.cwd() asks the same)
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _fail(message: str, code: int) -> int:

@@ -150,7 +150,12 @@ def generate_sample(
     from informed_routing.evaluation.numbers import FiniteLogits
 
     model, tokenizer = loaded.model, loaded.tokenizer
-    ids = torch.tensor([_encode(tokenizer, prompt, chat)], device=model.device)
+    tokens = _encode(tokenizer, prompt, chat)
+    if not tokens:
+        raise InputError(
+            f"the tokenizer makes no tokens of the prompt {prompt[:40]!r}", "Check the model's tokenizer.json"
+        )
+    ids = torch.tensor([tokens], device=model.device)
     run.progress.stage("generate", 0)
     if loaded.routed:
         model.reset_routing_stats()

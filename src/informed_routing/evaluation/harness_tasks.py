@@ -7,6 +7,7 @@ and how many examples a prompt has are set. So prompts, metrics and the choice o
 from __future__ import annotations
 
 import difflib
+import errno
 import functools
 import hashlib
 import logging
@@ -103,6 +104,8 @@ def load_task(spec: TaskSpec, local: LocalFiles | None = None) -> Any:
         try:
             task = _build(spec.name, folder)
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             if local is None:
                 raise InputError(
                     f"the data of {spec.name} could not be loaded from the Hub: {_first_line(error)}",
@@ -112,6 +115,12 @@ def load_task(spec: TaskSpec, local: LocalFiles | None = None) -> Any:
                 f"the local files of {spec.name} do not fit the task: {_first_line(error)}",
                 f"Give the columns of the Hub data set {definition.get('dataset_path')}",
             ) from error
+        examples = task.fewshot_docs() if shots else None
+        if examples is not None and len(examples) < shots:
+            raise InputError(
+                f"{spec.name}@{shots} asks for {shots} examples, and there are {len(examples)} to draw from",
+                "Ask for fewer",
+            )
     task.set_fewshot_seed(FEWSHOT_SEED)
     return task
 
@@ -121,11 +130,12 @@ def quiet_harness() -> Iterator[None]:
     """Without the bars and advice that lm-evaluation-harness prints: not all of its bars have a switch."""
     import datasets
 
-    logger = logging.getLogger("lm_eval")
-    bars, level = datasets.are_progress_bars_disabled(), logger.level
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    bars, levels = datasets.are_progress_bars_disabled(), [logger.level for logger in loggers]
     drawing: dict[Any, Any] = {sys.modules[name]: sys.modules[name].tqdm for name in _DRAWING if name in sys.modules}
     datasets.disable_progress_bars()
-    logger.setLevel(logging.ERROR)
+    for logger, wanted in zip(loggers, (logging.ERROR, logging.CRITICAL), strict=True):
+        logger.setLevel(wanted)  # what `datasets` logs it raises, too
     for module, bar in drawing.items():
         module.tqdm = functools.partial(_no_bar, bar)
     try:
@@ -133,7 +143,8 @@ def quiet_harness() -> Iterator[None]:
     finally:
         for module, bar in drawing.items():
             module.tqdm = bar
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if not bars:
             datasets.enable_progress_bars()
 
@@ -227,5 +238,7 @@ def _find(data_dir: Path, name: str, split: str, definition: Mapping[str, Any]) 
 
 
 def _first_line(error: BaseException) -> str:
+    if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
+        error = error.__cause__  # the outer one says only that there was one
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,67 @@
+"""What the fuzz suite found and no other test holds: each ends in one line that names it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.cli.conftest import Outcome
+
+from informed_routing import files
+from informed_routing.assets.gguf import is_complete
+
+Run = Callable[..., Outcome]
+
+
+def test_a_home_folder_that_is_not_there_is_named(run: Run, tiny_folder: Path) -> None:
+    error = run("generate", tiny_folder, "-p", "the river", "--json", "~nosuchuser/x.json").one_line_error()
+    assert "~nosuchuser/x.json" in error
+
+
+def test_a_working_directory_that_was_removed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert "working directory" in run("evaluate", "model", "--json", "out.json").one_line_error()
+
+
+@pytest.mark.parametrize("kind", ["BPE", "WordLevel"])
+def test_a_tokenizer_without_words(run: Run, tiny_folder: Path, tmp_path: Path, kind: str) -> None:
+    """One gives no tokens, the other fails."""
+    other = Path(shutil.copytree(tiny_folder, tmp_path / "other"))
+    data = json.loads((other / "tokenizer.json").read_text())
+    empty = {"BPE": {"merges": []}, "WordLevel": {"unk_token": "<none>"}}[kind]
+    data["model"], data["added_tokens"] = {"type": kind, "vocab": {}, **empty}, []
+    (other / "tokenizer.json").write_text(json.dumps(data))
+    assert "tokenizer" in run("generate", other, "-p", "the river", "-q").one_line_error()
+
+
+def test_more_examples_than_there_are(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    from tests.evaluation.local_tasks import write_tasks
+
+    data = write_tasks(tmp_path / "data")
+    error = run("evaluate", tiny_folder, "--tasks", "boolq@999", "--data-dir", data, "-q").one_line_error()
+    assert "boolq@999" in error
+    assert "8" in error
+
+
+def test_what_the_operating_system_said_is_found_in_the_message_of_a_library() -> None:
+    assert "no disk space" in str(
+        files.disk_error(Path("x"), files.system_error(ValueError("No space left on device")))
+    )
+    assert "File too large" in str(files.disk_error(Path("x"), files.system_error(ValueError("File too large"))))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_conversion_that_lost_an_end_is_not_complete(tiny_folder: Path, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "converted"))
+    assert is_complete(folder)
+    content = (folder / name).read_bytes()
+    for damaged in (b"", content[: len(content) // 2]):
+        (folder / name).write_bytes(damaged)
+        assert not is_complete(folder)
