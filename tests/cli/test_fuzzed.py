@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.cli.conftest import Outcome
@@ -34,7 +35,7 @@ def test_a_tokenizer_without_words(run: Run, tiny_folder: Path, tmp_path: Path, 
     """One gives no tokens, the other fails."""
     other = Path(shutil.copytree(tiny_folder, tmp_path / "other"))
     data = json.loads((other / "tokenizer.json").read_text())
-    empty = {"BPE": {"merges": []}, "WordLevel": {"unk_token": "<none>"}}[kind]
+    empty: dict[str, Any] = {"BPE": {"merges": []}, "WordLevel": {"unk_token": "<none>"}}[kind]
     data["model"], data["added_tokens"] = {"type": kind, "vocab": {}, **empty}, []
     (other / "tokenizer.json").write_text(json.dumps(data))
     assert "tokenizer" in run("generate", other, "-p", "the river", "-q").one_line_error()
