@@ -6,13 +6,15 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tests.cli.conftest import Outcome
 
 from informed_routing import files
 from informed_routing.assets.gguf import is_complete
+from informed_routing.config import Recipe
+from informed_routing.errors import InputError
+from informed_routing.training.folder import check_folder
 
 Run = Callable[..., Outcome]
 
@@ -27,7 +29,8 @@ def test_a_working_directory_that_was_removed(run: Run, tmp_path: Path, monkeypa
     gone.mkdir()
     monkeypatch.chdir(gone)
     gone.rmdir()
-    assert "working directory" in run("evaluate", "model", "--json", "out.json").one_line_error()
+    table = ("whatif", "predict", tmp_path / "t.parquet", "--targets", tmp_path / "t.yaml", "--plot", "plot.svg")
+    assert "directory" in run(*table).one_line_error()
 
 
 @pytest.mark.parametrize("kind", ["BPE", "WordLevel"])
@@ -35,8 +38,8 @@ def test_a_tokenizer_without_words(run: Run, tiny_folder: Path, tmp_path: Path, 
     """One gives no tokens, the other fails."""
     other = Path(shutil.copytree(tiny_folder, tmp_path / "other"))
     data = json.loads((other / "tokenizer.json").read_text())
-    empty: dict[str, Any] = {"BPE": {"merges": []}, "WordLevel": {"unk_token": "<none>"}}[kind]
-    data["model"], data["added_tokens"] = {"type": kind, "vocab": {}, **empty}, []
+    data["model"] = {"type": kind, "vocab": {}, "merges": [], "unk_token": None if kind == "BPE" else "<none>"}
+    data["added_tokens"] = []
     (other / "tokenizer.json").write_text(json.dumps(data))
     assert "tokenizer" in run("generate", other, "-p", "the river", "-q").one_line_error()
 
@@ -56,6 +59,16 @@ def test_what_the_operating_system_said_is_found_in_the_message_of_a_library() -
         files.disk_error(Path("x"), files.system_error(ValueError("No space left on device")))
     )
     assert "File too large" in str(files.disk_error(Path("x"), files.system_error(ValueError("File too large"))))
+
+
+def test_the_rest_of_the_checkpoints_of_a_finished_fit_goes(routing_folder: Path) -> None:
+    """A fit was killed while it removed them, when their recipe had gone already."""
+    rest = routing_folder / "checkpoints" / "route.safetensors"
+    rest.parent.mkdir()
+    rest.write_bytes(b"x")
+    with pytest.raises(InputError, match="finished fit"):
+        check_folder(routing_folder, Recipe(), resume=True, overwrite=False)
+    assert not rest.parent.exists()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])

@@ -128,6 +128,8 @@ def check_folder(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) ->
         raise InputError(f"{out} exists already", f"Use {choices}{'or ' if choices else ''}another --out")
     again = "use another --out" if stranger else "use --overwrite"
     if not begun:
+        if stranger is None:  # killed at its very end, while it removed them
+            shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
         raise InputError(f"{out} holds a finished fit", f"To fit again {again}")
     stored = _stored_recipe(out, again)
     if changed := _changed(out, stored, recipe):
