@@ -10,11 +10,12 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from informed_routing.errors import InformedRoutingError, WorkError
+from informed_routing.errors import InformedRoutingError, InputError, WorkError
 from informed_routing.user_files import shown
 
 from . import benchmark, demo, evaluate, fit, generate, prune, streams, study, whatif
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     streams.prepare()
     try:
         refuse_empty(given)
+        _check_working_directory()
         code = typer.main.get_command(app).main(given, prog_name=_PROGRAM, standalone_mode=False)
         if code == 130:  # typer's word for Ctrl-C
             raise KeyboardInterrupt
@@ -153,6 +155,14 @@ def explain(error: BaseException, command: str) -> tuple[str, int]:
     )
 
 
+def _check_working_directory() -> None:
+    """Raise InputError where it was removed: paths would fail one by one, each with a riddle."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise InputError("the working directory does not exist any more", "Change to one that does") from None
+
+
 def unreadable(error: BaseException) -> str | None:
     """What an error means that only bad input raises, where no reader has named the file: names, encodings, nesting."""
     name = getattr(error, "filename", None)
@@ -171,17 +181,7 @@ def unreadable(error: BaseException) -> str | None:
         return _NO_HOME
     if type(error) is Exception:  # so bare only from the library of tokenizers
         return f"the tokenizer cannot encode the text: {error}. Check the model's tokenizer.json"
-    if isinstance(error, FileNotFoundError) and _folder_is_gone():
-        return "the working directory does not exist any more. Change to one that does"
     return None
-
-
-def _folder_is_gone() -> bool:
-    try:
-        os.getcwd()  # noqa: PTH109 (Path.cwd() asks the same)
-    except FileNotFoundError:
-        return True
-    return False
 
 
 def _fail(message: str, code: int) -> int:
