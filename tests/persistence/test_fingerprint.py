@@ -191,11 +191,11 @@ def test_the_former_fingerprint_is_the_same_for_a_routed_model() -> None:
 
 
 def test_a_base_with_a_live_adapter_is_refused(folder: Path) -> None:
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
     from tests.persistence.conftest import LORA
 
     base = make_tiny("llama")
-    base.add_adapter(LoraConfig(**LORA), adapter_name="mine")
+    inject_adapter_in_model(LoraConfig(**LORA), base, adapter_name="mine")  # as add_adapter does
     with pytest.raises(InputError, match="adapter 'mine'"):
         load(folder, base=base)
     with pytest.raises(InputError, match="adapter 'mine'"):
