@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from informed_routing import files
 from informed_routing.assets.gguf import is_complete
 from informed_routing.config import Recipe
 from informed_routing.errors import InputError
+from informed_routing.evaluation.harness_results import ResultFolder, TaskResult
 from informed_routing.training.folder import check_folder
 
 Run = Callable[..., Outcome]
@@ -69,6 +71,16 @@ def test_the_rest_of_the_checkpoints_of_a_finished_fit_goes(routing_folder: Path
     with pytest.raises(InputError, match="finished fit"):
         check_folder(routing_folder, Recipe(), resume=True, overwrite=False)
     assert not rest.parent.exists()
+
+
+def test_what_a_kill_left_beside_a_whole_result_goes_when_that_is_used_again(tmp_path: Path) -> None:
+    results = ResultFolder(tmp_path)
+    results.save({"name": "boolq"}, TaskResult("boolq", 0, 1, {"acc": 1.0}, 0.1))
+    left = tmp_path / f".{results.path({'name': 'boolq'}).name}.tmp-0123abcd"
+    left.mkdir()
+    os.utime(left, (0, 0))
+    assert results.load({"name": "boolq"}) is not None
+    assert not left.exists()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from informed_routing.files import write_json
+from informed_routing.files import remove_left_overs, write_json
 
 FORMAT = 1
 
@@ -48,6 +48,7 @@ class ResultFolder:
 
     def load(self, task: dict[str, Any]) -> TaskResult | None:
         """The result of a task that was finished before, None if there is none that can be read."""
+        remove_left_overs(self.folder, self.path(task).name)
         try:
             content = json.loads(self.path(task).read_text(encoding="utf-8"))
             return TaskResult(**content["result"]) if content["key"] == self._full(task) else None

@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from informed_routing.errors import InputError
 from informed_routing.evaluation.numbers import not_finite
 from informed_routing.execution.changes import unchanging
-from informed_routing.files import write_atomically
+from informed_routing.files import remove_left_overs, write_atomically
 from informed_routing.models.calls import cached
 from informed_routing.progress import NullProgress, Progress
 
@@ -89,7 +89,10 @@ def measure_workload(
     for request in requests:
         _check(request, streams)
     identity = _identity(model, streams, requests, sparsity, budget, seed)
-    rows = read_rows(out, identity) if out is not None and resume and out.exists() else []
+    rows = []
+    if out is not None and resume and out.exists():
+        remove_left_overs(out.parent, out.name)  # a whole table is not written again, which would remove them
+        rows = read_rows(out, identity)
     model.set_sparsity(sparsity, budget)  # a bad value is refused before anything runs
     progress.stage("measure", len(requests))
     for position in range(len(rows), len(requests)):
