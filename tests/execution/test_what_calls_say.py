@@ -198,7 +198,7 @@ def test_a_cropped_cache_goes_on_as_if_the_tokens_had_never_been(execution: str,
     wanted = outputs(model, {"input_ids": torch.cat([ids[:, :10], other], 1), "use_cache": False})[0][:, 10:]
     cache = DynamicCache(config=model.config)
     outputs(model, {"input_ids": ids, **calls.cached(model, cache)})
-    cache.crop(-6)
+    cache.crop(torch.tensor(-6))  # type: ignore[arg-type]  # what transformers 5.16 gives
     cache.crop(0)
     assert cache.get_seq_length() == 10
     assert is_packed(cache) == (execution == "native")

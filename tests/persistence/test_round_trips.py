@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from tests.persistence.conftest import LORA, logits, make_adapter
 from tests.routed import make_routed
 from tests.tiny import make_tiny
@@ -162,7 +162,7 @@ def test_live_adapters_are_refused_by_name(tmp_path: Path) -> None:
     wrapped: Any = make_routed("llama")
     get_peft_model(wrapped, LoraConfig(**LORA), adapter_name="mine")
     added: Any = make_routed("llama")
-    added.add_adapter(LoraConfig(**LORA), adapter_name="mine")
+    inject_adapter_in_model(LoraConfig(**LORA), added, adapter_name="mine")  # as add_adapter does
     for model in (wrapped, added):
         for options in ({}, {"save_base": tmp_path / "base"}):
             with pytest.raises(InputError, match="live adapter 'mine'"):

@@ -204,6 +204,7 @@ def length_after_crop(length: int, argument: int) -> int:
 
     Positive arguments once meant the length to keep, and are refused by transformers since.
     """
+    argument = int(argument)  # transformers 5.16 gives a tensor
     if argument > 0:
         raise ValueError(f"crop({argument}) is not supported: give minus the number of tokens to remove")
     return max(length + argument, 0)

@@ -34,7 +34,7 @@ LANES = 1021
 _PIECE = LANES * 8 * 32
 """Values that are looked at at once on a CPU. Sums do not depend on it: it is a multiple of what they repeat after."""
 
-PROJECTIONS = 4
+PROJECTIONS = 16
 _TENSOR_TOLERANCE, _MODEL_TOLERANCE = 0.012, 0.0025
 """How far sums of a tensor, and the root mean square of all, may differ, relative to the tensor's norm.
 
