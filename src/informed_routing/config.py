@@ -325,6 +325,13 @@ class _Measured(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_as_number(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("true and false are not taken here")
+        return value
+
 
 class LatencyGains(_Measured):
     """Measured on one machine: shares of the dense body's prefill time, for `budget="latency"`."""

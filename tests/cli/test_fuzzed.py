@@ -13,7 +13,7 @@ from tests.cli.conftest import Outcome
 
 from informed_routing import files
 from informed_routing.assets.gguf import is_complete
-from informed_routing.config import Recipe
+from informed_routing.config import Recipe, ThresholdRow
 from informed_routing.errors import InputError
 from informed_routing.evaluation.harness_results import ResultFolder, TaskResult
 from informed_routing.training.folder import check_folder
@@ -81,6 +81,11 @@ def test_what_a_kill_left_beside_a_whole_result_goes_when_that_is_used_again(tmp
     os.utime(left, (0, 0))
     assert results.load({"name": "boolq"}) is not None
     assert not left.exists()
+
+
+def test_a_threshold_table_holds_numbers() -> None:
+    with pytest.raises(ValueError, match="true and false"):
+        ThresholdRow.model_validate({"threshold": 0.0, "units": 0.1, "attention": 0.1, "ffn": True, "macs": 0.1})
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])

@@ -203,9 +203,8 @@ def _an_input_of_another_kind(case: Case) -> Right:
 def _write_once(fifo: Any) -> None:
     import contextlib
 
-    with contextlib.suppress(OSError):
-        handle = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
-        os.write(handle, b"nothing of interest\n")
+    with contextlib.suppress(OSError), open(fifo, "wb") as file:  # noqa: PTH123 (blocks until somebody reads)
+        file.write(b"nothing of interest\n")
 
 
 @mutator("option")

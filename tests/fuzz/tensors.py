@@ -9,7 +9,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from .case import OTHER_OR_REFUSED, SAME, SAME_OR_REFUSED, Case, Right, mutator, refused
+from .case import OTHER, OTHER_OR_REFUSED, SAME, SAME_OR_REFUSED, Case, Right, mutator, refused
 
 _WEIGHTS = {
     "routed": ["routing.safetensors"],
@@ -195,7 +195,8 @@ def _files_that_nobody_needs(case: Case) -> Right:
         tensors.rename(folder / "elsewhere")
         tensors.symlink_to("elsewhere")
     case.note = f"{folder.name}: {form}"
-    return SAME
+    # It says which texts were read, which a fit that starts from the folder repeats in its own.
+    return OTHER if "fit.json" in form and case.command.name == "fit-lora" else SAME
 
 
 @mutator("safetensors", uses=("routed", "tuned", "pruned", "model"))
