@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -35,6 +36,10 @@ class Engine:
     @property
     def balance(self) -> Balance:
         return torch_balance(self.model.dtype, self.model.device.type)
+
+    def fixed(self) -> AbstractContextManager[None]:
+        """For loops of steps, between which the model's weights do not change."""
+        return nullcontext()
 
     def use(self, sparsity: float, budget: str | None) -> None:
         """Get ready to run at a sparsity."""
@@ -90,6 +95,9 @@ class RoutedEngine(Engine):
     def balance(self) -> Balance:
         own = None if self.holder is None else self.holder.of(self.model).balance
         return super().balance if own is None else own
+
+    def fixed(self) -> AbstractContextManager[None]:
+        return super().fixed() if self.holder is None else self.holder.fixed()  # type: ignore[no-any-return]
 
     def use(self, sparsity: float, budget: str | None) -> None:
         state = self.model.routing_state

@@ -11,7 +11,9 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -22,7 +24,6 @@ from informed_routing.errors import InputError
 from informed_routing.evaluation.engines import Engine
 from informed_routing.evaluation.numbers import not_finite
 from informed_routing.evaluation.perplexity import sparsity_record
-from informed_routing.execution.changes import unchanging
 from informed_routing.progress import NullProgress, Progress
 from informed_routing.routing.limits import limit_speedup
 
@@ -108,7 +109,7 @@ def decode_callable(
         return cache
 
     def run(cache: Any) -> Tensor:
-        with torch.inference_mode(), unchanging(engine.model):
+        with torch.inference_mode():
             steps = following.split(1, dim=1)
             return torch.cat([engine.step(token.contiguous(), cache).argmax(-1) for token in steps], dim=1)
 
@@ -137,23 +138,25 @@ def benchmark_rows(
     measured once per batch and prompt length; a `new_tokens` of 0 gives no decode rows. Decode rows carry
     `new_tokens`, all rows `weights`, and with `profile` those of the native engine `phase_seconds`, besides the
     contract's fields. Speed-ups are against the fastest dense engine with the same weights; limits are the roofline
-    of the row's own engine. Raises InputError for settings that cannot be measured, WorkError where an engine's logits
+    of the row's own engine. Weights do not change meanwhile: engines compare them once, as `generate` does for each
+    text. Raises InputError for settings that cannot be measured, WorkError where an engine's logits
     are not finite.
     """
     _check_settings(text, prompt_tokens, new_tokens, batches)
     progress = progress or NullProgress()
     rows: list[dict[str, Any]] = []
-    for batch in batches:
-        for length in prompt_tokens:
-            counts = [0] if "prefill" in phases else []
-            counts += [count for count in new_tokens if count and "decode" in phases]
-            for count in counts:
-                name = f"decode {count}" if count else "prefill"
-                progress.stage(f"{name}, {length}-token prompt, batch {batch}", warmup + repeats)
-                ids = take_prompts(text, batch, length + count).to(engines[0].model.device)
-                case = _Case(ids[:, :length].contiguous(), ids[:, length:].contiguous(), budget)
-                targets = [0.0, *(s for s in sparsities if s)]
-                rows += _compare(engines, case, targets, repeats, warmup, profile, progress)
+    counts = [0] if "prefill" in phases else []
+    counts += [count for count in new_tokens if count and "decode" in phases]
+    with ExitStack() as unchanged:
+        for engine in engines:
+            unchanged.enter_context(engine.fixed())
+        for batch, length, count in product(batches, prompt_tokens, counts):
+            name = f"decode {count}" if count else "prefill"
+            progress.stage(f"{name}, {length}-token prompt, batch {batch}", warmup + repeats)
+            ids = take_prompts(text, batch, length + count).to(engines[0].model.device)
+            case = _Case(ids[:, :length].contiguous(), ids[:, length:].contiguous(), budget)
+            targets = [0.0, *(s for s in sparsities if s)]
+            rows += _compare(engines, case, targets, repeats, warmup, profile, progress)
     return rows
 
 
