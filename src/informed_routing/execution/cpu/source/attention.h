@@ -32,7 +32,11 @@ struct PlainProducts {
     const int n;
     const float* const* q;
     float *scores, *out;
-    bool rounds;  // weights of values to bfloat16, as matrix instructions would for more rows
+#if HAS_TILES
+    const bool rounds;  // weights of values to bfloat16, as matrix instructions would for more rows
+#else
+    static constexpr bool rounds = false;
+#endif
 
     template <class F>
     void each_tile(F&& f) const {
@@ -216,5 +220,9 @@ static void attend_to(
         if (TileProducts::can(n, kv.head_dim))
             return attend(TileProducts(kv, n, q, scores, out), low, last, from, to, state);
 #endif
+#if HAS_TILES
     attend(PlainProducts<T>{kv, n, q, scores, out, rounds_attention<T>(kv.head_dim)}, low, last, from, to, state);
+#else
+    attend(PlainProducts<T>{kv, n, q, scores, out}, low, last, from, to, state);
+#endif
 }

@@ -366,29 +366,12 @@ static void multiply_tiles(const Linear& w, const Rows& x, int tid, int threads,
 }
 #endif
 
-// out(i, column, v0, v1) gets the product of row i with the outputs column .. column + NR.
-// Called by every thread of a parallel region; no barrier at its end.
+// `multiply` by sums of float32.
 template <class Out>
-static void multiply(const Linear& w, const Rows& x, int tid, int threads, Out&& out) {
-    if (!x.count) return;
+static void multiply_plain(const Linear& w, const Rows& x, int tid, int threads, Out&& out) {
     const int p_count = panels(w), k = w.k;
     const size_t bytes = panel_bytes(w.type, k);
     const bool direct = x.count <= direct_rows(w.type);
-#if HAS_TILES
-    if (!direct && tiles_ready()) return multiply_tiles(w, x, tid, threads, out);
-#endif
-    // Many rows of bfloat16 are multiplied by matrix instructions, which round inputs: few rows are rounded here, so that
-    // a row's result does not depend on how many there are.
-    thread_local std::vector<float> rounded;
-    const bool rounds = w.type == BF16 && tiles_ready();
-    if (rounds) {
-        rounded.resize((size_t)x.count * k + VL);
-        for (int i = 0; i < x.count; i++)
-            for (int c = 0; c < k; c++) {
-                const bf16 half = to_bf16(x.row(i)[c]);
-                rounded[(size_t)i * k + c] = get(&half);
-            }
-    }
     // Rows of a block fit half of a private cache, so that each panel finds them there.
     const Tasks plan(x.count, p_count, threads, 65536 / k * (direct || w.type == F32 ? 1 : 2), MR);
     thread_local std::vector<float> unpacked, group_sums;
@@ -422,8 +405,7 @@ static void multiply(const Linear& w, const Rows& x, int tid, int threads, Out&&
                     constexpr int M = decltype(constant)::value;
                     const float* a[M];
                     vf acc[M][2];
-                    for (int r = 0; r < M; r++)
-                        a[r] = rounds ? rounded.data() + (size_t)(i0 + r) * k : x.row(i0 + r), acc[r][0] = b0, acc[r][1] = b1;
+                    for (int r = 0; r < M; r++) a[r] = x.row(i0 + r), acc[r][0] = b0, acc[r][1] = b1;
                     constexpr int KU = M == 1 ? 4 : M == 2 ? 2 : 1;
                     if (w.type == F32 || !direct) tile_plain<M, KU>(k, a, plain, acc);
                     else if (w.type == BF16) tile_pairs<M, KU>(k, a, (const bf16*)panel, acc);
@@ -438,4 +420,29 @@ static void multiply(const Linear& w, const Rows& x, int tid, int threads, Out&&
             }
         }
     }
+}
+
+// out(i, column, v0, v1) gets the product of row i with the outputs column .. column + NR.
+// Called by every thread of a parallel region; no barrier at its end.
+template <class Out>
+static void multiply(const Linear& w, const Rows& x, int tid, int threads, Out&& out) {
+    if (!x.count) return;
+#if HAS_TILES
+    if (w.type != F32 && tiles_ready()) {
+        if (x.count > direct_rows(w.type)) return multiply_tiles(w, x, tid, threads, out);
+        if (w.type == BF16) {
+            // Matrix instructions round inputs to bfloat16: so do few rows, that a row's result does not depend on how
+            // many there are.
+            thread_local std::vector<float> rounded;
+            rounded.resize((size_t)x.count * w.k + VL);
+            for (int i = 0; i < x.count; i++)
+                for (int c = 0; c < w.k; c++) {
+                    const bf16 half = to_bf16(x.row(i)[c]);
+                    rounded[(size_t)i * w.k + c] = get(&half);
+                }
+            return multiply_plain(w, {rounded.data(), (size_t)w.k, nullptr, x.count}, tid, threads, out);
+        }
+    }
+#endif
+    multiply_plain(w, x, tid, threads, out);
 }
