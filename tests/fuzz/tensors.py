@@ -417,6 +417,8 @@ def _another_table(case: Case) -> Right:
     form = case.rng.choice(("missing", "text", "NaN", "negative", "no rows", "null", "no metadata", "more columns"))
     where = table.column_names.index(name)
     values = table.column(name).to_pylist()
+    if form in ("text", "NaN", "negative") and name == "domain":
+        name, where, values = "executed", table.column_names.index("executed"), table["executed"].to_pylist()
     right = refused("table", name)
     if form == "missing":
         table = table.drop_columns([name])
@@ -429,8 +431,6 @@ def _another_table(case: Case) -> Right:
         table = table.append_column("notes", pyarrow.array(["x"] * len(table)))
         right = SAME
     else:
-        if name == "domain" and form in ("text", "NaN", "negative"):
-            name, where, values = "executed", table.column_names.index("executed"), table["executed"].to_pylist()
         new = {"text": "many", "NaN": float("nan"), "negative": -5.0, "null": None}[form]
         values = [str(value) for value in values] if form == "text" else values
         values = [float(v) for v in values] if form in ("NaN", "negative") else values

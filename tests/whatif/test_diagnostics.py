@@ -125,3 +125,10 @@ def test_advice() -> None:
     assert advise(2000, math.inf, 0.05, 0.05, 10, outside=0.0) == "measure this target directly"
     assert advise(2000, 2.0, 0.05, 0.05, 10, outside=0.0) == "measure about 18000 more nominal prompts"
     assert "suffices" in advise(10**6, 2.0, 0.05, 0.05, 10, outside=0.0)
+
+
+def test_a_tail_that_is_level_is_bounded() -> None:
+    """Its lower quarter rises above what is below it, and all of it is one value."""
+    values = np.zeros((1, 40))
+    values[0, :8] = 1.0
+    assert diagnostics.pareto_shape(values) == -np.inf

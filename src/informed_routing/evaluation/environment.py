@@ -70,7 +70,9 @@ def _commit() -> str | None:
         return None  # installed from a wheel: whatever repository lies around it is not ours
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10, check=True)
+        # Without the lock that `status` takes to refresh the index: a kill would leave it in the user's repository.
+        command = ["git", "--no-optional-locks", *arguments]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10, check=True)
         return done.stdout.strip()
 
     try:

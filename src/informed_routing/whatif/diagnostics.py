@@ -50,8 +50,8 @@ def mass_check(weights: Floats, truncated_mass: Floats) -> Floats:
 def pareto_shape(log_values: Floats) -> Floats:
     """k-hat of the upper tail of exp(`log_values`) [K, n]: [K].
 
-    -inf for a tail whose lower quarter does not rise above its start: equal weights, or a handful of different ones,
-    which are bounded. NaN below 25 values, where there is no tail to fit.
+    -inf for a tail that is level, or whose lower quarter does not rise above its start: equal weights, or a handful of
+    different ones, which are bounded. NaN below 25 values, where there is no tail to fit.
     """
     from arviz_stats.base import array_stats
 
@@ -66,8 +66,9 @@ def pareto_shape(log_values: Floats) -> Floats:
         log_values = np.partition(log_values, n - kept, axis=-1)[..., n - kept :]
     shapes = np.full(log_values.shape[:-1], -np.inf)
     start, quarter = kept - tail - 1, kept - tail - 1 + max(int(tail / 4 + 0.5), 1)
-    around = np.partition(log_values, [start, quarter], axis=-1)
+    around = np.partition(log_values, [start, start + 1, quarter], axis=-1)
     spread = around[..., quarter] > around[..., start] + ROUNDING
+    spread &= log_values.max(-1) > around[..., start + 1] + ROUNDING
     for row in zip(*np.nonzero(spread), strict=True):
         # arviz-stats expects log likelihoods and negates them inside: give it -log w
         shapes[row] = array_stats.psislw(-log_values[row], r_eff=relative)[1]
