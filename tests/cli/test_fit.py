@@ -208,3 +208,12 @@ def test_unusable_weights_are_named(run: Run, tmp_path: Path, flags: list[object
     outcome = run("fit", folder, "--out", tmp_path / "out", *flags)
     assert outcome.code in (1, 2)
     outcome.one_line_error(outcome.code)
+
+
+def test_a_recipe_that_names_no_model_takes_that_of_the_start(
+    run: Run, routing_folder: Path, tmp_path: Path, flags: list[object]
+) -> None:
+    out = tmp_path / "tuned"
+    outcome = run("fit", "--start", routing_folder, "--stages", "lora", "--out", out, *flags)
+    assert outcome.code == 0, outcome.err
+    assert (out / "lora").is_dir()

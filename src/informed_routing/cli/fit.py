@@ -95,7 +95,7 @@ def fit(
     chosen = build_recipe(
         recipe,
         {
-            "model": _model_of(start) if start and not model and not recipe else model,
+            "model": model,
             "route.sparsity": target,
             "lora.sparsity": target if start else None,
             "route.budget": budget,
@@ -168,7 +168,10 @@ def build_recipe(name: str | None, overrides: Mapping[str, Any]) -> Recipe:
         if isinstance(value, int) and key.endswith(".steps"):
             check_at_least("--steps", [value], 1)
     recipe = Recipe.from_mapping({}) if name is None else Recipe.from_yaml(recipe_path(name))
-    return recipe.with_overrides(dict(overrides))
+    given, start = dict(overrides), overrides.get("start") or recipe.start
+    if start and not given.get("model") and "model" not in recipe.model_fields_set:  # nobody named one
+        given["model"] = _model_of(start)
+    return recipe.with_overrides(given)
 
 
 def in_stages(key: str, value: Any, stages: tuple[str, ...] = ("forecast", "route", "lora")) -> dict[str, Any]:
