@@ -170,7 +170,8 @@ def test_make_clean_removes_what_was_made_and_nothing_else(tmp_path: Path) -> No
 def script_of(command: Command) -> Path:
     """The file that a `python` command runs."""
     if command.words[1] == "-m":
-        return ROOT / Path(*command.words[2].split(".")).with_suffix(".py")
+        module = ROOT / Path(*command.words[2].split("."))
+        return module / "__main__.py" if module.is_dir() else module.with_suffix(".py")
     return ROOT / command.words[1]
 
 
