@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from informed_routing.evaluation.environment import environment
-from informed_routing.files import write_json
+from informed_routing.files.atomic import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "demo:smollm2-135m"

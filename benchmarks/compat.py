@@ -31,7 +31,7 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from informed_routing.errors import InformedRoutingError, InputError, WorkError
 from informed_routing.evaluation.environment import environment
-from informed_routing.files import write_json, write_text
+from informed_routing.files.atomic import write_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("transformers", "peft", "accelerate", "lm-eval")

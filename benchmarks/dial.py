@@ -18,9 +18,9 @@ import torch
 
 from informed_routing.assets import load_texts, load_tokenizer, pack
 from informed_routing.cli.progress import make_progress
-from informed_routing.config import Recipe
+from informed_routing.config.recipe import Recipe
 from informed_routing.evaluation.environment import environment
-from informed_routing.files import write_json
+from informed_routing.files.atomic import write_json
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.training.fit import fit
 

@@ -20,13 +20,13 @@ from torch.nn import functional as F
 
 from informed_routing.assets import load_model, load_texts, pack
 from informed_routing.cli.progress import make_progress
-from informed_routing.config import ForecasterConfig, RouterConfig
+from informed_routing.config.parts import ForecasterConfig, RouterConfig
 from informed_routing.evaluation.environment import environment
-from informed_routing.files import write_json
+from informed_routing.files.atomic import write_json
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.routing.decision import AlwaysExecute
 from informed_routing.routing.forecaster import ClosedForm, Forecaster, solve
-from informed_routing.routing.routed_unit import Observation
+from informed_routing.routing.state import Observation
 from informed_routing.training.forecast import gather_moments, observe
 from informed_routing.training.objectives import forecast_loss
 

@@ -17,7 +17,7 @@ import torch
 from gpu_masks import EVERY, TARGETS, for_batch, for_layers, random_like, recorded
 from torch import Tensor
 
-from informed_routing.files import write_json
+from informed_routing.files.atomic import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOFLINE = ROOT / "docs/data/gpu/roofline.json"

@@ -25,7 +25,7 @@ from informed_routing.evaluation.environment import environment
 from informed_routing.evaluation.harness import evaluate_tasks
 from informed_routing.evaluation.harness_tasks import load_task, local_files, quiet_harness, require_harness
 from informed_routing.evaluation.tasks import Preset, TaskSpec, parse_tasks, preset_tasks, subset
-from informed_routing.files import write_json
+from informed_routing.files.atomic import write_json
 from informed_routing.routed_model import RoutedModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,7 +20,7 @@ from informed_routing.assets import load_model, load_texts, load_tokenizer, pack
 from informed_routing.baselines.dynamic import RECIPES, attach
 from informed_routing.baselines.static import METHODS, prune
 from informed_routing.evaluation.environment import environment
-from informed_routing.files import write_json
+from informed_routing.files.atomic import write_json
 from informed_routing.models.calls import cache_of, cached
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.routing.decision import Threshold

@@ -31,7 +31,8 @@ def export() -> None:
 
     from informed_routing.assets import load_tokenizer
     from informed_routing.evaluation.speed import prompt_text
-    from informed_routing.routed_model import RoutedModelForCausalLM, threshold_for
+    from informed_routing.routed_model import RoutedModelForCausalLM
+    from informed_routing.routing.dial import threshold_for
 
     model: Any = RoutedModelForCausalLM.from_pretrained(ROOT / "out/quality/dial", dtype=torch.float32)
     arrays: dict[str, Any] = {name: value.detach().numpy() for name, value in model.named_parameters()}

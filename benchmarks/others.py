@@ -171,7 +171,7 @@ def compare(pythons: dict[str, str]) -> None:
     from informed_routing.evaluation.engines import Engine, RoutedEngine
     from informed_routing.evaluation.environment import environment
     from informed_routing.evaluation.speed import prompt_text
-    from informed_routing.files import write_json
+    from informed_routing.files.atomic import write_json
     from informed_routing.routed_model import RoutedModelForCausalLM
 
     base = "demo:smollm2-135m"

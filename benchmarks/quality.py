@@ -22,12 +22,14 @@ from torch import Tensor
 
 from informed_routing.assets import load_texts, load_tokenizer, pack
 from informed_routing.cli.progress import make_progress
-from informed_routing.config import Budget, Recipe
+from informed_routing.config.parts import Budget
+from informed_routing.config.recipe import Recipe
 from informed_routing.evaluation.environment import environment
 from informed_routing.evaluation.perplexity import token_perplexity
-from informed_routing.files import write_json
-from informed_routing.routed_model import RoutedModelForCausalLM, threshold_for
+from informed_routing.files.atomic import write_json
+from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.routing.decision import Threshold
+from informed_routing.routing.dial import threshold_for
 from informed_routing.training.calibrate import realise
 from informed_routing.training.fit import fit
 

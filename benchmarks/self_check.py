@@ -18,7 +18,7 @@ from informed_routing.evaluation.environment import environment
 from informed_routing.execution import self_check
 from informed_routing.execution.cpu.packing import FORMATS
 from informed_routing.execution.native import NativeExecution
-from informed_routing.files import write_json
+from informed_routing.files.atomic import write_json
 from informed_routing.routed_model import RoutedModelForCausalLM
 
 RESULT = Path(__file__).resolve().parent.parent / "docs" / "data" / "self_check.json"

@@ -16,7 +16,7 @@ from informed_routing.evaluation.engines import Engine, RoutedEngine
 from informed_routing.evaluation.environment import environment
 from informed_routing.evaluation.perplexity import token_perplexity
 from informed_routing.evaluation.speed import prompt_text
-from informed_routing.files import write_json
+from informed_routing.files.atomic import write_json
 from informed_routing.routed_model import RoutedModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent

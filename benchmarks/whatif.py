@@ -25,7 +25,7 @@ from gpu_page import markdown
 
 from informed_routing.evaluation.environment import environment
 from informed_routing.evaluation.workload import Measurement, read_rows
-from informed_routing.files import write_json, write_text
+from informed_routing.files.atomic import write_json, write_text
 from informed_routing.whatif import predict, read_workload, workload_from_mapping
 from informed_routing.whatif.metrics import DEFAULT_METRICS
 

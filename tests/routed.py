@@ -9,7 +9,7 @@ import torch
 from tests.tiny import make_tiny
 
 from informed_routing.baselines.dynamic import attach
-from informed_routing.config import ForecasterConfig, RouterConfig
+from informed_routing.config.parts import ForecasterConfig, RouterConfig
 from informed_routing.execution.cpu import build
 from informed_routing.routed_model import RoutedModelForCausalLM
 

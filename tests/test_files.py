@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from informed_routing import files
 from informed_routing.assets import cache
 from informed_routing.errors import WorkError
-from informed_routing.files import write_atomically, write_several, write_tensors, write_text
+from informed_routing.files import atomic as files
+from informed_routing.files.atomic import write_atomically, write_several, write_tensors, write_text
 
 
 def test_several_files_arrive_together_and_replace_old_ones(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from informed_routing import folders
 from informed_routing.errors import InputError
-from informed_routing.folders import only_writer, put_folder
+from informed_routing.files import folders
+from informed_routing.files.folders import only_writer, put_folder
 
 LAST = ("config", "result")
 OURS = {"config", "result", "weights", "old-part", "checkpoints", "sub"}

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from informed_routing import outputs
 from informed_routing.errors import InputError, WorkError
-from informed_routing.outputs import check_output, descriptor, write_output
+from informed_routing.files import outputs
+from informed_routing.files.outputs import check_output, descriptor, write_output
 
 
 def ours(beginning: bytes) -> bool:

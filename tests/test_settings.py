@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from informed_routing.config import Recipe, RoutingConfig
+from informed_routing.config.folder import RoutingConfig
+from informed_routing.config.recipe import Recipe
 from informed_routing.errors import InputError, WorkError
 from informed_routing.finite import json_values
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from informed_routing.errors import InputError
+from informed_routing.files.user_files import file_name, parse_yaml, read_json, read_yaml, shown, user_path
 from informed_routing.recipes import packaged_recipes, recipe_path
 from informed_routing.study.grid import load_grid
-from informed_routing.user_files import file_name, parse_yaml, read_json, read_yaml, shown, user_path
 
 BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)
@@ -79,7 +79,7 @@ def test_both_of_pyyamls_parsers_give_the_same(monkeypatch: pytest.MonkeyPatch) 
 
     import yaml
 
-    from informed_routing import bounded_yaml
+    from informed_routing.files import bounded_yaml
 
     monkeypatch.setattr(yaml, "CSafeLoader", yaml.SafeLoader, raising=False)
     slow = importlib.reload(bounded_yaml)

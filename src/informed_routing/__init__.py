@@ -9,13 +9,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .registration import register_with_transformers
+from .persistence.registration import register_with_transformers
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "RoutedModelForCausalLM": "routed_model",
-    "RoutedConfig": "auto_config",
+    "RoutedConfig": "persistence.auto_config",
     "Recipe": "config",
     "RoutingConfig": "config",
     "InformedRoutingError": "errors",
@@ -25,9 +25,10 @@ _EXPORTS = {
 }
 
 if TYPE_CHECKING:
-    from .auto_config import RoutedConfig
-    from .config import Recipe, RoutingConfig
+    from .config.folder import RoutingConfig
+    from .config.recipe import Recipe
     from .errors import InformedRoutingError, InputError, WorkError
+    from .persistence.auto_config import RoutedConfig
     from .routed_model import RoutedModelForCausalLM
     from .training.fit import fit
 

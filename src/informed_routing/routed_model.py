@@ -11,7 +11,6 @@ so generation, adapters, pipelines and evaluation harnesses treat it as what it 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -22,20 +21,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from .auto_config import RoutedConfig
-from .config import (
-    BaseModelReference,
-    Budget,
-    Decision,
-    ForecasterConfig,
-    RouterConfig,
-    RoutingConfig,
-    SelectionConfig,
-    ThresholdRow,
-    UnitKind,
-    describe,
-    method_of,
-)
+from .config.folder import BaseModelReference, RoutingConfig, ThresholdRow
+from .config.parts import KINDS, Budget, Decision, ForecasterConfig, RouterConfig, SelectionConfig, method_of
+from .config.types import describe
 from .errors import InputError
 from .execution.layer import NOT_CAUSAL, add_routing, routed_decoder_class
 from .execution.self_check import Check, check_engine, skipped
@@ -44,18 +32,18 @@ from .models.families import family_of
 from .models.fingerprint import reference_to
 from .models.restore import all_or_nothing
 from .models.runtime_classes import made_by
-from .routing.budget import RoutingStats, UnitCost, capacity_for, unit_costs
+from .persistence.auto_config import RoutedConfig
+from .routing.costs import UnitCost, unit_costs
 from .routing.decision import AlwaysExecute, DecisionRule, Threshold, TopK
-from .routing.routed_unit import Execution, KeyValues, RoutedUnit, RoutingState
+from .routing.dial import RANGE_SLACK, threshold_for
+from .routing.routed_unit import RoutedUnit
+from .routing.state import Execution, KeyValues, RoutingState
+from .routing.stats import RoutingStats
+from .routing.target import capacity_for
 
 if TYPE_CHECKING:
     from .execution.call import Policy
     from .execution.native import Weights
-
-KINDS: tuple[UnitKind, UnitKind] = ("attention", "ffn")
-
-RANGE_SLACK = 0.005
-"""How far above the last measured share a sparsity may lie: targets are met to a fraction of a point."""
 
 
 class RoutedModelForCausalLM(PreTrainedModel):
@@ -155,8 +143,8 @@ class RoutedModelForCausalLM(PreTrainedModel):
         may name one device. Raises InputError for a missing or damaged folder, a wrong base model, and options of
         transformers that routed models do not have; TypeError for options that nobody knows.
         """
-        from . import load_options
-        from .persistence import load
+        from .persistence import load_options
+        from .persistence.load import load
 
         load_options.check_unknown(options)
         load_options.check_execution(execution, kv, merge_lora, base)
@@ -167,6 +155,7 @@ class RoutedModelForCausalLM(PreTrainedModel):
         with nullcontext() if self_check else skipped():
             return load(
                 pretrained_model_name_or_path,
+                attach=RoutedModelForCausalLM.attach,
                 dtype=wanted,
                 device=load_options.chosen_device(device, device_map),
                 base=base,
@@ -202,7 +191,7 @@ class RoutedModelForCausalLM(PreTrainedModel):
         adapter that the model was loaded with is written again. `state_dict` replaces the model's weights. With
         `push_to_hub` the options of that method may be given too.
         """
-        from .saving import check_hub_options, push, save_checked
+        from .persistence.saving import check_hub_options, push, save_checked
 
         check_hub_options(hub, pushed=push_to_hub, variant=variant, safe_serialization=safe_serialization)
         if not is_main_process:
@@ -217,7 +206,7 @@ class RoutedModelForCausalLM(PreTrainedModel):
 
         Options: `private`, `revision`, `commit_message`, `commit_description`, `create_pr`, `max_shard_size`.
         """
-        from .saving import check_hub_options, push
+        from .persistence.saving import check_hub_options, push
 
         size = options.pop("max_shard_size", None)
         check_hub_options(options, pushed=True)
@@ -475,30 +464,6 @@ def _fresh_config(
         )
     except ValidationError as error:
         raise InputError(*describe(error)) from None
-
-
-def threshold_for(config: RoutingConfig, sparsity: float, budget: Budget | None = None) -> float:
-    """The margin threshold that realises a sparsity, by interpolation in the calibrated table."""
-    budget = budget or config.budget
-    if budget == "latency" and config.latency is None:
-        raise InputError("this routing has no measured latency table", "Use units or macs, or fit with budget latency")
-    rows = sorted(config.thresholds, key=lambda row: getattr(row, budget))
-    if not rows:
-        raise InputError("the routing has not been calibrated", "Run `fit` to the end, or training.calibrate")
-    shares = [getattr(row, budget) for row in rows]
-    if not shares[0] <= sparsity <= shares[-1] + RANGE_SLACK:
-        raise InputError(
-            f"sparsity {sparsity} is outside the calibrated range {max(shares[0], 0):.3f} to "
-            f"{shares[-1]:.3f} ({budget})",
-            "Choose a value inside, or fit with higher calibration targets",
-        )
-    for (low, row), (high, following) in zip(
-        zip(shares, rows, strict=True), zip(shares[1:], rows[1:], strict=True), strict=False
-    ):
-        if low <= sparsity <= high:
-            part = 0.0 if math.isclose(low, high) else (sparsity - low) / (high - low)
-            return row.threshold + part * (following.threshold - row.threshold)
-    return rows[-1].threshold  # a hair above the last measured share
 
 
 def _units_of(decoder: Any) -> Iterator[RoutedUnit]:

@@ -17,12 +17,12 @@ from tests.tiny import make_tiny, random_ids
 from torch.nn import functional as F
 
 from informed_routing.baselines.dynamic import attach, recipe_of
-from informed_routing.config import RouteStage
+from informed_routing.config.recipe import RouteStage
 from informed_routing.errors import InputError
 from informed_routing.execution.native import native_reason
 from informed_routing.routed_model import RoutedModelForCausalLM
-from informed_routing.routing.budget import BudgetMeter
 from informed_routing.routing.decision import AlwaysExecute, Given, GumbelSample, Threshold
+from informed_routing.routing.target import BudgetMeter
 from informed_routing.training.fit import fit
 from informed_routing.training.token_target import TokenTargetObjective
 

@@ -14,13 +14,14 @@ from tests.routed import left_padded, make_baseline
 from tests.tiny import make_tiny, random_ids
 
 from informed_routing.baselines.dynamic import recipe_of
-from informed_routing.config import ForecasterConfig, RouterConfig, RouteStage
+from informed_routing.config.parts import ForecasterConfig, RouterConfig
+from informed_routing.config.recipe import RouteStage
 from informed_routing.errors import InputError
 from informed_routing.execution.native import native_reason
 from informed_routing.routed_model import RoutedModelForCausalLM
-from informed_routing.routing.budget import BudgetMeter
 from informed_routing.routing.decision import AlwaysExecute, Threshold, TopK
 from informed_routing.routing.router import RankingRouter
+from informed_routing.routing.target import BudgetMeter
 from informed_routing.training.route import freeze_all_but, router_parameters
 from informed_routing.training.top_k import TopKObjective
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from informed_routing.baselines.recovery import recover
 from informed_routing.baselines.static import load_static, prune, save_static
-from informed_routing.config import LoraStage
+from informed_routing.config.recipe import LoraStage
 from informed_routing.errors import InputError
 from informed_routing.evaluation.perplexity import token_perplexity
 

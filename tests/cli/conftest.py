@@ -106,7 +106,8 @@ def pages_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _routing_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from informed_routing import RoutedModelForCausalLM
     from informed_routing.assets import load_model, pack
-    from informed_routing.config import ForecasterConfig, RouterConfig, ThresholdRow
+    from informed_routing.config.folder import ThresholdRow
+    from informed_routing.config.parts import ForecasterConfig, RouterConfig
     from informed_routing.routing.decision import Threshold
 
     model, tokenizer = load_model(tiny_folder, dtype="float32")

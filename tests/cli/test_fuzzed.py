@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from tests.cli.conftest import Outcome
 
-from informed_routing import files
 from informed_routing.assets.gguf import is_complete
-from informed_routing.config import Recipe, ThresholdRow
+from informed_routing.config.folder import ThresholdRow
+from informed_routing.config.recipe import Recipe
 from informed_routing.errors import InputError
 from informed_routing.evaluation.harness_results import ResultFolder, TaskResult
+from informed_routing.files import atomic as files
 from informed_routing.training.folder import check_folder
 
 Run = Callable[..., Outcome]

@@ -11,7 +11,7 @@ from tests.cli.conftest import Outcome
 from transformers import AutoModelForCausalLM
 
 from informed_routing.baselines import static
-from informed_routing.folders import only_writer
+from informed_routing.files.folders import only_writer
 
 Run = Callable[..., Outcome]
 

@@ -9,12 +9,12 @@ import torch
 from tests.routed import make_routed
 from tests.tiny import random_ids
 
-from informed_routing.config import LatencyGains
+from informed_routing.config.folder import LatencyGains
 from informed_routing.errors import InputError
 from informed_routing.evaluation import latency
 from informed_routing.evaluation.speed import Timing
-from informed_routing.routing.budget import BudgetMeter
 from informed_routing.routing.decision import Threshold
+from informed_routing.routing.target import BudgetMeter
 
 GAINS = LatencyGains(attention=0.2, ffn=0.5, overhead=0.02, seconds=1.0, tokens=8, engine="torch", cpu="x")
 

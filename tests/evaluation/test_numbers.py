@@ -10,7 +10,7 @@ import torch
 from tests.routed import make_routed
 from tests.tiny import make_tiny, random_ids
 
-from informed_routing.config import CalibrationConfig
+from informed_routing.config.recipe import CalibrationConfig
 from informed_routing.errors import InputError, WorkError
 from informed_routing.evaluation.harness import _checked
 from informed_routing.evaluation.harness_results import TaskResult
@@ -154,7 +154,7 @@ def test_scores_of_pruning() -> None:
 
 def test_slices_and_closed_forms() -> None:
     from informed_routing.baselines.static import prune
-    from informed_routing.config import ForecasterConfig
+    from informed_routing.config.parts import ForecasterConfig
     from informed_routing.training.forecast import fit_closed_form
 
     with pytest.raises(WorkError, match="weights that are not finite numbers in float16"):

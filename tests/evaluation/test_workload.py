@@ -11,7 +11,7 @@ import torch
 from tests.routed import make_routed
 from tests.tiny import random_ids
 
-from informed_routing.config import ThresholdRow
+from informed_routing.config.folder import ThresholdRow
 from informed_routing.errors import InputError
 from informed_routing.evaluation import workload
 from informed_routing.evaluation.workload import Measurement, Request, measure_workload, read_rows, write_rows

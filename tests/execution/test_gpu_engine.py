@@ -16,7 +16,7 @@ from tests.routed import left_padded, make_routed
 from tests.tiny import random_ids
 from torch import Tensor
 
-from informed_routing.config import ThresholdRow
+from informed_routing.config.folder import ThresholdRow
 from informed_routing.errors import InputError
 from informed_routing.execution.architecture import FAMILIES
 from informed_routing.execution.engine_cache import is_packed

@@ -9,7 +9,7 @@ import torch
 from tests.conftest import Demo
 
 from informed_routing.assets import load_texts, pack
-from informed_routing.config import Recipe
+from informed_routing.config.recipe import Recipe
 from informed_routing.evaluation.perplexity import token_perplexity
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.training.fit import fit

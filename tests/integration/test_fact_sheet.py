@@ -16,8 +16,8 @@ from tests.tiny import FAMILIES, make_tiny, random_ids
 from informed_routing.errors import InputError
 from informed_routing.execution import sparse
 from informed_routing.routed_model import RoutedModelForCausalLM
-from informed_routing.routing.budget import BudgetMeter
 from informed_routing.routing.decision import Given, GumbelSample, Threshold
+from informed_routing.routing.target import BudgetMeter
 from informed_routing.training.route import approximated_shares
 
 TOLERANCE = 2e-4  # float32, logits of order 10 to 100 in these models

@@ -60,7 +60,7 @@ def tuned(folder: Path) -> Path:
 @pytest.fixture
 def on_disk(tmp_path: Path) -> Callable[..., Path]:
     """`on_disk(name)`: a routing folder whose base model is a folder beside it, with a tokenizer."""
-    from informed_routing.config import ForecasterConfig, RouterConfig
+    from informed_routing.config.parts import ForecasterConfig, RouterConfig
     from informed_routing.routed_model import RoutedModelForCausalLM
 
     def make(family: str = "llama", **overrides: Any) -> Path:

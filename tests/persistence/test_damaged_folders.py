@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.persistence.conftest import LORA, logits, make_adapter
 from tests.tiny import make_tiny
 
-from informed_routing.config import RouterConfig
+from informed_routing.config.parts import RouterConfig
 from informed_routing.errors import InputError
 from informed_routing.routed_model import RoutedModelForCausalLM
 

@@ -13,9 +13,10 @@ from tests.persistence.conftest import logits
 from tests.tiny import make_tiny
 from transformers import AutoModelForCausalLM
 
-from informed_routing.config import RoutingConfig
+from informed_routing.config.folder import RoutingConfig
 from informed_routing.errors import InputError
-from informed_routing.routed_model import RoutedConfig, RoutedModelForCausalLM
+from informed_routing.persistence.auto_config import RoutedConfig
+from informed_routing.routed_model import RoutedModelForCausalLM
 
 load: Any = RoutedModelForCausalLM.from_pretrained
 

@@ -15,8 +15,8 @@ from tests.routed import make_routed
 from tests.tiny import make_tiny
 
 from informed_routing.errors import InputError, WorkError
+from informed_routing.persistence.saving import dense_model
 from informed_routing.routed_model import RoutedModelForCausalLM
-from informed_routing.saving import dense_model
 
 load: Any = RoutedModelForCausalLM.from_pretrained
 

@@ -7,11 +7,11 @@ import torch
 from tests.routed import make_routed
 from tests.tiny import random_ids
 
-from informed_routing.config import ThresholdRow
+from informed_routing.config.folder import ThresholdRow
 from informed_routing.errors import InputError
-from informed_routing.routed_model import threshold_for
-from informed_routing.routing.budget import BudgetMeter
 from informed_routing.routing.decision import AlwaysExecute, Threshold
+from informed_routing.routing.dial import threshold_for
+from informed_routing.routing.target import BudgetMeter
 
 
 def test_costs_of_a_llama_layer() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from informed_routing.config import RouterConfig
+from informed_routing.config.parts import RouterConfig
 from informed_routing.errors import InputError
 from informed_routing.routing.decision import AlwaysExecute, GumbelSample, Threshold
 from informed_routing.routing.router import Router, router_width

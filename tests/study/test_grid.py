@@ -11,7 +11,7 @@ import pytest
 import yaml
 from tests.study.conftest import ALL_METHODS, FEW_METHODS
 
-from informed_routing.config import Recipe
+from informed_routing.config.recipe import Recipe
 from informed_routing.errors import InputError
 from informed_routing.study.grid import Grid, built_in_grids, load_grid
 from informed_routing.study.identity import content_id

@@ -11,7 +11,7 @@ from tests.tiny import make_tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from informed_routing.config import Recipe
+from informed_routing.config.recipe import Recipe
 
 __all__ = ["on_one_thread"]
 

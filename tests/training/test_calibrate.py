@@ -7,7 +7,7 @@ import torch
 from tests.routed import make_routed
 from tests.tiny import random_ids
 
-from informed_routing.config import CalibrationConfig
+from informed_routing.config.recipe import CalibrationConfig
 from informed_routing.errors import InputError
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.routing.decision import Threshold

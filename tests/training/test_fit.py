@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tests.interruption import StopAt
 
-from informed_routing.config import Recipe
+from informed_routing.config.recipe import Recipe
 from informed_routing.errors import InputError, WorkError
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.training.fit import fit
@@ -369,7 +369,7 @@ def test_every_setting_runs_to_the_end(recipe: Recipe, tmp_path: Path, overrides
 def test_latency_budget_measures_once_and_keeps_its_table(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from informed_routing.config import LatencyGains
+    from informed_routing.config.folder import LatencyGains
     from informed_routing.training import fit as module
 
     measured = []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from informed_routing.config import Recipe
+from informed_routing.config.recipe import Recipe
 from informed_routing.errors import InputError
 from informed_routing.training.folder import check_folder, clear_checkpoints, what_decides
 

@@ -11,11 +11,11 @@ from tests.routed import make_routed
 from tests.tiny import FAMILIES, make_tiny, random_ids
 from torch.nn import functional as F
 
-from informed_routing.config import LoraStage, ObjectiveConfig, RouteStage, StageConfig
+from informed_routing.config.recipe import LoraStage, ObjectiveConfig, RouteStage, StageConfig
 from informed_routing.models.units import Unit
-from informed_routing.routing.budget import BudgetMeter
 from informed_routing.routing.decision import Threshold
-from informed_routing.routing.routed_unit import KeyValues
+from informed_routing.routing.state import KeyValues
+from informed_routing.routing.target import BudgetMeter
 from informed_routing.training import objectives
 from informed_routing.training.fit import enable_checkpointing
 from informed_routing.training.lora import LoraObjective, add_lora

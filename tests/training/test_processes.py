@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from informed_routing.config import Recipe
+from informed_routing.config.recipe import Recipe
 from informed_routing.routed_model import RoutedModelForCausalLM
 
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from tests.interruption import StopAt
 
-from informed_routing.config import Recipe
+from informed_routing.config.recipe import Recipe
 from informed_routing.errors import InputError
-from informed_routing.folders import only_writer
+from informed_routing.files.folders import only_writer
 from informed_routing.progress import NullProgress
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.training import fit as fit_module
@@ -215,7 +215,7 @@ def test_a_kill_before_the_recipe_and_left_overs(short: Recipe, tmp_path: Path) 
 
 
 def test_a_damaged_latency_table_is_named(short: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from informed_routing.config import LatencyGains
+    from informed_routing.config.folder import LatencyGains
 
     table = {"attention": 0.2, "ffn": 0.5, "overhead": 0.01, "seconds": 1.0, "tokens": 32, "engine": "e", "cpu": "c"}
     monkeypatch.setattr(fit_module, "measure_latency", lambda *_, **__: LatencyGains.model_validate(table))

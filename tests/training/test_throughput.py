@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.routed import make_routed
 
-from informed_routing.config import ObjectiveConfig
+from informed_routing.config.recipe import ObjectiveConfig
 from informed_routing.training.throughput import flops_per_token, throughput
 
 CONTEXT = 9.0

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from informed_routing.errors import InputError, WorkError
-from informed_routing.files import settle, write_json
+from informed_routing.files.atomic import settle, write_json
 
 CACHE_VARIABLE = "INFORMED_ROUTING_CACHE"
 _OWN = f"set {CACHE_VARIABLE} to a folder of your own"

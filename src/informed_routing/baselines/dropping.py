@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..config import UnitKind
+from ..config.parts import UnitKind
 from ..errors import InputError
 from ..models import calls
 from ..models.families import family_of

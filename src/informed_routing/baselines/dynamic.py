@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from ..config import Recipe
+from ..config.recipe import Recipe
 from ..errors import InputError
 from ..recipes import packaged_recipes
 from ..routed_model import RoutedModelForCausalLM

@@ -18,15 +18,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from ..adapter_folder import check_numbers
 from ..assets import load_model, load_tokenizer, resolve_dtype
 from ..assets.gguf import quiet_transformers
-from ..config import UnitKind
+from ..config.parts import UnitKind
 from ..errors import InputError
-from ..files import system_error, write_json, write_tensors
-from ..folders import put_folder
+from ..files.atomic import system_error, write_json, write_tensors
+from ..files.folders import put_folder
 from ..models.facts import config_facts
 from ..models.fingerprint import live_adapters
+from ..persistence.adapter_folder import check_numbers
 from ..training.folder import of_tokenizer
 from .dropping import drop_units, dropped_units
 from .report import PruneReport

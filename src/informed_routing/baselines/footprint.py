@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from ..models.families import family_of
-from ..routing.budget import UnitCost
+from ..routing.costs import UnitCost
 
 
 class Footprint(BaseModel):

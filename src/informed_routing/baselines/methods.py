@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from ..config import UnitKind
+from ..config.parts import UnitKind
+from ..config.types import Frozen
 from ..errors import InputError
 from ..progress import Progress
-from ..setting_types import Frozen
 from . import scores
 from .depth_pruning import remove_layers
 from .dropping import UnitName, drop_units

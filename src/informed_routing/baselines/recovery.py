@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..config import LoraStage
+from ..config.recipe import LoraStage
 from ..errors import InputError
 from ..progress import NullProgress, Progress
 from ..training.loop import run_stage

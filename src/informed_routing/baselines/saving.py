@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import write_json
-from ..folders import CHECKPOINTS
+from ..files.atomic import write_json
+from ..files.folders import CHECKPOINTS
 from ..training.folder import is_temporary, of_tokenizer
 
 PRUNING_FILE = "pruning.json"

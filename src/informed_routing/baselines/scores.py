@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import ObjectiveConfig
+from ..config.recipe import ObjectiveConfig
 from ..evaluation.perplexity import token_perplexity
 from ..models.units import Unit
 from ..progress import Progress

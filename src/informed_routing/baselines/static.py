@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from ..config import describe
+from ..config.types import describe
 from ..errors import InputError, WorkError
 from ..evaluation.numbers import not_finite
 from ..progress import NullProgress, Progress

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from informed_routing.errors import InformedRoutingError, InputError, WorkError
-from informed_routing.user_files import shown
+from informed_routing.files.user_files import shown
 
 from . import benchmark, demo, evaluate, fit, generate, prune, streams, study, whatif
 from .arguments import refuse_empty
@@ -142,7 +142,7 @@ def explain(error: BaseException, command: str) -> tuple[str, int]:
         where = getattr(error, "filename", None)
         return f"no disk space left{f' for {where}' if where else ''}. Free some{_again(command)}", 1
     if type(error).__module__.startswith("pydantic") and hasattr(error, "errors"):
-        from informed_routing.config import describe
+        from informed_routing.config.types import describe
 
         what, remedy = describe(error)  # type: ignore[arg-type]
         return f"{what}. {remedy}", 2

@@ -14,7 +14,7 @@ from .common import BaseOption, Common, Session, check_at_least, check_sparsitie
 from .loading import PolicyOption
 
 if TYPE_CHECKING:
-    from informed_routing.config import RoutingConfig
+    from informed_routing.config.folder import RoutingConfig
 
 DEFAULT_SHARES = (0.25, 0.4)
 _NATIVE_ONLY = "no engine of the benchmark is native"

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from informed_routing.config.types import LARGEST_SEED
 from informed_routing.errors import InputError, WorkError
-from informed_routing.setting_types import LARGEST_SEED
 
 from .arguments import check_device, check_threads, check_values, labels
 from .streams import check_stdout, to_stdout

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from informed_routing.user_files import read_json
+from informed_routing.files.user_files import read_json
 
 from .arguments import check_folder
 from .common import Common, Session, check_at_least, dtype_name, session, with_common
@@ -16,7 +16,7 @@ from .common import Common, Session, check_at_least, dtype_name, session, with_c
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from informed_routing.config import Recipe
+    from informed_routing.config.recipe import Recipe
 
     from .loading import Loaded
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from informed_routing.errors import InputError
+from informed_routing.files.outputs import STDOUT, check_output, descriptor, write_output
+from informed_routing.files.user_files import user_path
 from informed_routing.finite import json_values
-from informed_routing.outputs import STDOUT, check_output, descriptor, write_output
-from informed_routing.user_files import user_path
 
 _BEGINNING = re.compile(rb'\s*\{\s*"informed_routing"\s*:')
 

@@ -13,7 +13,7 @@ from .common import Common, check_at_least, check_sparsities, session, with_comm
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from informed_routing.config import Recipe
+    from informed_routing.config.recipe import Recipe
 
 _SIZES = "Stages and sizes"
 
@@ -154,14 +154,14 @@ def _refuse_idle_flags(
 
 def _model_of(start: str) -> str:
     """The base model that a routing folder was fitted on."""
-    from informed_routing.persistence import locate, read_config
+    from informed_routing.persistence.folder import locate, read_config
 
     return read_config(locate(start)).base_model.name
 
 
 def build_recipe(name: str | None, overrides: Mapping[str, Any]) -> Recipe:
     """The recipe of that name (or the defaults) under the flags. InputError names the first bad value."""
-    from informed_routing.config import Recipe
+    from informed_routing.config.recipe import Recipe
     from informed_routing.recipes import recipe_path
 
     for key, value in overrides.items():

@@ -13,7 +13,7 @@ import typer
 from informed_routing.errors import InputError
 
 if TYPE_CHECKING:
-    from informed_routing.config import RoutingConfig
+    from informed_routing.config.folder import RoutingConfig
     from informed_routing.evaluation.parts import Fitted
 
     from .common import Session
@@ -93,8 +93,8 @@ def check_shares(
     Reads routing_config.json only: a share that was not calibrated is refused, with the range, before the base model is
     loaded. `decision` is as for `set_sparsity`; top-k has no range that a table would tell. Raises InputError.
     """
-    from informed_routing.persistence import locate, read_config
-    from informed_routing.routed_model import threshold_for
+    from informed_routing.persistence.folder import locate, read_config
+    from informed_routing.routing.dial import threshold_for
 
     config = read_config(locate(_local(ref)))
     for target in targets:

@@ -73,8 +73,8 @@ def prune(
         from informed_routing.baselines.saving import RECOVERY_FILE, begin, check_folder, check_inputs
         from informed_routing.baselines.static import prune as run_prune
         from informed_routing.baselines.static import save_static
-        from informed_routing.config import Recipe
-        from informed_routing.folders import CHECKPOINTS, check_apart_from, only_writer
+        from informed_routing.config.recipe import Recipe
+        from informed_routing.files.folders import CHECKPOINTS, check_apart_from, only_writer
         from informed_routing.models.fingerprint import fingerprint
         from informed_routing.training.texts import Texts
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from informed_routing.errors import InputError
+from informed_routing.files.user_files import file_name
 from informed_routing.finite import written
-from informed_routing.user_files import file_name
 
 from .arguments import check_file, check_folder, named_values
 from .common import (

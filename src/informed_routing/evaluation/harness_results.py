@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from informed_routing.files import remove_left_overs, write_json
+from informed_routing.files.atomic import remove_left_overs, write_json
 
 FORMAT = 1
 

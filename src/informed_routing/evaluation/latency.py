@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from informed_routing.config import LatencyGains
+from informed_routing.config.folder import LatencyGains
 from informed_routing.evaluation.environment import environment
 from informed_routing.evaluation.speed import measure
 from informed_routing.progress import Progress

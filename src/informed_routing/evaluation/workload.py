@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from informed_routing.errors import InputError
 from informed_routing.evaluation.numbers import not_finite
 from informed_routing.execution.changes import unchanging
-from informed_routing.files import remove_left_overs, write_atomically
+from informed_routing.files.atomic import remove_left_overs, write_atomically
 from informed_routing.models.calls import cached
 from informed_routing.progress import NullProgress, Progress
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..routing.routed_unit import RoutingState
+from ..routing.state import RoutingState
 
 Policy = Literal["exact", "auto"]
 """exact: always as the routers say, so that the same tokens give the same text; auto: a unit's whole call is executed

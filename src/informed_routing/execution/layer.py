@@ -16,8 +16,9 @@ from transformers.cache_utils import DynamicCache
 from ..errors import InputError
 from ..models import calls
 from ..models.runtime_classes import made_by
-from ..routing.budget import RoutingStats
-from ..routing.routed_unit import RoutedUnit, RoutingState
+from ..routing.routed_unit import RoutedUnit
+from ..routing.state import RoutingState
+from ..routing.stats import RoutingStats
 from . import masked, sparse
 from .cache import ExecutedKeysLayer, keep_executed_only
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..models.calls import NOTHING, Call
 from ..models.units import only_whole
-from ..routing.routed_unit import RoutedUnit, RoutingState
+from ..routing.routed_unit import RoutedUnit
+from ..routing.state import RoutingState
 
 
 def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tensor, call: Call) -> Tensor:

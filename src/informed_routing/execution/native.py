@@ -18,7 +18,7 @@ from ..models import calls
 from ..models.calls import Call
 from ..progress import Progress
 from ..routing.decision import AlwaysExecute, Threshold
-from ..routing.routed_unit import RoutingState
+from ..routing.state import RoutingState
 from .call import NativeEngine, Policy, Rows
 from .changes import identity
 from .engine_cache import accepts, is_packed, use_plain

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..assets.cache import cache_dir
-from ..config import RoutingConfig
+from ..config.folder import RoutingConfig
 from ..errors import InformedRoutingError, InputError
-from ..files import write_json
+from ..files.atomic import write_json
 from ..models import calls
-from ..routing.budget import RoutingStats
 from ..routing.decision import AlwaysExecute, Threshold
+from ..routing.stats import RoutingStats
 from .native import NativeExecution, plan
 
 SKIP_VARIABLE = "INFORMED_ROUTING_SKIP_SELF_CHECK"

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..models.calls import NOTHING, Call
 from ..models.units import attend, attend_causal, keys_values, only_whole, queries
-from ..routing.routed_unit import RoutedUnit, RoutingState
+from ..routing.routed_unit import RoutedUnit
+from ..routing.state import RoutingState
 from . import masked
 from .cache import ExecutedKeysLayer
 

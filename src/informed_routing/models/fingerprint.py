@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..config import BaseModelReference, BasePrint
+from ..config.folder import BaseModelReference, BasePrint
 from ..errors import InputError
 from .facts import config_facts, different_fact
 

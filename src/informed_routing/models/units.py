@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..config import UnitKind
+from ..config.parts import UnitKind
 from . import calls
 from .calls import Call
 from .families import Family

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import InputError
-from ..user_files import shown, user_path
+from ..files.user_files import shown, user_path
 
 
 def packaged_recipes() -> dict[str, Path]:

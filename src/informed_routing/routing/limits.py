@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .budget import RoutingStats
+from .stats import RoutingStats
 
 
 @dataclass(frozen=True)

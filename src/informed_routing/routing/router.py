@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import RouterConfig
+from ..config.parts import RouterConfig
 from ..errors import InputError
 
 APPROXIMATE, EXECUTE = 0, 1

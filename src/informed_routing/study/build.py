@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..assets import load_model
-from ..config import Recipe
-from ..persistence import is_routing_folder
+from ..config.recipe import Recipe
+from ..files.user_files import read_json
+from ..persistence.folder import is_routing_folder
 from ..progress import Progress
 from ..training.folder import CHECKPOINTS, RECIPE_FILE
 from ..training.texts import Texts
-from ..user_files import read_json
 from .plan import Cell
 from .stages import Stage
 from .store import Record, Store

@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from ..files import write_atomically
+from ..files.atomic import write_atomically
 from . import results
 from .grid import Grid
 from .results import Entry, Value

@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from ..config import Budget, Decision
+from ..config.parts import Budget, Decision
+from ..config.types import LARGEST_SIZE, Frozen, Label, Reference, Seed, Size, describe
 from ..errors import InputError
 from ..evaluation.precision import Precision
 from ..evaluation.tasks import TaskSpec, parse_tasks
+from ..files.user_files import file_name, read_yaml, shown
 from ..recipes import built_in_or_file
-from ..setting_types import LARGEST_SIZE, Frozen, Label, Reference, Seed, Size, describe
-from ..user_files import file_name, read_yaml, shown
 
 Layout = Literal["accuracy", "split", "loss", "columns", "curve", "allocation", "trade_off"]
 """The form of a table: see layouts.py, trade_off.py and figures.py."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..assets.readers import SUFFIXES
 from ..errors import InputError
-from ..user_files import shown, user_path
+from ..files.user_files import shown, user_path
 
 
 def digest(content: Any) -> str:

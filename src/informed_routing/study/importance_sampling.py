@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from scipy.special import bdtrc, ndtr
 
-from .. import files
 from ..errors import InputError
+from ..files import atomic as files
 from ..progress import NullProgress, Progress
 from ..whatif import estimators
 from ..whatif.arrays import Floats

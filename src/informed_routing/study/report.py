@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text
+from ..files.atomic import write_text
 from .agreement import agreement
 from .grid import Grid
 from .layouts import build_table

@@ -11,11 +11,11 @@ from transformers import LlamaConfig
 from ..baselines.footprint import footprint
 from ..baselines.shapes import SlicedShapes, empty_model
 from ..baselines.static import shape_report
-from ..config import ForecasterConfig, RouterConfig, SelectionConfig
+from ..config.parts import KINDS, ForecasterConfig, RouterConfig, SelectionConfig
 from ..models.families import family_of
-from ..routed_model import KINDS
-from ..routing.budget import BudgetMeter, UnitCost, unit_costs
+from ..routing.costs import UnitCost, unit_costs
 from ..routing.routed_unit import RoutedUnit
+from ..routing.target import BudgetMeter
 from .results import Value
 from .tables import Block, Column, Row, Table
 

@@ -12,10 +12,11 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from ..baselines.methods import METHODS
-from ..config import LoraStage, Recipe, RouteStage, StageConfig, describe
+from ..config.recipe import LoraStage, Recipe, RouteStage, StageConfig
+from ..config.types import describe
 from ..errors import InputError
+from ..files.user_files import shown
 from ..recipes import recipe_path
-from ..user_files import shown
 from .grid import Grid, Method
 from .identity import content_id, digest
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import InputError
-from ..files import remove_left_overs, write_json
+from ..files.atomic import remove_left_overs, write_json
 from .plan import Cell
 from .stages import Stage
 

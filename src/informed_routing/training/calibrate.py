@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import Budget, CalibrationConfig, ThresholdRow
+from ..config.folder import ThresholdRow
+from ..config.parts import Budget
+from ..config.recipe import CalibrationConfig
 from ..errors import InputError, WorkError
 from ..progress import NullProgress, Progress
 from ..routed_model import RoutedModelForCausalLM
-from ..routing.budget import BudgetMeter
 from ..routing.decision import Threshold
+from ..routing.target import BudgetMeter
 
 TOLERANCE = 0.015
 """How far from its target a row may be measured before it is placed once more: between rows the dial interpolates."""

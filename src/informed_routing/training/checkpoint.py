@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..files import write_tensors
+from ..files.atomic import write_tensors
 
 
 @dataclass

@@ -16,29 +16,22 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..assets import load_model
-from ..config import LatencyGains, Recipe
+from ..config.folder import LatencyGains
+from ..config.recipe import Recipe
 from ..errors import InputError
 from ..evaluation.environment import environment
 from ..evaluation.latency import measure_latency
 from ..evaluation.parts import text_records
 from ..execution.native import native_reason
-from ..files import disk_error, write_json, write_several, write_text
-from ..folders import CHECKPOINTS, check_apart_from, only_writer, put_folder
-from ..model_card import model_card
-from ..persistence import (
-    LORA_FOLDER,
-    TENSOR_FILE,
-    check_base,
-    load_routing_tensors,
-    locate,
-    read_config,
-    save,
-    with_lora,
-)
+from ..files.atomic import disk_error, write_json, write_several, write_text
+from ..files.folders import CHECKPOINTS, check_apart_from, only_writer, put_folder
+from ..persistence.folder import LORA_FOLDER, TENSOR_FILE, check_base, load_routing_tensors, locate, read_config, save
+from ..persistence.load import with_lora
+from ..persistence.model_card import model_card
 from ..progress import NullProgress, Progress
 from ..routed_model import RoutedModelForCausalLM
-from ..routing.budget import BudgetMeter, capacity_for
 from ..routing.decision import AlwaysExecute, DecisionRule, Threshold, TopK
+from ..routing.target import BudgetMeter, capacity_for
 from . import forecast as stage1
 from .calibrate import attainable, calibrate, reachable, threshold_at
 from .checkpoint import StageRecord, load_checkpoint, save_checkpoint
@@ -498,7 +491,7 @@ class _Fit:
             return {"tokens": rows.numel(), "thresholds": [row.model_dump() for row in table]}
 
         found = self.phase("calibrate", {}, work)
-        from ..config import ThresholdRow
+        from ..config.folder import ThresholdRow
 
         table = tuple(ThresholdRow(**row) for row in found["thresholds"])
         highest = max(getattr(row, self.recipe.route.budget) for row in table)

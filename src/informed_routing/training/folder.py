@@ -10,11 +10,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..config import Recipe
+from ..config.recipe import Recipe
 from ..errors import InputError
-from ..files import is_scratch
-from ..folders import CHECKPOINTS, LOCK_IN_FOLDER
-from ..persistence import CONFIG_FILE, LORA_FOLDER, TENSOR_FILE, is_routing_folder
+from ..files.atomic import is_scratch
+from ..files.folders import CHECKPOINTS, LOCK_IN_FOLDER
+from ..persistence.folder import CONFIG_FILE, LORA_FOLDER, TENSOR_FILE, is_routing_folder
 
 RECIPE_FILE = "recipe.json"
 LATENCY_FILE = "latency.json"

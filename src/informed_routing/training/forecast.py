@@ -11,13 +11,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import ForecasterConfig
+from ..config.parts import ForecasterConfig
 from ..evaluation.numbers import not_finite
 from ..progress import Progress
 from ..routed_model import RoutedModelForCausalLM
 from ..routing.decision import AlwaysExecute, DecisionRule
 from ..routing.forecaster import Moments, solve
-from ..routing.routed_unit import Observation, Observer
+from ..routing.state import Observation, Observer
 from .objectives import forecast_loss
 
 REFIT_EXECUTED_WEIGHT = 0.05

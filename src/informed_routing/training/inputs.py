@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..config import Recipe
+from ..config.recipe import Recipe
 from ..errors import InputError
-from ..files import write_json
+from ..files.atomic import write_json
 from .folder import INPUTS_FILE
 from .texts import Texts
 

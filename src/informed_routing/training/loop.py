@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..config import StageConfig
+from ..config.recipe import StageConfig
 from ..errors import WorkError
 from ..progress import Progress
 from .checkpoint import StageRecord, load_checkpoint, save_checkpoint

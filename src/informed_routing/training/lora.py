@@ -11,9 +11,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..config import LoraStage
+from ..config.recipe import LoraStage
 from ..errors import InputError
-from ..files import write_json, write_tensors
+from ..files.atomic import write_json, write_tensors
 from ..models.families import family_of
 from ..routed_model import RoutedModelForCausalLM
 from ..routing.decision import DecisionRule

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..config import RouteStage
+from ..config.recipe import RouteStage
 from ..routed_model import RoutedModelForCausalLM
-from ..routing.budget import BudgetMeter
+from ..routing.target import BudgetMeter
 from .route import RouteObjective
 from .token_target import TokenTargetObjective
 from .top_k import TopKObjective

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..config import ObjectiveConfig
+from ..config.recipe import ObjectiveConfig
 from ..models.families import family_of
 
 CHUNK = 256

@@ -13,10 +13,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..config import RouteStage
+from ..config.recipe import RouteStage
 from ..routed_model import RoutedModelForCausalLM
-from ..routing.budget import BudgetMeter
 from ..routing.decision import AlwaysExecute, DecisionRule, GumbelSample
+from ..routing.target import BudgetMeter
 from .objectives import lm_head, next_token_loss
 from .schedule import linear
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..config import StageConfig
+from ..config.recipe import StageConfig
 
 
 def seed_of(*parts: int | str) -> int:

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import torch
 
-from ..config import ObjectiveConfig
-from ..routing.budget import BudgetMeter, UnitCost
+from ..config.recipe import ObjectiveConfig
+from ..routing.costs import UnitCost
+from ..routing.target import BudgetMeter
 
 # Dense (not sparse) tensor-core peaks in bfloat16 as the data sheets give them, FLOP/s. The first match counts.
 PEAKS = (

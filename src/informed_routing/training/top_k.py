@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..routing.budget import capacity_for
 from ..routing.decision import DecisionRule, TopK
+from ..routing.target import capacity_for
 from .route import RouteObjective
 
 PREDICTOR_WEIGHT = 0.1

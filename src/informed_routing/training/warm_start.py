@@ -22,13 +22,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..config import ObjectiveConfig
+from ..config.recipe import ObjectiveConfig
 from ..progress import NullProgress, Progress
 from ..routed_model import RoutedModelForCausalLM
-from ..routing.budget import BudgetMeter
 from ..routing.decision import AlwaysExecute, DecisionRule, Threshold
 from ..routing.forecaster import Moments, solve
-from ..routing.routed_unit import Observation
+from ..routing.state import Observation
+from ..routing.target import BudgetMeter
 from .calibrate import threshold_at
 from .forecast import REFIT_EXECUTED_WEIGHT, token_weights
 from .objectives import lm_head, next_token_loss

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from scipy.special import log_ndtr
 
-from ..setting_types import Frozen as _Frozen
+from ..config.types import Frozen as _Frozen
 from .arrays import Floats, Ints
 
 LONGEST = 2**20  # tokens; a distribution keeps one number per length

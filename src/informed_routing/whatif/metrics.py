@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
 
+from ..config.types import Label
 from ..errors import InputError
-from ..setting_types import Label
-from ..user_files import shown
+from ..files.user_files import shown
 from .arrays import Floats
 from .lengths import Frozen
 from .settings import checked

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from ..outputs import check_output, write_output
+from ..files.outputs import check_output, write_output
 from .predictions import Predictions
 
 COLOURS = {"green": "#2a7f3f", "amber": "#c98a00", "red": "#b3261e"}

@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from ..config.types import given
 from ..errors import InputError
-from ..setting_types import given
-from ..user_files import read_yaml
+from ..files.user_files import read_yaml
 
 __all__ = ["checked", "read_yaml"]
 

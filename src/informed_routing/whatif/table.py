@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..user_files import shown
+from ..files.user_files import shown
 from .arrays import Floats, Ints
 from .workloads import Inputs
 

@@ -15,9 +15,9 @@ from typing import Annotated, Any, Protocol
 import numpy as np
 from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
 
+from ..config.types import Label
 from ..errors import InputError
-from ..setting_types import Label
-from ..user_files import shown
+from ..files.user_files import shown
 from .arrays import Floats, Ints
 from .lengths import Frozen, Lengths, check_total, holds
 from .settings import checked, read_yaml

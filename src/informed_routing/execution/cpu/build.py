@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ...assets.cache import cache_dir, check_trusted, disk_errors, locked, make_cache_folder, sha256_of
 from ...errors import InputError
-from ...files import scratch_folder, write_text
+from ...files.atomic import scratch_folder, write_text
 
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
 FLAGS_VARIABLE = "INFORMED_ROUTING_CXXFLAGS"

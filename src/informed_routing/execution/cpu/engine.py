@@ -15,7 +15,7 @@ from ...errors import InputError
 from ...models.families import family_of
 from ...routing.decision import AlwaysExecute, Threshold
 from ...routing.limits import Balance
-from ...routing.routed_unit import GateBlock, RoutingState
+from ...routing.state import GateBlock, RoutingState
 from ..call import Policy, Rows
 from ..changes import PAGE, content, copied, identity
 from ..engine_cache import engine_layers

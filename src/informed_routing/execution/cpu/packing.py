@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.families import Family
-from ...routing.budget import UnitCost
+from ...routing.costs import UnitCost
 from ...routing.routed_unit import RoutedUnit
 
 Weights = Literal["float32", "bfloat16", "int8", "int4"]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...routing.budget import OUTCOMES, RoutingStats, UnitCost
+from ...routing.costs import UnitCost
+from ...routing.stats import OUTCOMES, RoutingStats
 
 ALL, SOME, NONE, ROUNDED_UP = range(len(OUTCOMES))
 

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from ...errors import InputError
 from ...models.families import family_of
 from ...routing.decision import AlwaysExecute
-from ...routing.routed_unit import GateBlock, RoutingState
+from ...routing.state import GateBlock, RoutingState
 from ..call import Policy, Rows
 from ..changes import identity, norms
 from ..engine_cache import engine_layers

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import InputError
 from ...models.families import Family
-from ...routing.budget import UnitCost
+from ...routing.costs import UnitCost
 from ...routing.routed_unit import RoutedUnit
 from ..kernels.matmul import ForecasterWeights, Matrix
 from ..kernels.route import RouterWeights

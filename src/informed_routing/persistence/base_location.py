@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .config import BaseModelReference
-from .errors import InputError
+from ..config.folder import BaseModelReference
+from ..errors import InputError
 from .load_options import HubOptions
 
 
@@ -46,7 +46,7 @@ def find_base(folder: Path, recorded: BaseModelReference) -> str:
 
 def fetched(name: str, revision: str | None, trust_remote_code: bool, hub: HubOptions) -> str:
     """The base model's reference; a local copy of one on the Hub, where options ask how that is to be had."""
-    from .assets import resolve_model
+    from ..assets import resolve_model
 
     if not hub.special or resolve_model(name, revision).kind != "hub":
         return name

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
 
-from .adapter_folder import Adapter, changed_weights, check_numbers, live_state, put_on, read_adapter
-from .base_location import fetched, find_base, path_between
-from .config import RoutingConfig
-from .errors import InputError, WorkError
-from .files import disk_error, write_several
-from .load_options import HubOptions, attention_of
-from .models.fingerprint import base_tensors, digest, dtype_of, live_adapters, mismatch, print_of
-from .models.restore import restored_on_failure
+from ..config.folder import RoutingConfig
+from ..errors import InputError, WorkError
+from ..files.atomic import disk_error, write_several
+from ..models.fingerprint import mismatch
+from .adapter_folder import Adapter, check_numbers
+from .base_location import path_between
+from .load_options import HubOptions
 
 CONFIG_FILE = "routing_config.json"
 TENSOR_FILE = "routing.safetensors"
@@ -41,7 +38,7 @@ MODULE = "modeling_informed_routing"
 FILES = (CONFIG_FILE, TENSOR_FILE, "config.json", GENERATION_FILE, f"{MODULE}.py")
 """What `save` writes."""
 
-_AGAIN = "Fit or download the routing folder again"
+AGAIN = "Fit or download the routing folder again"
 
 _AUTO_CONFIG = """{
   "model_type": "informed_routing",
@@ -166,11 +163,11 @@ def read_config(folder: Path) -> RoutingConfig:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}", _AGAIN) from None
+        raise InputError(f"{path} cannot be read: {error}", AGAIN) from None
     config = RoutingConfig.from_json(text, str(path))
     wrong = _nonsense(config)
     if wrong:
-        raise InputError(f"{path} is damaged: {wrong}", _AGAIN)
+        raise InputError(f"{path} is damaged: {wrong}", AGAIN)
     return config
 
 
@@ -214,10 +211,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(str(path))
     except FileNotFoundError:
-        raise InputError(f"{path} is missing", _AGAIN) from None
+        raise InputError(f"{path} is missing", AGAIN) from None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path} is damaged ({reason})", _AGAIN) from None
+        raise InputError(f"{path} is damaged ({reason})", AGAIN) from None
     for name, tensor in tensors.items():
         check_numbers(f"{name} of {path}", tensor)
     return tensors
@@ -225,10 +222,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def check_base(folder: Path, model: Any) -> None:
     """Raises InputError when a routing folder was not fitted on a model, which may be routed by now."""
-    _check_base(folder, read_config(folder), model)
+    check_base_of(folder, read_config(folder), model)
 
 
-def _check_base(folder: Path, config: RoutingConfig, model: Any) -> None:
+def check_base_of(folder: Path, config: RoutingConfig, model: Any) -> None:
+    """`check_base` for a folder whose configuration has been read."""
     wanted, settings = config.base_model, model.config
     reason = None
     if settings.model_type != wanted.model_type:
@@ -252,169 +250,16 @@ def _check_base(folder: Path, config: RoutingConfig, model: Any) -> None:
 
 def load_routing_tensors(model: Any, path: Path) -> None:
     """Copy stored routers and forecasters into a routed model, whose dtype and device they take."""
-    _copy_tensors(model, read_tensors(path), path)
+    copy_tensors(model, read_tensors(path), path)
 
 
-def _copy_tensors(model: Any, stored: dict[str, Tensor], path: Path) -> None:
+def copy_tensors(model: Any, stored: dict[str, Tensor], path: Path) -> None:
+    """Copy tensors by name. Raises InputError when names or shapes are others than the model's."""
     wanted = dict(model.routing_parameters())
     odd = sorted(stored.keys() ^ wanted.keys())
     odd += [name for name, parameter in wanted.items() if not odd and stored[name].shape != parameter.shape]
     if odd:
-        raise InputError(f"{path} does not fit {CONFIG_FILE} beside it ({odd[0]})", _AGAIN)
+        raise InputError(f"{path} does not fit {CONFIG_FILE} beside it ({odd[0]})", AGAIN)
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(stored[name])
-
-
-def load(
-    reference: str | Path,
-    *,
-    dtype: torch.dtype | str,
-    device: torch.device | str,
-    base: str | Path | PreTrainedModel | None,
-    execution: Any,
-    kv: Any,
-    merge_lora: bool,
-    trust_remote_code: bool,
-    attn_implementation: str | None = None,
-    subfolder: str = "",
-    config: Any = None,
-    hub: HubOptions | None = None,
-) -> Any:
-    """See `RoutedModelForCausalLM.from_pretrained`."""
-    hub = hub or HubOptions()
-    folder = locate(reference, subfolder, hub)
-    # Whatever can be wrong with the folder is found before anything is done to a model.
-    settings = read_config(folder)
-    attention = attention_of(config, folder, attn_implementation)
-    tensors = read_tensors(folder / TENSOR_FILE)
-    widest = max((max(tensor.shape, default=0) for tensor in tensors.values()), default=0)
-    if (settings.router.width or 0) > widest:  # found before so much memory is asked for
-        raise InputError(f"router.width {settings.router.width} does not fit {folder / TENSOR_FILE}", _AGAIN)
-    adapter = read_adapter(folder / LORA_FOLDER) if (folder / LORA_FOLDER).is_dir() else None
-    generation = _generation_config(folder)
-    if isinstance(base, PreTrainedModel):
-        model, given = base, True
-        adapters = live_adapters(model)
-        if adapters:
-            raise InputError(f"the base model carries the adapter {adapters[0]!r}", "Take it off first (unload)")
-    else:
-        model, settings = _load_base(folder, settings, base, dtype, device, trust_remote_code, hub)
-        given = False
-    changed = changed_weights(model, adapter) if given and adapter is not None and merge_lora else []
-    with restored_on_failure(model, changed) if given else nullcontext():
-        _check_base(folder, settings, model)
-        if attention is not None:
-            _set_attention(model, attention)
-        return _route(model, folder, settings, tensors, adapter, generation, execution, kv, merge_lora)
-
-
-def _route(
-    model: Any,
-    folder: Path,
-    settings: RoutingConfig,
-    tensors: dict[str, Tensor],
-    adapter: Adapter | None,
-    generation: GenerationConfig | None,
-    execution: Any,
-    kv: Any,
-    merge_lora: bool,
-) -> Any:
-    """A checked folder on its base model, in place."""
-    from .routed_model import RoutedModelForCausalLM
-
-    weights = base_tensors(model)
-    origin = Origin(exact=(dtype_of(weights), digest(weights)))
-    if adapter is not None:
-        model = put_on(model, adapter, merge=merge_lora)
-        origin.adapter = adapter
-        if merge_lora:
-            origin.merged = print_of(model).digests
-        else:
-            origin.live = live_state(model)
-    routed: Any = RoutedModelForCausalLM.attach(model, routing_config=settings)
-    routed._origin = origin
-    _copy_tensors(routed, tensors, folder / TENSOR_FILE)
-    for unit in routed.units:  # not the whole model: rotary frequencies stay in float32
-        unit.to(dtype=model.dtype)
-    for name, parameter in routed.routing_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            kind = str(model.dtype).removeprefix("torch.")
-            raise InputError(f"{name} of {folder / TENSOR_FILE} is too large for {kind}", "Load it in bfloat16")
-    if generation is not None:
-        routed.generation_config = generation
-    routed.set_execution(execution, kv)
-    routed.eval()
-    if settings.thresholds and settings.sparsity > 0:
-        routed.set_sparsity(settings.sparsity)
-    return routed
-
-
-def _load_base(
-    folder: Path,
-    settings: RoutingConfig,
-    base: str | Path | None,
-    dtype: torch.dtype | str,
-    device: torch.device | str,
-    trust_remote_code: bool,
-    hub: HubOptions,
-) -> tuple[Any, RoutingConfig]:
-    """The base model of a folder, and the configuration with where it really was."""
-    from .assets import load_model, resolve_dtype
-
-    recorded = settings.base_model
-    name, revision = (str(base), None) if base is not None else (find_base(folder, recorded), recorded.revision)
-    options: dict[str, Any] = {} if hub.token is None else {"token": hub.token}
-    options |= {"device": device, "revision": revision, "trust_remote_code": trust_remote_code}
-    source = fetched(name, revision, trust_remote_code, hub)
-    if source != name:
-        options["revision"] = None
-    try:
-        if recorded.weights is None and resolve_dtype(dtype, device) == torch.float16:
-            # Earlier versions cannot recognise float16: look at the checkpoint in float32 first.
-            whole, _ = load_model(source, **{**options, "dtype": "float32", "device": "cpu"})
-            _check_base(folder, settings, whole)
-            known = recorded.model_copy(update={"weights": print_of(whole)})
-            settings = settings.model_copy(update={"base_model": known})
-            del whole
-        model, _ = load_model(source, dtype=dtype, **options)
-    except InputError as error:
-        if base is not None or "--base" in error.remedy:
-            raise
-        raise InputError(
-            f"the base model of {folder} cannot be loaded: {error.what}",
-            "If it is elsewhere, say where: --base MODEL (in Python base=)",
-        ) from error
-    if source != name:
-        model.config._name_or_path = model.name_or_path = name
-    path = Path(name).expanduser()
-    where = str(path.absolute()) if path.exists() and not name.startswith("demo:") else name
-    if where != recorded.name:
-        found = settings.base_model.model_copy(update={"name": where, "revision": revision})
-        settings = settings.model_copy(update={"base_model": found})
-    return model, settings
-
-
-def _generation_config(folder: Path) -> GenerationConfig | None:
-    if not (folder / GENERATION_FILE).is_file():
-        return None
-    try:
-        return GenerationConfig.from_pretrained(folder)
-    except Exception as error:  # a damaged file raises all sorts
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{folder / GENERATION_FILE} is damaged ({reason})", _AGAIN) from None
-
-
-def _set_attention(model: Any, implementation: str) -> None:
-    try:
-        model.set_attn_implementation(implementation)
-    except Exception as error:  # unknown names, missing packages and families without it
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"attn_implementation = {implementation!r}: {reason}", "Use sdpa or eager") from None
-    if model.config._attn_implementation != implementation:
-        raise InputError(f"attn_implementation = {implementation!r} cannot be used here", "Use sdpa or eager")
-
-
-def with_lora(model: PreTrainedModel, folder: Path, *, merge: bool) -> PreTrainedModel:
-    """The model with the stage 3 adapter, merged into its weights unless asked otherwise."""
-    return put_on(model, read_adapter(folder), merge=merge)

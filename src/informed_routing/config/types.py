@@ -14,8 +14,8 @@ from pydantic import (
     field_validator,
 )
 
-from .errors import InputError
-from .user_files import check_plain, shown
+from ..errors import InputError
+from ..files.user_files import check_plain, shown
 
 LARGEST_NUMBER = 3e38  # weights and margins are float32
 LARGEST_COUNT = 2**53

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from .errors import InputError
+from ..errors import InputError
 from .user_files import shown
 
 DEEPEST = 32  # mappings and lists in one another; settings need about ten

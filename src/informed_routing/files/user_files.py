@@ -10,7 +10,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from ..errors import InputError
 
 LARGEST_YAML = 4 * 2**20  # bytes
 LARGEST_JSON = 256 * 2**20

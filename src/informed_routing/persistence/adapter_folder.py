@@ -21,8 +21,8 @@ from safetensors.torch import load
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .errors import InputError
-from .files import disk_error, write_atomically
+from ..errors import InputError
+from ..files.atomic import disk_error, write_atomically
 
 SETTINGS_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -1,98 +1,16 @@
-"""Costs in multiply-accumulates, and the one place where sparsity is counted.
-
-MACs are those of the decoder body (projections, scores, FFN), without embeddings, norms and the LM head. K and V
-of approximated tokens, every router, and the forecasts that were used are charged against the saving.
-"""
+"""The one place where sparsity is counted: what was executed, and what that saved."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..config import Budget, LatencyGains
-from ..errors import InputError
-from .routed_unit import KeyValues, RoutedUnit, RoutingState
-
-
-@dataclass(frozen=True)
-class UnitCost:
-    """MACs of one unit for one token."""
-
-    always: float
-    """Paid for every token: K and V projections."""
-    execute: float
-    """Paid by executed tokens: Q and O projections, or the FFN."""
-    per_key: float
-    """Paid by executed tokens for each key they attend to: scores and weighted values."""
-    router: float
-    forecaster: float
-    window: int | None = None
-    """Keys attended to at most (sliding window)."""
-    kv: float = 0
-    """Elements of the KV cache read for each key attended to."""
-    stream: float = 0
-    """Activations read and written for each token: residual stream and normed input, elements."""
-
-    def keys(self, context: float) -> float:
-        return min(context, self.window) if self.window else context
-
-    def dense(self, context: float) -> float:
-        """MACs of the base model's unit for a token that attends to `context` keys."""
-        return self.always + self.execute + self.per_key * self.keys(context)
-
-
-def _weights(module: nn.Module) -> int:
-    return sum(p.numel() for name, p in module.named_parameters() if name.endswith("weight") and p.dim() == 2)
-
-
-def unit_costs(layers: Sequence[nn.Module], units: Sequence[RoutedUnit]) -> list[UnitCost]:
-    """Costs of all routed units from the modules that are really there (attached adapters are not counted)."""
-    costs = []
-    for routed in units:
-        layer = layers[routed.index // 2]
-        module = cast(Any, routed.unit.module(layer))
-        router = 0 if routed.router is None else _weights(routed.router)
-        forecaster = 0 if routed.forecaster is None else _weights(routed.forecaster)
-        hidden_size = routed.hidden_size
-        if routed.kind == "ffn":
-            costs.append(UnitCost(0, _base_weights(module), 0, router, forecaster, stream=4 * hidden_size))
-            continue
-        config = module.config
-        width, d = config.num_attention_heads * module.head_dim, config.hidden_size
-        kv = 2 * d * config.num_key_value_heads * module.head_dim
-        window = None
-        kinds = getattr(config, "layer_types", None)
-        if getattr(config, "sliding_window", None) and (kinds is None or "sliding" in kinds[routed.index // 2]):
-            window = int(config.sliding_window)
-        heads = 2 * config.num_key_value_heads * module.head_dim
-        costs.append(UnitCost(kv, 2 * d * width, 2 * width, router, forecaster, window, heads, 4 * d))
-    return costs
-
-
-def capacity_for(units: Sequence[RoutedUnit], sparsity: float) -> float:
-    """The share of tokens that each routed unit executes when `sparsity` of all (token, unit) pairs is approximated.
-
-    Raises InputError when the routed units are too few for that.
-    """
-    routed = sum(unit.is_routed for unit in units) / len(units)
-    if sparsity >= routed:
-        raise InputError(
-            f"sparsity {sparsity} cannot be reached: only {routed:.2f} of the units are routed", "Choose a lower one"
-        )
-    return 1 - sparsity / routed
-
-
-def _base_weights(module: nn.Module) -> int:
-    return sum(
-        p.numel()
-        for name, p in module.named_parameters()
-        if name.endswith("weight") and p.dim() == 2 and "lora_" not in name
-    )
-
+from .costs import UnitCost
+from .state import RoutingState
 
 OUTCOMES = ("all", "some", "none", "rounded up")
 
@@ -245,60 +163,3 @@ class RoutingStats:
             "tokens": int(self.tokens),
             "per_unit": per_unit,
         }
-
-
-class BudgetMeter:
-    """The differentiable share that training holds to its target (paper Eq. 5 and 8; `macs`, `latency` are ours).
-
-    `gains` is the measured table that a latency budget needs. With `kv` = drop, MACs of keys and values count as saved,
-    and those of scores as if evicted keys were still attended to: less than what is really saved.
-    """
-
-    def __init__(
-        self,
-        costs: list[UnitCost],
-        kinds: Sequence[str],
-        budget: Budget,
-        context: float,
-        gains: LatencyGains | None = None,
-        kv: KeyValues = "keep",
-    ) -> None:
-        self.kinds, self.budget = kinds, budget
-        dense = torch.tensor([c.dense(context) for c in costs], dtype=torch.float32)
-        if budget == "units":
-            self.weights = torch.full((len(costs),), 1.0 / len(costs))
-            self.overhead = 0.0
-        elif budget == "macs":
-            kept = 1.0 if kv == "keep" else 0.0
-            gain = torch.tensor([c.dense(context) - kept * c.always - c.forecaster for c in costs], dtype=torch.float32)
-            self.weights = gain / dense.sum()
-            self.overhead = float(sum(c.router for c in costs) / dense.sum())
-        elif budget == "latency":
-            if gains is None:
-                raise InputError("a latency budget needs a measured table", "Use `fit --budget latency`")
-            count = {kind: sum(k == kind for k in kinds) for kind in kinds}
-            self.weights = torch.tensor([getattr(gains, kind) / count[kind] for kind in kinds])
-            self.overhead = gains.overhead
-        else:
-            raise InputError(f"budget {budget!r} is not known", "Choose units, macs or latency")
-
-    def saved(self, approximated: Tensor) -> Tensor:
-        """Budget share saved by approximated shares [U] of the units."""
-        return (approximated * self.weights.to(approximated.device)).sum() - self.overhead
-
-    def attainable(self, eligible: Tensor | None = None) -> float:
-        """The share saved if everything were approximated: no target may lie above it.
-
-        `eligible` [U]: the share of its tokens that each unit may approximate; default all.
-        """
-        return float((self.weights if eligible is None else self.weights * eligible).sum()) - self.overhead
-
-    def deviation(self, approximated: Tensor, target: float, balanced: bool) -> Tensor:
-        """|saved - target|, or its sum over the two kinds of unit, each held to the target on its own."""
-        if not balanced:
-            return (self.saved(approximated) - target).abs()
-        total = approximated.new_zeros(())
-        for kind in ("attention", "ffn"):
-            picked = torch.tensor([k == kind for k in self.kinds], device=approximated.device)
-            total = total + (approximated[picked].mean() - target).abs()
-        return total

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..errors import InputError, WorkError
+from ..files.atomic import disk_error, write_several
+from ..models.facts import config_facts, different_fact
+from ..models.fingerprint import base_tensors, digest, dtype_of, fingerprint, layout, live_adapters, reference_to
 from .adapter_folder import Adapter, live_state, write_adapter
-from .errors import InputError, WorkError
-from .files import disk_error, write_several
-from .models.facts import config_facts, different_fact
-from .models.fingerprint import base_tensors, digest, dtype_of, fingerprint, layout, live_adapters, reference_to
-from .persistence import FILES, LORA_FOLDER, Origin, is_routing_folder, save
+from .folder import FILES, LORA_FOLDER, Origin, is_routing_folder, save
 
 _KEEP = (
     "Give save_base=FOLDER to save the base model as it is now beside the routing, "
@@ -304,7 +304,7 @@ def _rows_recorded(model: Any) -> int | None:
 
 def _copy_tokenizer(name: str, revision: str | None, place: Path) -> None:
     """The former base model's tokenizer, where it can be had: loading a model reads one, too."""
-    from .assets import load_tokenizer
+    from ..assets import load_tokenizer
 
     if not name:
         return

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import WorkError
+from ..errors import WorkError
 
 try:
     import fcntl

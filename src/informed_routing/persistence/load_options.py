@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..errors import InputError
 from .auto_config import RoutedConfig
-from .errors import InputError
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     # What transformers, its pipelines and lm-eval pass on without being asked.

@@ -26,7 +26,7 @@ def _register_config() -> None:
 
 def _register_model() -> None:
     # It registers its class at its end. Where it is being imported already, that is what imports transformers here.
-    importlib.import_module(".routed_model", __package__)
+    importlib.import_module("..routed_model", __package__)
 
 
 _ACTIONS: dict[str, Callable[[], None]] = {

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from .errors import InputError, WorkError
-from .files import disk_error, write_atomically
+from ..errors import InputError, WorkError
+from .atomic import disk_error, write_atomically
 from .user_files import user_path
 
 try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .config import RoutingConfig
+from ..config.folder import RoutingConfig
 
 
 def model_card(config: RoutingConfig, fitted: dict[str, Any]) -> str:

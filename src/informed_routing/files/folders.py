@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import InputError, WorkError
-from .files import disk_error, remove_left_overs, scratch_folder, settle
+from ..errors import InputError, WorkError
+from .atomic import disk_error, remove_left_overs, scratch_folder, settle
 
 try:
     import fcntl

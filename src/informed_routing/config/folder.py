@@ -1,0 +1,123 @@
+"""What a routing folder stores in routing_config.json."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ..errors import InputError
+from .parts import Budget, ForecasterConfig, RouterConfig, SelectionConfig, check_parts
+from .types import Frozen, describe
+
+FORMAT_VERSION = 1
+
+
+class _Measured(BaseModel):
+    """Numbers of our own: whether they are finite is looked at where they are stored and read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_as_number(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("true and false are not taken here")
+        return value
+
+
+class LatencyGains(_Measured):
+    """Measured on one machine: shares of the dense body's prefill time, for `budget="latency"`."""
+
+    attention: float = Field(description="saved if all tokens approximate all attention units")
+    ffn: float = Field(description="saved if all tokens approximate all FFN units")
+    overhead: float = Field(description="added by the routers")
+    seconds: float = Field(description="of the dense forward that was timed")
+    tokens: int
+    engine: str
+    cpu: str
+
+    def saved(self, attention: float, ffn: float) -> float:
+        """Share of the time saved at approximated shares of the two kinds."""
+        return self.attention * attention + self.ffn * ffn - self.overhead
+
+
+class ThresholdRow(_Measured):
+    """One calibrated point: the margin threshold and the shares approximated that it realised."""
+
+    threshold: float
+    units: float
+    attention: float
+    ffn: float
+    macs: float
+    latency: float = Field(0.0, description="share of the time saved, by the table of RoutingConfig.latency")
+
+
+class BasePrint(Frozen):
+    """What tells a base model from another in any floating-point type (models/fingerprint.py)."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(description="of the weights that this was made from")
+    layout: str = Field(description="of the names and shapes of all weights")
+    vocabulary: int = Field(description="rows of the embedding")
+    digests: dict[str, str] = Field(description="of all weights, as they are in each floating-point type")
+    sketch: str = Field("", description="sums of each tensor of a half-precision model, to tell the other half by")
+    facts: dict[str, Any] = Field(default_factory=dict, description="settings of the model that change its results")
+
+
+class BaseModelReference(Frozen):
+    name: str = Field(description="where the base model is: an absolute path, a Hub id, or demo:...")
+    revision: str | None = None
+    fingerprint: str = Field(description="of some weights, rounded: all that earlier versions stored and compared")
+    model_type: str
+    weights: BasePrint | None = Field(None, description="absent in folders of earlier versions")
+    near: str | None = Field(None, description="path of a local base model as seen from the routing folder")
+
+
+class RoutingConfig(Frozen):
+    """The content of routing_config.json: everything needed to attach the saved tensors to the base model."""
+
+    format_version: int = FORMAT_VERSION
+    library_version: str = ""
+    method: str = "informed-routing"
+    base_model: BaseModelReference
+    num_layers: int
+    hidden_size: int
+    forecaster: ForecasterConfig
+    router: RouterConfig
+    selection: SelectionConfig = SelectionConfig()
+    budget: Budget = "units"
+    sparsity: float = 0.0
+    kv: Literal["keep", "drop"] = "keep"
+    calibration_context: int = Field(512, description="sequence length at which `macs` of the table was counted")
+    latency: LatencyGains | None = None
+    thresholds: tuple[ThresholdRow, ...] = ()
+
+    @model_validator(mode="after")
+    def _parts_go_together(self) -> RoutingConfig:
+        check_parts(self.forecaster, self.router, self.selection)
+        return self
+
+    @model_validator(mode="after")
+    def _measured_is_finite(self) -> RoutingConfig:
+        rows = [*self.thresholds, *([] if self.latency is None else [self.latency])]
+        for row in rows:
+            for name, value in row:
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise ValueError(f"{name} is {value} where a measured number should be")
+        return self
+
+    @classmethod
+    def from_json(cls, text: str, origin: str) -> RoutingConfig:
+        """Parse a stored file. Raises InputError when it is damaged or of a newer format."""
+        try:
+            config = cls.model_validate_json(text)
+        except ValidationError as error:
+            what, _ = describe(error)
+            raise InputError(f"{origin} is damaged: {what}", "Fit or download the routing folder again") from None
+        if config.format_version > FORMAT_VERSION:
+            raise InputError(
+                f"{origin} has format {config.format_version}, this version reads up to {FORMAT_VERSION}",
+                "Upgrade informed-routing",
+            )
+        return config

@@ -1,0 +1,114 @@
+"""Settings of the parts that make a method: forecaster, router, and which tokens and units may be approximated."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from .types import Frozen, Size
+
+UnitKind = Literal["attention", "ffn"]
+Budget = Literal["units", "macs", "latency"]
+Decision = Literal["threshold", "top-k"]
+
+KINDS: tuple[UnitKind, UnitKind] = ("attention", "ffn")
+
+
+class ForecasterConfig(Frozen):
+    """The Lightweight Feature Forecaster W2 (W1 x + b1) + b2 of paper Eq. 6 and how it is fitted (stage 1)."""
+
+    fallback: Literal["forecaster", "zero"] = Field(
+        "forecaster", description="what an approximated token gets; zero is greedy routing (SkipGPT)"
+    )
+    rank: Size = Field(64, description="bottleneck width r (paper: 100 at d = 4096)")
+    activation: Literal["none", "silu"] = Field("none", description="paper: none; published code: silu")
+    fit: Literal["closed-form", "gradient"] = "closed-form"
+    start: Literal["random", "closed-form"] = Field("random", description="start of the gradient fit")
+    tokens: int = Field(40_960, ge=1, description="text read by the closed-form fit, in tokens")
+    ridge: float = Field(3e-3, ge=0, description="ridge strength relative to the mean input variance")
+    weighting: Literal["relative", "none"] = Field(
+        "relative",
+        description="closed form: weigh each token's error by 1 / mean square of the residual stream, or not",
+    )
+    loss: Literal["l1+cosine", "smooth-l1", "mse"] = "l1+cosine"
+    target: Literal["update", "raw", "normalised"] = Field(
+        "update",
+        description="update: what the unit adds to the residual; raw: before an output norm, the same in "
+        "pre-norm families; normalised: update divided by its per-unit root mean square during the fit",
+    )
+    refit: bool = Field(
+        True,
+        description="closed form only: solve it again on the tokens that the routers approximate, in the sweeps that "
+        "start the routers, and after stage 2 unless that trained the forecasters itself",
+    )
+
+    @model_validator(mode="after")
+    def _linear_for_closed_form(self) -> ForecasterConfig:
+        closed = self.fit == "closed-form" or self.start == "closed-form"
+        if closed and self.activation != "none" and self.fallback == "forecaster":
+            raise ValueError("a closed-form fit needs forecaster.activation = none; use fit = gradient with silu")
+        return self
+
+
+class RouterConfig(Frozen):
+    """The per-token classifier of a unit (paper Eq. 7, two cheaper forms, and those of other methods)."""
+
+    kind: Literal["mlp", "linear", "low-rank", "normed-mlp", "ranking"] = Field(
+        "linear",
+        description="mlp is the paper's; a linear router is the cheapest, and the closed form's own shape; "
+        "normed-mlp is D-LLM's; ranking is MoD's scalar score with a causal predictor of who is chosen",
+    )
+    width: Size | None = Field(
+        None, description="hidden width; default d/4 - 2r for mlp, 16 for low-rank and for ranking's predictor"
+    )
+    input: Literal["normed", "residual", "layer"] = Field(
+        "normed",
+        description="after the unit's norm; the raw residual stream; or the stream as it enters the layer, for both "
+        "units (SkipGPT)",
+    )
+    init: Literal["damped", "kaiming"] = Field(
+        "damped", description="damped: the last weights start small, so that execute_bias decides; kaiming: SkipGPT's"
+    )
+    execute_bias: float = Field(1.0, description="margin before training: above 0 most tokens start executed")
+    warm_start: bool = Field(
+        True,
+        description="before stage 2, regress the margins on what approximation costs each token (closed form)",
+    )
+    warm_start_tokens: int = Field(16_384, ge=1, description="text of the first sweep, over the dense model")
+    sweeps: int = Field(3, ge=0, description="further sweeps, over the model as routed so far")
+    sweep_tokens: int = Field(8_192, ge=1, description="text of each further sweep")
+
+
+class SelectionConfig(Frozen):
+    """Which units and tokens may be approximated, and by which rule inference decides."""
+
+    granularity: Literal["unit", "layer"] = Field("unit", description="layer: one decision joins attention and ffn")
+    first_layer: int = Field(0, ge=0, description="layers before it always execute (D-LLM: 2)")
+    every: int = Field(1, ge=1, description="one in so many layers is routed, from first_layer on (MoD's best: 2)")
+    first_tokens: int = Field(0, ge=0, description="tokens at the start of a sequence that always execute (D-LLM: 2)")
+    decision: Decision = Field(
+        "threshold", description="threshold on the margin; top-k of each sequence and unit (MoD), which is not causal"
+    )
+
+    def routes(self, layer: int) -> bool:
+        """Whether the units of a layer are routed at all."""
+        return layer >= self.first_layer and (layer - self.first_layer) % self.every == 0
+
+
+def check_parts(forecaster: ForecasterConfig, router: RouterConfig, selection: SelectionConfig) -> None:
+    """Raises ValueError for parts of a routed unit that do not go together."""
+    if (router.kind == "ranking") != (selection.decision == "top-k"):
+        raise ValueError("router.kind ranking and selection.decision top-k need each other")
+    whole = selection.granularity == "unit" and selection.first_layer == 0 and selection.every == 1
+    if forecaster.fallback == "forecaster" and not (whole and selection.decision == "threshold"):
+        raise ValueError("forecasters go with thresholds on single units of all layers: set forecaster.fallback = zero")
+
+
+def method_of(forecaster: ForecasterConfig, selection: SelectionConfig) -> str:
+    """The published method that a choice of parts belongs to."""
+    if forecaster.fallback == "forecaster":
+        return "informed-routing"
+    if selection.decision == "top-k":
+        return "mod"
+    return "d-llm" if selection.granularity == "layer" else "skipgpt"

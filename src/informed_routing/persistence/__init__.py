@@ -1,0 +1,1 @@
+"""Routing folders: saved, loaded, and known to transformers."""

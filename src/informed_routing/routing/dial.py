@@ -1,0 +1,36 @@
+"""From a sparsity that a user asks for to the margin threshold that realises it."""
+
+from __future__ import annotations
+
+import math
+
+from ..config.folder import RoutingConfig
+from ..config.parts import Budget
+from ..errors import InputError
+
+RANGE_SLACK = 0.005
+"""How far above the last measured share a sparsity may lie: targets are met to a fraction of a point."""
+
+
+def threshold_for(config: RoutingConfig, sparsity: float, budget: Budget | None = None) -> float:
+    """The margin threshold that realises a sparsity, by interpolation in the calibrated table."""
+    budget = budget or config.budget
+    if budget == "latency" and config.latency is None:
+        raise InputError("this routing has no measured latency table", "Use units or macs, or fit with budget latency")
+    rows = sorted(config.thresholds, key=lambda row: getattr(row, budget))
+    if not rows:
+        raise InputError("the routing has not been calibrated", "Run `fit` to the end, or training.calibrate")
+    shares = [getattr(row, budget) for row in rows]
+    if not shares[0] <= sparsity <= shares[-1] + RANGE_SLACK:
+        raise InputError(
+            f"sparsity {sparsity} is outside the calibrated range {max(shares[0], 0):.3f} to "
+            f"{shares[-1]:.3f} ({budget})",
+            "Choose a value inside, or fit with higher calibration targets",
+        )
+    for (low, row), (high, following) in zip(
+        zip(shares, rows, strict=True), zip(shares[1:], rows[1:], strict=True), strict=False
+    ):
+        if low <= sparsity <= high:
+            part = 0.0 if math.isclose(low, high) else (sparsity - low) / (high - low)
+            return row.threshold + part * (following.threshold - row.threshold)
+    return rows[-1].threshold  # a hair above the last measured share
