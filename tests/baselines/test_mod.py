@@ -20,7 +20,7 @@ from informed_routing.errors import InputError
 from informed_routing.execution.native import native_reason
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.routing.decision import AlwaysExecute, Threshold, TopK
-from informed_routing.routing.router import RankingRouter
+from informed_routing.routing.routers.ranking import RankingRouter
 from informed_routing.routing.target import BudgetMeter
 from informed_routing.training.route import freeze_all_but, router_parameters
 from informed_routing.training.top_k import TopKObjective

@@ -17,6 +17,7 @@ from informed_routing.errors import InputError
 from informed_routing.execution import sparse
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.routing.decision import Given, GumbelSample, Threshold
+from informed_routing.routing.fallbacks.forecaster import Forecaster
 from informed_routing.routing.target import BudgetMeter
 from informed_routing.training.route import approximated_shares
 
@@ -76,7 +77,7 @@ def test_02_zero_outer_weights_equal_greedy_routing() -> None:
     informed, greedy = make_routed("llama"), make_routed("llama", fallback="zero")
     with torch.no_grad():
         for one, other in zip(informed.units, greedy.units, strict=True):
-            assert one.forecaster is not None
+            assert isinstance(one.forecaster, Forecaster)
             one.forecaster.outer.weight.zero_()
             one.forecaster.outer.bias.zero_()
             assert one.router is not None

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from informed_routing.config.recipe import LoraStage, ObjectiveConfig, RouteStage, StageConfig
 from informed_routing.models.units import Unit
 from informed_routing.routing.decision import Threshold
+from informed_routing.routing.fallbacks.forecaster import Forecaster
 from informed_routing.routing.state import KeyValues
 from informed_routing.routing.target import BudgetMeter
 from informed_routing.training import objectives
@@ -181,12 +182,12 @@ def test_warm_start_orders_units_by_what_approximating_them_costs() -> None:
 def test_sweeps_solve_the_forecasters_for_the_tokens_that_are_approximated() -> None:
     model = make_routed("llama")
     meter = BudgetMeter(model.costs, [u.kind for u in model.units], "units", 16)
-    before = [u.forecaster.inner.weight.clone() for u in model.units if u.forecaster is not None]
+    before = [u.forecaster.inner.weight.clone() for u in model.units if isinstance(u.forecaster, Forecaster)]
     warm_start(model, [random_ids(8, 32)], meter, 0.3, refit_ridge=1e-3)
-    after_dense = [u.forecaster.inner.weight.clone() for u in model.units if u.forecaster is not None]
+    after_dense = [u.forecaster.inner.weight.clone() for u in model.units if isinstance(u.forecaster, Forecaster)]
     assert all(torch.equal(a, b) for a, b in zip(before, after_dense, strict=True))
     warm_start(model, [random_ids(8, 32), random_ids(8, 32, seed=3)], meter, 0.3, refit_ridge=1e-3)
-    after = [u.forecaster.inner.weight for u in model.units if u.forecaster is not None]
+    after = [u.forecaster.inner.weight for u in model.units if isinstance(u.forecaster, Forecaster)]
     assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 

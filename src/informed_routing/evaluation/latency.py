@@ -12,20 +12,9 @@ from informed_routing.evaluation.environment import environment
 from informed_routing.evaluation.speed import measure
 from informed_routing.progress import Progress
 from informed_routing.routing.decision import AlwaysExecute, DecisionRule
+from informed_routing.routing.rules.base import ByKind
 
 _PATTERNS = {"dense": None, "execute": (True, True), "attention": (False, True), "ffn": (True, False)}
-
-
-class _ByKind:
-    """The same choice for all attention units and for all FFN units; units decide in turns, attention first."""
-
-    def __init__(self, attention: bool, ffn: bool) -> None:
-        self.choices, self.turn = (attention, ffn), 0
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        choice = self.choices[self.turn % 2]
-        self.turn += 1
-        return torch.full(logits.shape[:-1], choice, dtype=torch.bool, device=logits.device)
 
 
 def measure_latency(
@@ -46,7 +35,7 @@ def measure_latency(
         engine = CpuEngine(model, weights, policy="exact")  # type: ignore[arg-type]
 
     def forward(pattern: tuple[bool, bool] | None) -> None:
-        rule: DecisionRule = AlwaysExecute() if pattern is None else _ByKind(*pattern)
+        rule: DecisionRule = AlwaysExecute() if pattern is None else ByKind(*pattern)
         state.decision = rule
         if engine is None:
             model.hidden_states(ids)

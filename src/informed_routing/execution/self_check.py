@@ -26,7 +26,7 @@ from ..config.folder import RoutingConfig
 from ..errors import InformedRoutingError, InputError
 from ..files.atomic import write_json
 from ..models import calls
-from ..routing.decision import AlwaysExecute, Threshold
+from ..routing.decision import AlwaysExecute, DecisionRule, Threshold
 from ..routing.stats import RoutingStats
 from .native import NativeExecution, plan
 
@@ -54,7 +54,7 @@ def skipped() -> Iterator[None]:
             os.environ[SKIP_VARIABLE] = before
 
 
-class _Replay:
+class _Replay(DecisionRule):
     """A decision rule: gates [units, B, N] of one forward, given out unit by unit in the order of the routers."""
 
     def __init__(self, gates: Tensor) -> None:

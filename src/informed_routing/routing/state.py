@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from .decision import AlwaysExecute, DecisionRule, Threshold, TopK
+from .decision import AlwaysExecute, DecisionRule
 
 Execution = Literal["masked", "sparse", "native"]
 KeyValues = Literal["keep", "drop"]
@@ -93,17 +93,16 @@ class RoutingState:
 
     @property
     def dense(self) -> bool:
-        return isinstance(self.decision, AlwaysExecute)
+        return self.decision.dense
 
     @property
     def ranks(self) -> bool:
         """Whether decisions depend on later tokens."""
-        return isinstance(self.decision, TopK)
+        return not self.decision.causal
 
     def skips(self, training: bool) -> bool:
         """Whether layers run the sparse back end.
 
         A sampled decision has a gradient, which takes both branches; a hard one trains as it will run (stage 3).
         """
-        hard = isinstance(self.decision, (AlwaysExecute, Threshold, TopK))
-        return self.execution != "masked" and not self.modules_whole and (hard or not training)
+        return self.execution != "masked" and not self.modules_whole and (self.decision.hard or not training)

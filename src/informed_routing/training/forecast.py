@@ -15,8 +15,8 @@ from ..config.parts import ForecasterConfig
 from ..evaluation.numbers import not_finite
 from ..progress import Progress
 from ..routed_model import RoutedModelForCausalLM
+from ..routing.closed_form import Moments, solve
 from ..routing.decision import AlwaysExecute, DecisionRule
-from ..routing.forecaster import Moments, solve
 from ..routing.state import Observation, Observer
 from .objectives import forecast_loss
 
@@ -143,7 +143,7 @@ def fit_closed_form(
             if not bool(found.xx.isfinite().all() and found.xy.isfinite().all()):
                 what = f"an input or output of the {unit.kind} unit of layer {unit.index // 2}"
                 raise not_finite(what, model, rows[:1])
-            solve(found, config.ridge).write_to(unit.forecaster)
+            unit.forecaster.take(solve(found, config.ridge))
     return passed - started, time.perf_counter() - passed
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..routing.decision import DecisionRule, TopK
-from ..routing.target import capacity_for
+from ..routing.rules.top_k import capacity_for
 from .route import RouteObjective
 
 PREDICTOR_WEIGHT = 0.1

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from ..config.recipe import ObjectiveConfig
 from ..progress import NullProgress, Progress
 from ..routed_model import RoutedModelForCausalLM
+from ..routing.closed_form import Moments, solve
 from ..routing.decision import AlwaysExecute, DecisionRule, Threshold
-from ..routing.forecaster import Moments, solve
 from ..routing.state import Observation
 from ..routing.target import BudgetMeter
 from .calibrate import threshold_at
@@ -84,7 +84,7 @@ def warm_start(
     return {**report, "losses": losses}
 
 
-class _Leaf:
+class _Leaf(DecisionRule):
     """Another rule's decision as a float leaf, so that backward leaves dL/dgate on it."""
 
     def __init__(self, rule: DecisionRule) -> None:
@@ -122,7 +122,7 @@ class _Statistics:
         """One forward and backward of ids [B, L] under a rule; returns the summed loss."""
         model, state = self.model, self.model.routing_state
         self._seen = {}
-        self.dense = isinstance(rule, AlwaysExecute)
+        self.dense = rule.dense
         training = model.training
         model.train()
         state.observer = self._observe
@@ -163,7 +163,7 @@ class _Statistics:
         assert self.forecasters is not None
         for unit, moments in zip(self.model.units, self.forecasters, strict=True):
             if unit.forecaster is not None:
-                solve(moments, ridge).write_to(unit.forecaster)
+                unit.forecaster.take(solve(moments, ridge))
 
     def solve_routers(self, meter: BudgetMeter, target: float) -> dict[str, object]:
         weights: list[Tensor] = []
