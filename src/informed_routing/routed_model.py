@@ -38,7 +38,6 @@ from .routing.costs import UnitCost, unit_costs
 from .routing.decision import AlwaysExecute, DecisionRule
 from .routing.dial import RANGE_SLACK
 from .routing.routed_unit import RoutedUnit
-from .routing.rules.base import as_rule
 from .routing.state import Execution, KeyValues, RoutingState
 from .routing.stats import RoutingStats
 
@@ -302,19 +301,19 @@ class RoutedModelForCausalLM(PreTrainedModel):
 
     def set_decision(self, decision: DecisionRule | Callable[[Tensor], Tensor]) -> None:
         """Use another decision rule; `set_sparsity` is the usual way."""
-        self.routing_state.decision = as_rule(decision)
+        self.routing_state.choose(decision=decision)
         self._target = None
         self.reset_routing_stats()
 
     @contextmanager
     def deciding(self, decision: DecisionRule | Callable[[Tensor], Tensor]) -> Iterator[None]:
         """Use a decision rule for the length of a `with` block."""
-        before, target = self.routing_state.decision, self._target
-        self.routing_state.decision = as_rule(decision)
+        target = self._target
         try:
-            yield
+            with self.routing_state.using(decision=decision):
+                yield
         finally:
-            self.routing_state.decision, self._target = before, target
+            self._target = target
 
     def set_execution(
         self,
@@ -359,7 +358,7 @@ class RoutedModelForCausalLM(PreTrainedModel):
             native = NativeExecution(weights, policy=policy)
             with nullcontext() if self_check else skipped():
                 check_engine(self, native)
-        state.execution, state.native, state.kv = execution, native, kept
+        state.choose(execution=execution, native=native, kv=kept)
 
     def with_thresholds(self, rows: tuple[ThresholdRow, ...], budget: Budget, sparsity: float, context: int) -> None:
         """Store a calibrated table."""
@@ -391,7 +390,7 @@ class RoutedModelForCausalLM(PreTrainedModel):
 
     def token_compute(self) -> Tensor:
         """Share of the units that each token of the last forward executed: [B, N] float32; empty when dense."""
-        gates = self.routing_state.gates
+        gates = self.routing_state.forward.gates
         if not gates:
             return torch.ones(0)
         return torch.stack([gate.float() for gate in gates.values()]).mean(0)

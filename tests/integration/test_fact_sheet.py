@@ -234,7 +234,7 @@ def test_12_budget_loss_does_not_see_padding() -> None:
         mask[:, :10] = 1
         with torch.no_grad(), routed.deciding(_PerUnit(chosen)):
             routed.hidden_states(tokens, mask)
-        shares = approximated_shares(routed.routing_state.gates, mask.bool())
+        shares = approximated_shares(routed.routing_state.forward.gates, mask.bool())
         found.append(float(meter.deviation(shares, 0.25, balanced=False)))
     assert found[0] == pytest.approx(found[1], abs=1e-6)
 

@@ -155,11 +155,11 @@ def test_warm_start_sets_the_sampled_share(kind: str) -> None:
     assert isinstance(losses, list)
     assert 0 < explained["miss_attention"] <= 1
     assert len(losses) == 2
-    model.routing_state.record_margins = True
+    model.routing_state.choose(record_margins=True)
     model.set_decision(Threshold(float("-inf")))
     with torch.no_grad():
         model(random_ids(8, 32, seed=9))
-    margins = torch.stack([model.routing_state.margins[i].reshape(-1) for i in range(6)])
+    margins = torch.stack([model.routing_state.forward.margins[i].reshape(-1) for i in range(6)])
     assert float(1 - torch.sigmoid(margins).mean()) == pytest.approx(0.3, abs=0.05)
 
 
@@ -171,11 +171,11 @@ def test_warm_start_orders_units_by_what_approximating_them_costs() -> None:
         layer.mlp.down_proj.weight.mul_(1e-3)
     meter = BudgetMeter(model.costs, [u.kind for u in model.units], "units", 16)
     warm_start(model, [random_ids(24, 32)], meter, 0.3)
-    model.routing_state.record_margins = True
+    model.routing_state.choose(record_margins=True)
     model.set_decision(Threshold(float("-inf")))
     with torch.no_grad():
         model(random_ids(8, 32, seed=9))
-    means = [float(model.routing_state.margins[i].mean()) for i in range(6)]
+    means = [float(model.routing_state.forward.margins[i].mean()) for i in range(6)]
     assert means.index(min(means)) == 3
 
 

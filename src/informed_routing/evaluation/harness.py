@@ -13,7 +13,7 @@ import math
 import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -166,14 +166,14 @@ def _as_decided(model: Any) -> Iterator[None]:
     if state is not None and state.decision.random:
         raise InputError("the model samples its decisions", "Call set_sparsity, which decides by threshold")
     native = getattr(state, "native", None)
-    model.eval()
+    exact = nullcontext()
     if state is not None and native is not None and native.policy != "exact":
-        state.native = type(native)(native.weights, native.threads, policy="exact")
+        exact = state.using(native=type(native)(native.weights, native.threads, policy="exact"))
+    model.eval()
     try:
-        yield
+        with exact:
+            yield
     finally:
-        if state is not None:
-            state.native = native
         model.train(was_training)
 
 

@@ -27,7 +27,6 @@ def measure_latency(
     are given. The model is left as it was.
     """
     state = model.routing_state
-    before = state.decision, state.execution, state.native
     engine: Any = None
     if weights is not None:
         from informed_routing.execution.cpu.engine import CpuEngine
@@ -36,7 +35,7 @@ def measure_latency(
 
     def forward(pattern: tuple[bool, bool] | None) -> None:
         rule: DecisionRule = AlwaysExecute() if pattern is None else ByKind(*pattern)
-        state.decision = rule
+        state.choose(decision=rule)
         if engine is None:
             model.hidden_states(ids)
         else:
@@ -44,15 +43,14 @@ def measure_latency(
 
     was_training = model.training
     model.eval()
-    state.execution, state.native = "sparse", None
     try:
         if progress is not None:
             progress.stage("measure latency", repeats + 1)
-        with torch.inference_mode():
+        own = state.using(decision=state.decision, execution="sparse", native=None)
+        with own, torch.inference_mode():
             work = {name: (lambda pattern=pattern: forward(pattern)) for name, pattern in _PATTERNS.items()}
             seconds = {name: timing.median for name, timing in measure(work, repeats, 1, progress).items()}  # type: ignore[arg-type]
     finally:
-        state.decision, state.execution, state.native = before
         model.train(was_training)
         model.reset_routing_stats()
     return LatencyGains(

@@ -97,46 +97,46 @@ class RoutedUnit(nn.Module):
         """The gate [B, N] of this forward, recorded in the state. Padding is never worth executing."""
         if self.router is None:
             return self._decided(state, hidden)
-        read = {"normed": features, "residual": hidden, "layer": state.layer_input}[self.reads]
+        read = {"normed": features, "residual": hidden, "layer": state.forward.layer_input}[self.reads]
         assert read is not None
         logits = self.router(read)
         if self.router.ranks:
             logits = self._ranked(state, self.router.score(read), logits)
-        if self.first_tokens and state.contexts is not None:
-            first = (state.contexts > 0) & (state.contexts <= self.first_tokens)
+        if self.first_tokens and state.forward.contexts is not None:
+            first = (state.forward.contexts > 0) & (state.forward.contexts <= self.first_tokens)
             logits = _with_margin(logits, first, torch.inf)
-        if state.ranks and state.valid is not None:
-            logits = _with_margin(logits, ~state.valid, -torch.inf)
+        if state.ranks and state.forward.valid is not None:
+            logits = _with_margin(logits, ~state.forward.valid, -torch.inf)
         gate = state.decision.decide(logits, self.index)
-        if state.valid is not None:
-            gate = gate & state.valid if gate.dtype == torch.bool else gate * state.valid
-        state.gates[self.index] = gate
+        if state.forward.valid is not None:
+            gate = gate & state.forward.valid if gate.dtype == torch.bool else gate * state.forward.valid
+        state.forward.gates[self.index] = gate
         if state.record_margins:
-            state.margins[self.index] = margin_of(logits).detach()
+            state.forward.margins[self.index] = margin_of(logits).detach()
         return gate
 
     def _decided(self, state: RoutingState, hidden: Tensor) -> Tensor:
         """The gate of a unit without a router: that of its layer's attention, or everything."""
         first = self.index - 1
         if self.joins:
-            gate = state.gates[first]
-        elif state.valid is not None:
-            gate = state.valid
+            gate = state.forward.gates[first]
+        elif state.forward.valid is not None:
+            gate = state.forward.valid
         else:
             gate = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
-        state.gates[self.index] = gate
+        state.forward.gates[self.index] = gate
         if state.record_margins:
             everything = torch.full(gate.shape, torch.inf, device=gate.device)
-            state.margins[self.index] = state.margins[first] if self.joins else everything
+            state.forward.margins[self.index] = state.forward.margins[first] if self.joins else everything
         return gate
 
     def _ranked(self, state: RoutingState, score: Tensor, predicted: Tensor) -> Tensor:
         """The logits of a ranking router that the current rule takes, and what else the state keeps of it."""
-        state.weights[self.index] = torch.sigmoid(score)
+        state.forward.weights[self.index] = torch.sigmoid(score)
         if not state.ranks:
             return predicted
         if self.training:
-            state.predictions[self.index] = margin_of(predicted)
+            state.forward.predictions[self.index] = margin_of(predicted)
         return torch.stack([torch.zeros_like(score), score], dim=-1)
 
     def observe(

@@ -26,8 +26,8 @@ class TopKObjective(RouteObjective):
     def penalty(self, step: int, approximated: Tensor, valid: Tensor | None) -> Tensor:
         state = self.model.routing_state
         losses = []
-        for index, margin in state.predictions.items():
-            chosen = state.gates[index].float()
+        for index, margin in state.forward.predictions.items():
+            chosen = state.forward.gates[index].float()
             loss = F.binary_cross_entropy_with_logits(margin, chosen, reduction="none")
             losses.append(loss.mean() if valid is None else (loss * valid).sum() / valid.sum().clamp(min=1))
         return PREDICTOR_WEIGHT * torch.stack(losses).mean()

@@ -120,14 +120,13 @@ class _Statistics:
 
     def add(self, batch: Tensor, rule: DecisionRule) -> float:
         """One forward and backward of ids [B, L] under a rule; returns the summed loss."""
-        model, state = self.model, self.model.routing_state
+        model = self.model
         self._seen = {}
         self.dense = rule.dense
         training = model.training
         model.train()
-        state.observer = self._observe
         try:
-            with model.deciding(_Leaf(rule)):
+            with model.routing_state.using(observer=self._observe), model.deciding(_Leaf(rule)):
                 hidden = model.hidden_states(batch)
                 loss = next_token_loss(hidden, batch, self.head, ObjectiveConfig(), reduction="sum")
                 seen = [self._seen[i] for i in range(len(self.routers))]
@@ -135,7 +134,6 @@ class _Statistics:
                 wanted = [s.after for s in seen] + [s.gate for s in seen]
                 gradients = torch.autograd.grad(loss, wanted)
         finally:
-            state.observer = None
             model.train(training)
         for i, one in enumerate(seen):
             sensitivity = gradients[i].reshape(-1, self.width).float().square().sum(-1).clamp(min=1e-20).log()

@@ -213,8 +213,8 @@ class CpuEngine:
         self.library.ir_forward(ctypes.byref(self.model), ctypes.byref(call), self._scratch)
         for layer in layers:
             layer.length = past + length
-        state.valid = None if rows.valid is None else rows.valid.bool()
-        state.gates = {} if state.dense else GateBlock(gates)
+        state.forward.valid = None if rows.valid is None else rows.valid.bool()
+        state.forward.gates = {} if state.dense else GateBlock(gates)
         return output
 
     def head(self, hidden: Tensor) -> Tensor:

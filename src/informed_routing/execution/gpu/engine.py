@@ -174,8 +174,8 @@ class GpuEngine:
             hidden, gates = self._run(given, layers, dense)
         for layer in layers:
             layer.length = past + length
-        state.valid = None if given.valid is None else given.valid.view(batch, length).bool()
-        state.gates = {} if gates is None else GateBlock(gates.view(self.units, batch, length).clone())
+        state.forward.valid = None if given.valid is None else given.valid.view(batch, length).bool()
+        state.forward.gates = {} if gates is None else GateBlock(gates.view(self.units, batch, length).clone())
         hidden = hidden.view(batch, length, d)
         return self.head_matrix(hidden[:, -keep:]) if keep else hidden.clone()
 
