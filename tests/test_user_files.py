@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from informed_routing.errors import InputError
-from informed_routing.files.user_files import file_name, parse_yaml, read_json, read_yaml, shown, user_path
+from informed_routing.files.bounded_yaml import parse_yaml, read_yaml
+from informed_routing.files.user_files import file_name, read_json, shown, user_path
 from informed_routing.recipes import packaged_recipes, recipe_path
 from informed_routing.study.grid import load_grid
 
@@ -84,10 +85,10 @@ def test_both_of_pyyamls_parsers_give_the_same(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(yaml, "CSafeLoader", yaml.SafeLoader, raising=False)
     slow = importlib.reload(bounded_yaml)
     try:
-        assert slow.load("a: &x [1, 2.5]\nb: *x", "f") == {"a": [1, 2.5], "b": [1, 2.5]}
+        assert slow.parse_yaml("a: &x [1, 2.5]\nb: *x", "f") == {"a": [1, 2.5], "b": [1, 2.5]}
         for text in ("a: 1\na: 2", BOMB, "[" * 1000, "x: !!int abc", "x: 2\ny: !!set {a}"):
             with pytest.raises(InputError, match=r"^f, line"):
-                slow.load(text, "f")
+                slow.parse_yaml(text, "f")
     finally:
         monkeypatch.undo()
         importlib.reload(bounded_yaml)
