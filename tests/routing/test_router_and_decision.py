@@ -20,7 +20,7 @@ def test_paper_width_or_the_baselines_where_nothing_is_left(hidden: int, rank: i
 
 
 def test_parameter_counts_of_the_paper() -> None:
-    """268.54 M for 64 units of Llama 3.1 8B, biases not counted (fact sheet 1.3)."""
+    """268.54 M for 64 units of Llama 3.1 8B, biases not counted."""
     router = 4096 * 824 + 824 * 2
     assert 64 * (router + 2 * 4096 * 100) == pytest.approx(268.54e6, rel=1e-4)
     made = Router(RouterConfig(kind="mlp"), 256, 8)
