@@ -41,6 +41,8 @@ from .routing.state import Execution, KeyValues, RoutingState
 from .routing.stats import RoutingStats
 from .routing.target import capacity_for
 
+__all__ = ["RoutedModelForCausalLM"]
+
 if TYPE_CHECKING:
     from .execution.call import Policy
     from .execution.native import Weights
@@ -226,6 +228,7 @@ class RoutedModelForCausalLM(PreTrainedModel):
 
     @property
     def costs(self) -> list[UnitCost]:
+        """What each unit costs, in the order of `units`."""
         return cast(list[UnitCost], self.decoder.routing_stats_counter.costs)
 
     def routing_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

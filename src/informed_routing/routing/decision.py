@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .router import APPROXIMATE, EXECUTE
 
+__all__ = ["AlwaysExecute", "DecisionRule", "Given", "GumbelSample", "Threshold", "TopK"]
+
 
 class DecisionRule(Protocol):
     """Maps logits [..., 2] (float32) to a gate [...]: boolean, or float with a gradient while training."""
