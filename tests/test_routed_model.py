@@ -20,6 +20,7 @@ from informed_routing.errors import InputError
 from informed_routing.execution import sparse
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.routing.decision import Given, GumbelSample, Threshold
+from informed_routing.routing.fallbacks.forecaster import Forecaster
 from informed_routing.routing.target import BudgetMeter
 from informed_routing.training.route import approximated_shares
 
@@ -79,7 +80,7 @@ def test_zero_outer_weights_equal_greedy_routing() -> None:
     informed, greedy = make_routed("llama"), make_routed("llama", fallback="zero")
     with torch.no_grad():
         for one, other in zip(informed.units, greedy.units, strict=True):
-            assert one.forecaster is not None
+            assert isinstance(one.forecaster, Forecaster)
             one.forecaster.outer.weight.zero_()
             one.forecaster.outer.bias.zero_()
             assert one.router is not None
@@ -236,7 +237,7 @@ def test_budget_loss_does_not_see_padding() -> None:
         mask[:, :10] = 1
         with torch.no_grad(), routed.deciding(_PerUnit(chosen)):
             routed.hidden_states(tokens, mask)
-        shares = approximated_shares(routed.routing_state.gates, mask.bool())
+        shares = approximated_shares(routed.routing_state.forward.gates, mask.bool())
         found.append(float(meter.deviation(shares, 0.25, balanced=False)))
     assert found[0] == pytest.approx(found[1], abs=1e-6)
 

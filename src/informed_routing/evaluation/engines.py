@@ -101,7 +101,7 @@ class RoutedEngine(Engine):
 
     def use(self, sparsity: float, budget: str | None) -> None:
         state = self.model.routing_state
-        state.native, state.execution = self.holder, "native" if self.holder else "sparse"
+        state.choose(native=self.holder, execution="native" if self.holder else "sparse")
         self.model.set_sparsity(sparsity, budget, "threshold")  # the rule that can generate
 
 

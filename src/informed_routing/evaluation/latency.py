@@ -12,20 +12,9 @@ from informed_routing.evaluation.environment import environment
 from informed_routing.evaluation.speed import measure
 from informed_routing.progress import Progress
 from informed_routing.routing.decision import AlwaysExecute, DecisionRule
+from informed_routing.routing.rules.base import ByKind
 
 _PATTERNS = {"dense": None, "execute": (True, True), "attention": (False, True), "ffn": (True, False)}
-
-
-class _ByKind:
-    """The same choice for all attention units and for all FFN units; units decide in turns, attention first."""
-
-    def __init__(self, attention: bool, ffn: bool) -> None:
-        self.choices, self.turn = (attention, ffn), 0
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        choice = self.choices[self.turn % 2]
-        self.turn += 1
-        return torch.full(logits.shape[:-1], choice, dtype=torch.bool, device=logits.device)
 
 
 def measure_latency(
@@ -38,7 +27,6 @@ def measure_latency(
     are given. The model is left as it was.
     """
     state = model.routing_state
-    before = state.decision, state.execution, state.native
     engine: Any = None
     if weights is not None:
         from informed_routing.execution.cpu.engine import CpuEngine
@@ -46,8 +34,8 @@ def measure_latency(
         engine = CpuEngine(model, weights, policy="exact")  # type: ignore[arg-type]
 
     def forward(pattern: tuple[bool, bool] | None) -> None:
-        rule: DecisionRule = AlwaysExecute() if pattern is None else _ByKind(*pattern)
-        state.decision = rule
+        rule: DecisionRule = AlwaysExecute() if pattern is None else ByKind(*pattern)
+        state.choose(decision=rule)
         if engine is None:
             model.hidden_states(ids)
         else:
@@ -55,15 +43,14 @@ def measure_latency(
 
     was_training = model.training
     model.eval()
-    state.execution, state.native = "sparse", None
     try:
         if progress is not None:
             progress.stage("measure latency", repeats + 1)
-        with torch.inference_mode():
+        own = state.using(decision=state.decision, execution="sparse", native=None)
+        with own, torch.inference_mode():
             work = {name: (lambda pattern=pattern: forward(pattern)) for name, pattern in _PATTERNS.items()}
             seconds = {name: timing.median for name, timing in measure(work, repeats, 1, progress).items()}  # type: ignore[arg-type]
     finally:
-        state.decision, state.execution, state.native = before
         model.train(was_training)
         model.reset_routing_stats()
     return LatencyGains(

@@ -17,7 +17,6 @@ from ..errors import InputError
 from ..models import calls
 from ..models.calls import Call
 from ..progress import Progress
-from ..routing.decision import AlwaysExecute, Threshold
 from ..routing.state import RoutingState
 from .call import NativeEngine, Policy, Rows
 from .changes import identity
@@ -142,7 +141,7 @@ def may_run(model: Any) -> bool:
         return False
     if state.observer is not None or state.record_margins or state.kv != "keep":
         return False
-    return type(state.decision) in (AlwaysExecute, Threshold)
+    return state.decision.threshold is not None
 
 
 @dataclass

@@ -104,8 +104,7 @@ class _Placed(RoutedEngine):
 
     def use(self, sparsity: float, budget: str | None) -> None:
         state = self.model.routing_state
-        state.native, state.execution = self.holder, "native" if self.holder else "sparse"
-        state.decision = self.rule
+        state.choose(native=self.holder, execution="native" if self.holder else "sparse", decision=self.rule)
 
 
 def _engines(model: Any, record: Record | None, precision: Precision, progress: Progress) -> Iterator[Engine]:

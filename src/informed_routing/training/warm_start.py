@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from ..config.recipe import ObjectiveConfig
 from ..progress import NullProgress, Progress
 from ..routed_model import RoutedModelForCausalLM
+from ..routing.closed_form import Moments, solve
 from ..routing.decision import AlwaysExecute, DecisionRule, Threshold
-from ..routing.forecaster import Moments, solve
 from ..routing.state import Observation
 from ..routing.target import BudgetMeter
 from .calibrate import threshold_at
@@ -84,7 +84,7 @@ def warm_start(
     return {**report, "losses": losses}
 
 
-class _Leaf:
+class _Leaf(DecisionRule):
     """Another rule's decision as a float leaf, so that backward leaves dL/dgate on it."""
 
     def __init__(self, rule: DecisionRule) -> None:
@@ -120,14 +120,13 @@ class _Statistics:
 
     def add(self, batch: Tensor, rule: DecisionRule) -> float:
         """One forward and backward of ids [B, L] under a rule; returns the summed loss."""
-        model, state = self.model, self.model.routing_state
+        model = self.model
         self._seen = {}
-        self.dense = isinstance(rule, AlwaysExecute)
+        self.dense = rule.dense
         training = model.training
         model.train()
-        state.observer = self._observe
         try:
-            with model.deciding(_Leaf(rule)):
+            with model.routing_state.using(observer=self._observe), model.deciding(_Leaf(rule)):
                 hidden = model.hidden_states(batch)
                 loss = next_token_loss(hidden, batch, self.head, ObjectiveConfig(), reduction="sum")
                 seen = [self._seen[i] for i in range(len(self.routers))]
@@ -135,7 +134,6 @@ class _Statistics:
                 wanted = [s.after for s in seen] + [s.gate for s in seen]
                 gradients = torch.autograd.grad(loss, wanted)
         finally:
-            state.observer = None
             model.train(training)
         for i, one in enumerate(seen):
             sensitivity = gradients[i].reshape(-1, self.width).float().square().sum(-1).clamp(min=1e-20).log()
@@ -163,7 +161,7 @@ class _Statistics:
         assert self.forecasters is not None
         for unit, moments in zip(self.model.units, self.forecasters, strict=True):
             if unit.forecaster is not None:
-                solve(moments, ridge).write_to(unit.forecaster)
+                unit.forecaster.take(solve(moments, ridge))
 
     def solve_routers(self, meter: BudgetMeter, target: float) -> dict[str, object]:
         weights: list[Tensor] = []
