@@ -41,6 +41,8 @@ from .routing.routed_unit import RoutedUnit
 from .routing.state import Execution, KeyValues, RoutingState
 from .routing.stats import RoutingStats
 
+__all__ = ["RoutedModelForCausalLM"]
+
 if TYPE_CHECKING:
     from .execution.call import Policy
     from .execution.native import Weights
@@ -222,6 +224,7 @@ class RoutedModelForCausalLM(PreTrainedModel):
 
     @property
     def costs(self) -> list[UnitCost]:
+        """What each unit costs, in the order of `units`."""
         return cast(list[UnitCost], self.decoder.routing_stats_counter.costs)
 
     def routing_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

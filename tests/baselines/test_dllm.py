@@ -188,7 +188,7 @@ def test_skipped_tokens_leave_no_rows_in_the_cache() -> None:
 
 
 def test_a_second_generation_equals_a_fresh_models() -> None:
-    """The published code leaves old keys behind where a decode step skips (fact sheet 5.4)."""
+    """The published code leaves old keys behind where a decode step skips."""
     routed = _routed()
     fresh = copy.deepcopy(routed)
     first, second = random_ids(2, 15), random_ids(2, 9, seed=5)

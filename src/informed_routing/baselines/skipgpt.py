@@ -13,6 +13,8 @@ from ..models.units import UnitKind
 from ..routed_model import RoutedModelForCausalLM
 from ..routing.margins import APPROXIMATE, EXECUTE
 
+__all__ = ["load_released"]
+
 _NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.*\.)?router_(attention|mlp)\.(?:.*\.)?(weight|bias)$")
 _KINDS: dict[str, UnitKind] = {"attention": "attention", "mlp": "ffn"}
 _RELEASED_EXECUTE, _RELEASED_SKIP = 0, 1

@@ -26,6 +26,8 @@ from .harness_tasks import FEWSHOT_SEED, LocalFiles, load_task, local_files, qui
 from .perplexity import page_perplexity
 from .tasks import WIKITEXT, TaskSpec, subset
 
+__all__ = ["evaluate_tasks"]
+
 
 def evaluate_tasks(
     model: Any,
