@@ -42,8 +42,7 @@ from .routing.stats import RoutingStats
 from .routing.target import capacity_for
 
 if TYPE_CHECKING:
-    from .execution.call import Policy
-    from .execution.native import Weights
+    from .execution.engine import Policy, Weights
 
 
 class RoutedModelForCausalLM(PreTrainedModel):
