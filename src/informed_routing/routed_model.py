@@ -11,7 +11,7 @@ so generation, adapters, pipelines and evaluation harnesses treat it as what it 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .config.folder import BaseModelReference, RoutingConfig, ThresholdRow
+from .config.kinds import kind, kinds_of
 from .config.parts import KINDS, Budget, Decision, ForecasterConfig, RouterConfig, SelectionConfig, method_of
 from .config.types import describe
 from .errors import InputError
@@ -34,12 +35,13 @@ from .models.restore import all_or_nothing
 from .models.runtime_classes import made_by
 from .persistence.auto_config import RoutedConfig
 from .routing.costs import UnitCost, unit_costs
-from .routing.decision import AlwaysExecute, DecisionRule, Threshold, TopK
-from .routing.dial import RANGE_SLACK, threshold_for
+from .routing.decision import AlwaysExecute, DecisionRule
+from .routing.dial import RANGE_SLACK
 from .routing.routed_unit import RoutedUnit
 from .routing.state import Execution, KeyValues, RoutingState
 from .routing.stats import RoutingStats
-from .routing.target import capacity_for
+
+__all__ = ["RoutedModelForCausalLM"]
 
 if TYPE_CHECKING:
     from .execution.engine import Policy, Weights
@@ -86,11 +88,7 @@ class RoutedModelForCausalLM(PreTrainedModel):
             forecaster, router = forecaster or ForecasterConfig(), router or RouterConfig()
             routing_config = _fresh_config(model, reference, forecaster, router, selection or SelectionConfig(), kv)
         forecaster, router, selection = routing_config.forecaster, routing_config.router, routing_config.selection
-        if forecaster.fallback == "forecaster" and forecaster.rank > hidden_size:
-            raise InputError(
-                f"rank {forecaster.rank} is above the model's hidden size {hidden_size}",
-                f"Choose a rank up to {hidden_size}",
-            )
+        kind("fallbacks", forecaster.fallback).check(forecaster, hidden_size)
         decoder = cast(Any, model).model
         if selection.first_layer >= len(decoder.layers):
             raise InputError(
@@ -225,6 +223,7 @@ class RoutedModelForCausalLM(PreTrainedModel):
 
     @property
     def costs(self) -> list[UnitCost]:
+        """What each unit costs, in the order of `units`."""
         return cast(list[UnitCost], self.decoder.routing_stats_counter.costs)
 
     def routing_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -266,25 +265,18 @@ class RoutedModelForCausalLM(PreTrainedModel):
         """
         if not 0 <= sparsity < 1:
             raise InputError(f"sparsity {sparsity} is not between 0 and 1", "Give a share such as 0.25")
-        for given, known in ((budget, get_args(Budget)), (decision, get_args(Decision))):
+        for given, known in ((budget, get_args(Budget)), (decision, kinds_of("rules"))):
             if given is not None and given not in known:
                 raise InputError(f"{given!r} is not known", f"Choose one of {', '.join(known)}")
         decision = decision or self.routing_config.selection.decision
         if sparsity == 0:
             self.set_decision(AlwaysExecute())
-        elif decision == "top-k":
-            self.set_decision(self._top_k(sparsity, budget or self.routing_config.budget))
         else:
-            self.set_decision(Threshold(threshold_for(self.routing_config, sparsity, budget)))
+            rule = kind("rules", decision).at(
+                self.routing_config, self.units, sparsity, budget or self.routing_config.budget
+            )
+            self.set_decision(rule)
         self._target = sparsity
-
-    def _top_k(self, sparsity: float, budget: Budget) -> TopK:
-        """The rule whose capacity, the same in all routed units, approximates a share of all (token, unit) pairs."""
-        if self.routing_config.selection.decision != "top-k":
-            raise InputError("the routers of this model do not rank tokens", "Leave out decision='top-k'")
-        if budget != "units":
-            raise InputError(f"the capacity of top-k counts units, not {budget}", "Use the units budget")
-        return TopK(capacity_for(self.units, sparsity))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`. Raises InputError while the decision rule is top-k, which is not causal."""
@@ -309,21 +301,21 @@ class RoutedModelForCausalLM(PreTrainedModel):
         values = [getattr(row, budget or self.routing_config.budget) for row in self.routing_config.thresholds]
         return (max(min(values), 0.0), max(values) + RANGE_SLACK) if values else (0.0, 0.0)
 
-    def set_decision(self, decision: DecisionRule) -> None:
+    def set_decision(self, decision: DecisionRule | Callable[[Tensor], Tensor]) -> None:
         """Use another decision rule; `set_sparsity` is the usual way."""
-        self.routing_state.decision = decision
+        self.routing_state.choose(decision=decision)
         self._target = None
         self.reset_routing_stats()
 
     @contextmanager
-    def deciding(self, decision: DecisionRule) -> Iterator[None]:
+    def deciding(self, decision: DecisionRule | Callable[[Tensor], Tensor]) -> Iterator[None]:
         """Use a decision rule for the length of a `with` block."""
-        before, target = self.routing_state.decision, self._target
-        self.routing_state.decision = decision
+        target = self._target
         try:
-            yield
+            with self.routing_state.using(decision=decision):
+                yield
         finally:
-            self.routing_state.decision, self._target = before, target
+            self._target = target
 
     def set_execution(
         self,
@@ -368,7 +360,7 @@ class RoutedModelForCausalLM(PreTrainedModel):
             native = NativeExecution(weights, policy=policy)
             with nullcontext() if self_check else skipped():
                 check_engine(self, native)
-        state.execution, state.native, state.kv = execution, native, kept
+        state.choose(execution=execution, native=native, kv=kept)
 
     def with_thresholds(self, rows: tuple[ThresholdRow, ...], budget: Budget, sparsity: float, context: int) -> None:
         """Store a calibrated table."""
@@ -400,7 +392,7 @@ class RoutedModelForCausalLM(PreTrainedModel):
 
     def token_compute(self) -> Tensor:
         """Share of the units that each token of the last forward executed: [B, N] float32; empty when dense."""
-        gates = self.routing_state.gates
+        gates = self.routing_state.forward.gates
         if not gates:
             return torch.ones(0)
         return torch.stack([gate.float() for gate in gates.values()]).mean(0)

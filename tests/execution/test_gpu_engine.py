@@ -34,7 +34,7 @@ def gpu(model: Any, policy: Any = "exact", *, records: bool = True) -> GpuEngine
     holder = NativeExecution(policy=policy)
     holder.engine = GpuEngine(model.to(DEVICE), policy=policy)
     holder.engine.records = records
-    model.routing_state.native, model.routing_state.execution = holder, "native"
+    model.routing_state.choose(native=holder, execution="native")
     return holder.engine
 
 

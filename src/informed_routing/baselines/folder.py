@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from ..assets import load_model, load_tokenizer, resolve_dtype
+from ..assets import load_model, load_tokenizer
 from ..assets.gguf import quiet_transformers
+from ..assets.models import resolve_dtype
 from ..config.parts import UnitKind
 from ..errors import InputError
 from ..files.atomic import system_error, write_json, write_tensors

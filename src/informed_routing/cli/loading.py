@@ -66,7 +66,8 @@ def load_any(ref: str, run: Session, base: str | None = None) -> Loaded:
 
 def load_routed(ref: str, run: Session, base: str | None = None) -> Loaded:
     """A routed model; InputError when `ref` is a dense model or nothing at all."""
-    from informed_routing.assets import check_vocabulary, load_tokenizer
+    from informed_routing.assets import load_tokenizer
+    from informed_routing.assets.soundness import check_vocabulary
     from informed_routing.routed_model import RoutedModelForCausalLM
 
     check_routed(ref)

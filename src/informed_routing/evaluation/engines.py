@@ -130,7 +130,7 @@ class RoutedEngine(Engine):
     def place(self) -> None:
         """Let the model run in this engine from now on."""
         state = self.model.routing_state
-        state.native, state.execution = self.holder, "native" if self.holder else "sparse"
+        state.choose(native=self.holder, execution="native" if self.holder else "sparse")
 
     def use(self, sparsity: float, budget: str | None) -> None:
         self.place()

@@ -24,6 +24,8 @@ from informed_routing.execution.changes import unchanging
 from informed_routing.execution.engine import NO_TARGET, NativeEngine
 from informed_routing.progress import NullProgress, Progress
 
+__all__ = ["PagePerplexityResult", "PerplexityResult", "page_perplexity", "token_perplexity"]
+
 HEAD_ROWS = 256  # positions whose logits are held at once: 256 x 49,152 float32 is 50 MB
 _LARGEST = 700.0  # nats: e to this is still a float
 

@@ -131,13 +131,13 @@ def benchmark_rows(
     profile: bool = False,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of the contract's `benchmark` result, for every combination of the settings.
+    """Rows of `benchmark --json`, for every combination of the settings.
 
     `engines` hold the same base model on one device; those that route run dense and at every sparsity. `text` int64
     `[tokens]` is real text, since what is approximated depends on it (it is repeated when too short). Prefill is
     measured once per batch and prompt length; a `new_tokens` of 0 gives no decode rows. Decode rows carry
     `new_tokens`, all rows `weights`, and with `profile` those of an engine with `phases` `phase_seconds`, besides the
-    contract's fields. Speed-ups are against the fastest dense engine with the same weights; limits are the roofline
+    fields that all have. Speed-ups are against the fastest dense engine with the same weights; limits are the roofline
     of the row's own engine. Weights do not change meanwhile: engines compare them once, as `generate` does for each
     text. Raises InputError for settings that cannot be measured, WorkError where an engine's logits
     are not finite.

@@ -16,7 +16,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..errors import InputError
 from ..models import calls
 from ..models.calls import Call
-from ..routing.decision import AlwaysExecute, Threshold
 from ..routing.state import RoutingState
 from .changes import identity
 from .choose import make_engine
@@ -145,7 +144,7 @@ def may_run(model: Any) -> bool:
         return False
     if state.observer is not None or state.record_margins or state.kv != "keep":
         return False
-    return type(state.decision) in (AlwaysExecute, Threshold)
+    return state.decision.threshold is not None
 
 
 @dataclass

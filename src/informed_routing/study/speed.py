@@ -104,7 +104,7 @@ class _Placed(RoutedEngine):
 
     def use(self, sparsity: float, budget: str | None) -> None:
         self.place()
-        self.model.routing_state.decision = self.rule
+        self.model.routing_state.choose(decision=self.rule)
 
 
 def _engines(model: Any, record: Record | None, precision: Precision, progress: Progress) -> Iterator[Engine]:

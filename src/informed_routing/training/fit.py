@@ -30,7 +30,8 @@ from ..persistence.model_card import model_card
 from ..progress import NullProgress, Progress
 from ..routed_model import RoutedModelForCausalLM
 from ..routing.decision import AlwaysExecute, DecisionRule, Threshold, TopK
-from ..routing.target import BudgetMeter, capacity_for
+from ..routing.rules.top_k import capacity_for
+from ..routing.target import BudgetMeter
 from . import forecast as stage1
 from .calibrate import attainable, calibrate, reachable, threshold_at
 from .checkpoint import StageRecord, load_checkpoint, save_checkpoint

@@ -13,7 +13,6 @@ from transformers.cache_utils import Cache
 
 from ...errors import InputError
 from ...models.families import family_of
-from ...routing.decision import AlwaysExecute, Threshold
 from ...routing.limits import Balance
 from ...routing.state import GateBlock, RoutingState
 from ..changes import PAGE, content, copied, identity
@@ -225,14 +224,14 @@ class CpuEngine:
             past=past,
             capacity=cast(Tensor, layers[0].values).shape[2],
             keep=keep,
-            dense=isinstance(decision, AlwaysExecute),
-            threshold=decision.value if isinstance(decision, Threshold) else 0.0,
+            dense=decision.dense,
+            threshold=0.0 if decision.dense or decision.threshold is None else decision.threshold,
         )
         self.library.ir_forward(ctypes.byref(self.model), ctypes.byref(call), self._scratch)
         for layer in layers:
             layer.length = past + length
-        state.valid = None if rows.valid is None else rows.valid.bool()
-        state.gates = {} if state.dense else GateBlock(gates)
+        state.forward.valid = None if rows.valid is None else rows.valid.bool()
+        state.forward.gates = {} if state.dense else GateBlock(gates)
         return output
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from transformers.cache_utils import Cache
 
 from ...errors import InputError
 from ...models.families import family_of
-from ...routing.decision import AlwaysExecute
 from ...routing.state import GateBlock, RoutingState
 from ..changes import identity, norms
 from ..engine import NO_TARGET, Policy, Weights
@@ -141,10 +140,10 @@ class GpuEngine:
         if len(rows.start) != batch:
             raise InputError(f"{len(rows.start)} sequences are described, {batch} given", "Give one start for each")
         past, layers = self._room(cache, batch, length)
-        dense = isinstance(state.decision, AlwaysExecute)
+        dense = state.decision.dense
         self.counts.belong_to(stats)
         prepare(self, batch, length)
-        threshold = getattr(state.decision, "value", 0.0)
+        threshold = 0.0 if dense or state.decision.threshold is None else state.decision.threshold
         given = Inputs(
             hidden=embeddings.to(self.dtype).reshape(-1, d),
             cos=rope[0].float().expand(batch, -1, -1).reshape(batch * length, -1),
@@ -163,8 +162,8 @@ class GpuEngine:
             hidden, gates = self._run(given, layers, dense)
         for layer in layers:
             layer.length = past + length
-        state.valid = None if given.valid is None else given.valid.view(batch, length).bool()
-        state.gates = {} if gates is None else GateBlock(gates.view(self.units, batch, length).clone())
+        state.forward.valid = None if given.valid is None else given.valid.view(batch, length).bool()
+        state.forward.gates = {} if gates is None else GateBlock(gates.view(self.units, batch, length).clone())
         hidden = hidden.view(batch, length, d)
         return self.head_matrix(hidden[:, -keep:]) if keep else hidden.clone()
 

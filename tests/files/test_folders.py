@@ -93,7 +93,7 @@ KILLED = """
 import os, sys, pathlib
 sys.path.insert(0, sys.argv[3])
 import test_folders as t
-from informed_routing import folders
+from informed_routing.files import folders
 at, exchange, calls = int(sys.argv[2]), sys.argv[4] == "yes", 0
 def killed(frame, event, argument):
     global calls
@@ -157,7 +157,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
 
 HOLDER = """
 import sys, time, pathlib
-from informed_routing.folders import only_writer
+from informed_routing.files.folders import only_writer
 with only_writer(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

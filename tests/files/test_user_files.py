@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,8 @@ from typing import Any
 import pytest
 
 from informed_routing.errors import InputError
-from informed_routing.files.user_files import file_name, parse_yaml, read_json, read_yaml, shown, user_path
-from informed_routing.recipes import packaged_recipes, recipe_path
-from informed_routing.study.grid import load_grid
+from informed_routing.files.bounded_yaml import parse_yaml, read_yaml
+from informed_routing.files.user_files import file_name, read_json, shown, user_path
 
 BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)
@@ -84,10 +82,10 @@ def test_both_of_pyyamls_parsers_give_the_same(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(yaml, "CSafeLoader", yaml.SafeLoader, raising=False)
     slow = importlib.reload(bounded_yaml)
     try:
-        assert slow.load("a: &x [1, 2.5]\nb: *x", "f") == {"a": [1, 2.5], "b": [1, 2.5]}
+        assert slow.parse_yaml("a: &x [1, 2.5]\nb: *x", "f") == {"a": [1, 2.5], "b": [1, 2.5]}
         for text in ("a: 1\na: 2", BOMB, "[" * 1000, "x: !!int abc", "x: 2\ny: !!set {a}"):
             with pytest.raises(InputError, match=r"^f, line"):
-                slow.load(text, "f")
+                slow.parse_yaml(text, "f")
     finally:
         monkeypatch.undo()
         importlib.reload(bounded_yaml)
@@ -136,34 +134,3 @@ def test_values_in_messages_are_short_and_plain() -> None:
     assert shown("a\x1b[31m\nb") == r"'a\x1b[31m\nb'"
     assert shown(10**5000).startswith("an integer of ")
     assert len(shown("x" * 5000)) < 70
-
-
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_built_in_names_come_before_what_lies_in_the_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("demo", "table1"):
-        (tmp_path / name).mkdir() if kind == "folder" else (tmp_path / name).write_text("model: [")
-    assert recipe_path("demo") == packaged_recipes()["demo"]
-    assert load_grid("table1").name == "table1"
-    with pytest.raises(InputError, match=r"recipe 'demo.yaml' does not exist. Built in is `demo`"):
-        recipe_path("demo.yaml")
-    (tmp_path / "demo.yaml").write_text("model: mine")
-    assert recipe_path("demo.yaml").resolve() == tmp_path / "demo.yaml"
-    if kind == "folder":
-        with pytest.raises(InputError, match=r"recipe \./demo is a folder"):
-            recipe_path("./demo")
-    else:
-        assert recipe_path("./demo").samefile(tmp_path / "demo")
-
-
-def test_no_file_that_is_called_like_an_embedded_text_changes_a_study(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from informed_routing.study.identity import content_id
-
-    monkeypatch.chdir(tmp_path)
-    if os.name == "posix":  # colons are for nothing else there
-        (tmp_path / "demo:c4").write_text("mine")
-    assert content_id("demo:c4") == "demo:c4"

@@ -34,7 +34,7 @@ def _model(family: str) -> Any:
 
 def _use(model: Any, engine: str) -> None:
     kv = "drop" if engine == "sparse-drop" else "keep"
-    model.routing_state.kv = kv
+    model.routing_state.choose(kv=kv)
     execute(model, "sparse" if kv == "drop" else engine)
 
 
@@ -59,7 +59,7 @@ def _wanted(family: str, kv: str) -> Text:
     """What the masked reference says of each row alone, computing the whole text anew for every token."""
     model = _model(family)
     _use(model, "masked")
-    model.routing_state.kv = kv
+    model.routing_state.choose(kv=kv)
     return _alone(model, use_cache=False)
 
 

@@ -15,9 +15,9 @@ from packaging.requirements import Requirement
 from informed_routing.errors import WorkError
 
 REPORT = """<testsuites><testsuite>
-<testcase classname="tests.families.test_parity" name="test_one"/>
-<testcase classname="tests.families.test_parity" name="test_two[llama]">{outcome}</testcase>
-<testcase classname="tests.families.test_parity" name="test_three"><skipped message="no compiler"/></testcase>
+<testcase classname="tests.models.test_parity" name="test_one"/>
+<testcase classname="tests.models.test_parity" name="test_two[llama]">{outcome}</testcase>
+<testcase classname="tests.models.test_parity" name="test_three"><skipped message="no compiler"/></testcase>
 </testsuite></testsuites>"""
 
 
@@ -92,7 +92,7 @@ def test_the_table_has_a_row_for_each_environment(tmp_path: Path, shell: Shell) 
     assert found["newest"]["versions"]["lm-eval"] == "6.0"
     suite = found["newest"]["suites"]["families"]
     assert (suite["passed"], suite["failed"], suite["skipped"]) == (1, 1, 1)
-    assert suite["failures"] == ["tests/families/test_parity.py::test_two[llama]"]
+    assert suite["failures"] == ["tests/models/test_parity.py::test_two[llama]"]
     text = (tmp_path / "docs" / "compatibility.md").read_text(encoding="utf-8")
     assert "| newest | 9.1.0 | 1, **1 failed**, 1 skipped |" in text
     assert "| pinned | " in text
@@ -163,6 +163,6 @@ def test_unknown_names_and_failing_pip_end_in_one_line(
 def test_every_suite_has_files_and_no_file_is_in_two(tmp_path: Path) -> None:
     found = [name for suite in compat.SUITES for name in compat.files_of(suite)]
     assert len(found) == len(set(found))
-    assert {"tests/families/test_parity.py", "tests/execution/test_native.py"} <= set(found)
+    assert {"tests/models/test_parity.py", "tests/execution/test_native.py"} <= set(found)
     with pytest.raises(WorkError, match="has no test files"):
         compat.files_of("families", tmp_path)

@@ -1,9 +1,4 @@
-"""The Lightweight Feature Forecaster and its closed-form fit.
-
-A forecaster predicts the *update* that its unit adds to the residual, so `h + F(norm(h))` is right in scale. The
-paper's text asks for the normalised output and its Eq. 6 adds the forecast to the residual; only a forecast of
-the update satisfies both, since a normalised one would lose the scale that the sum needs.
-"""
+"""The closed-form fit of forecasters: the least-squares optimum of every rank from second moments."""
 
 from __future__ import annotations
 
@@ -11,28 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-
-class Forecaster(nn.Module):
-    """W2 act(W1 x + b1) + b2: [..., d] -> [..., d], rank r (paper Eq. 6)."""
-
-    def __init__(self, width: int, rank: int, activation: str = "none") -> None:
-        super().__init__()
-        self.inner = nn.Linear(width, rank)
-        self.outer = nn.Linear(rank, width)
-        self.activation = activation
-        # Small weights: an unfitted forecaster is almost greedy routing, as in the published code.
-        for linear in (self.inner, self.outer):
-            nn.init.normal_(linear.weight, std=1e-3)
-            nn.init.zeros_(linear.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.inner(x.to(self.inner.weight.dtype))
-        if self.activation == "silu":
-            hidden = F.silu(hidden)
-        return self.outer(hidden).to(x.dtype)
+from torch import Tensor
 
 
 class Moments:
@@ -82,15 +56,6 @@ class ClosedForm:
     outer_bias: Tensor
     explained: Tensor
     """[d]: explained share of the output variance at rank i + 1, on the text it was fitted on."""
-
-    def write_to(self, forecaster: Forecaster) -> None:
-        """Copy the best solution of the forecaster's rank into it."""
-        rank = forecaster.inner.out_features
-        with torch.no_grad():
-            forecaster.inner.weight.copy_(self.inner[:rank])
-            forecaster.inner.bias.copy_(self.inner_bias[:rank])
-            forecaster.outer.weight.copy_(self.outer[:, :rank])
-            forecaster.outer.bias.copy_(self.outer_bias)
 
 
 def solve(moments: Moments, ridge: float) -> ClosedForm:

@@ -1,4 +1,4 @@
-"""A routed model that executes everything is the base model, bit for bit, in every family (fact sheet 11.1)."""
+"""A routed model that executes everything is the base model, bit for bit, in every family."""
 
 from __future__ import annotations
 

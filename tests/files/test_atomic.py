@@ -83,7 +83,7 @@ def test_a_name_of_255_bytes(tmp_path: Path) -> None:
 
 KILLED = """
 import os, sys, pathlib
-from informed_routing.files import write_atomically
+from informed_routing.files.atomic import write_atomically
 def half(temporary):
     temporary.write_text("half")
     os.kill(os.getpid(), 9)
