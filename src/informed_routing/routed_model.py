@@ -44,8 +44,7 @@ from .routing.stats import RoutingStats
 __all__ = ["RoutedModelForCausalLM"]
 
 if TYPE_CHECKING:
-    from .execution.call import Policy
-    from .execution.native import Weights
+    from .execution.engine import Policy, Weights
 
 
 class RoutedModelForCausalLM(FromRoutingFolder):

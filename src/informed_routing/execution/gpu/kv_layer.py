@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from ..engine_cache import EngineLayer
+from ..kv_layers import EngineLayer
 
 BLOCK = 256
 """Capacities are multiples of this."""

@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,13 +23,28 @@ from ...assets.cache import cache_dir, read_record, write_record
 from ...routing.limits import STORAGE, Balance
 from .build import library_path
 
-if TYPE_CHECKING:
-    from .engine import CpuEngine
-
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Rows at which products are timed. Above the last, skipping rows always pays: arithmetic rules."""
 MANY = 256
 _REPEATS = 5
+
+
+class Priced(Protocol):
+    """What of an engine is timed."""
+
+    @property
+    def layers(self) -> Any:
+        """Packed layers, see interface.h."""
+        ...
+
+    @property
+    def library(self) -> Any: ...
+
+    @property
+    def threads(self) -> int: ...
+
+    @property
+    def weights(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +77,7 @@ class PriceTable:
         return out
 
 
-def price_table(engine: CpuEngine) -> PriceTable:
+def price_table(engine: Priced) -> PriceTable:
     """The table of an engine, from the cache or measured now (some seconds, on an idle machine)."""
     layer = engine.layers[0]
     shapes = [(part.type, part.n, part.k) for part in _parts(layer)]
@@ -82,7 +97,7 @@ def _parts(layer: Any) -> tuple[Any, ...]:
     return layer.q, layer.o, layer.gate_up, layer.down, attention.forecast_in, attention.forecast_out, ffn.forecast_in
 
 
-def measure(engine: CpuEngine) -> PriceTable:
+def measure(engine: Priced) -> PriceTable:
     """Time the products of all layers in turns."""
     layers = list(engine.layers)
     groups = {

@@ -14,7 +14,7 @@ from typing import Any
 import numpy
 
 from ...assets.cache import read_record, write_record
-from ..kernels.tuning import bucket
+from ..kernels.tiles import bucket
 
 UNION = 256
 """Up to this many rows a call reads all of a unit's weights as soon as one row executes."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from ..engine_cache import EngineLayer
+from ..kv_layers import EngineLayer
 
 BLOCK = 64
 """Keys are read in blocks of this many: capacities are multiples of it."""
