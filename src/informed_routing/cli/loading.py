@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from informed_routing.errors import InputError
+from informed_routing.extras import need
 
 if TYPE_CHECKING:
     from informed_routing.config.folder import RoutingConfig
@@ -302,6 +303,7 @@ def _columns(path: Path) -> set[str]:
     """Column names of a `.jsonl` or `.parquet` file; none if it cannot be read (`load_texts` says why)."""
     try:
         if path.suffix == ".parquet":
+            need("pyarrow", extra="data", for_what="Parquet files")
             import pyarrow.parquet
 
             return set(pyarrow.parquet.read_schema(path).names)
