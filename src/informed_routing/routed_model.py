@@ -43,7 +43,7 @@ from .routing.target import capacity_for
 
 if TYPE_CHECKING:
     from .execution.call import Policy
-    from .execution.native import Weights
+    from .execution.formats import Weights
 
 
 class RoutedModelForCausalLM(PreTrainedModel):

@@ -21,6 +21,7 @@ from torch import Tensor
 from informed_routing.errors import InputError
 from informed_routing.evaluation.numbers import exponential, not_finite
 from informed_routing.execution.changes import unchanging
+from informed_routing.models.head import base_logits
 from informed_routing.progress import NullProgress, Progress
 
 HEAD_ROWS = 256  # positions whose logits are held at once: 256 x 49,152 float32 is 50 MB
@@ -298,9 +299,7 @@ def _hidden_states(model: Any, inputs: Tensor) -> tuple[Tensor | None, Tensor]:
 
 
 def _head(model: Any, hidden: Tensor) -> Tensor:
-    """Logits of hidden states `[rows, d]`, with Gemma 2's soft cap (other tails are found by comparison)."""
+    """Logits of hidden states `[rows, d]` (what a family that we do not know does to them is found by comparison)."""
     if getattr(model, "runs_native", False):
         return cast(Tensor, model.routing_state.native.of(model).head(hidden))
-    logits: Tensor = model.get_output_embeddings()(hidden)
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    return torch.tanh(logits / cap) * cap if cap else logits
+    return base_logits(model, hidden)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +22,7 @@ from ..routing.state import RoutingState
 from .call import NativeEngine, Policy, Rows
 from .changes import identity
 from .engine_cache import accepts, is_packed, use_plain
-
-Weights = Literal["float32", "bfloat16", "float16", "int8", "int4"]
-"""Formats of an engine's weights: the CPU engine packs its own (not float16), the GPU engine takes the model's."""
+from .formats import Weights, own_format
 
 
 def native_reason(model: Any, progress: Progress | None = None) -> str | None:
@@ -84,8 +82,8 @@ class NativeExecution:
             if model.device.type == "cpu":
                 from .cpu.engine import CpuEngine
 
-                default: Weights = "bfloat16" if model.dtype == torch.bfloat16 else "float32"
-                self.engine = CpuEngine(model, self.weights or default, self.threads, self.policy)  # type: ignore[arg-type]
+                weights: Any = self.weights or own_format(model.dtype)
+                self.engine = CpuEngine(model, weights, self.threads, self.policy)
             else:
                 from .gpu.engine import GpuEngine
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..evaluation.precision import Precision
-from ..execution.native import Weights, native_reason
+from ..execution.formats import Packed, own_format
+from ..execution.native import native_reason
 from ..models.families import FAMILIES
 from ..progress import Progress
 from ..routing.decision import Threshold
@@ -64,9 +64,9 @@ def engage_native(model: Any, progress: Progress, precision: Precision) -> tuple
     return model, "native"
 
 
-def native_weights(model: Any, precision: Precision) -> Weights:
+def native_weights(model: Any, precision: Precision) -> Packed:
     """The native engine's format: the model's own, or that of the factors where they are below it."""
-    return "bfloat16" if precision == "bfloat16" or model.dtype == torch.bfloat16 else "float32"
+    return "bfloat16" if precision == "bfloat16" else own_format(model.dtype)
 
 
 def _is_ordinary(model: Any) -> bool:

@@ -19,10 +19,12 @@ from ...routing.state import GateBlock, RoutingState
 from ..call import Policy, Rows
 from ..changes import PAGE, content, copied, identity
 from ..engine_cache import engine_layers
+from ..formats import FORMATS, PACKED, Packed, own_format
 from .availability import unsupported
 from .build import library
 from .cache import PackedLayer
-from .packing import FORMATS, Call, Layer, Model, Packer, Prices, Weights
+from .interface import PHASES, Call, Layer, Model, Prices
+from .packing import Packer
 from .prices import PriceTable, price_table
 
 MANY_ROWS = 128
@@ -30,8 +32,6 @@ MANY_ROWS = 128
 
 TORCH_ADVANTAGE = 2.0
 """How much faster torch's products must be before a prefill goes there: its other operations are slower."""
-
-PHASES = ("route", "project", "cache", "attend", "out", "gate_up", "down", "head")
 
 
 class CpuEngine:
@@ -43,10 +43,10 @@ class CpuEngine:
     """
 
     def __init__(
-        self, model: Any, weights: Weights = "float32", threads: int | None = None, policy: Policy = "exact"
+        self, model: Any, weights: Packed = "float32", threads: int | None = None, policy: Policy = "exact"
     ) -> None:
-        if weights not in FORMATS:
-            raise InputError(f"weights {weights!r} are not known", f"Choose one of {', '.join(FORMATS)}")
+        if weights not in PACKED:
+            raise InputError(f"weights {weights!r} are not known", f"Choose one of {', '.join(PACKED)}")
         if reason := unsupported(model):
             raise InputError(f"the native engine cannot run this model: {reason}", "Use execution='sparse'")
         self.library, self.weights = library(), weights
@@ -77,10 +77,10 @@ class CpuEngine:
             ff=config.intermediate_size,
             threads=self.threads,
             eps=decoder.norm.variance_epsilon,
-            scale=attention.scaling,
+            scale=family.scale(attention),
             qk_eps=getattr(getattr(attention, "q_norm", None), "variance_epsilon", 1e-6),
         )
-        self.keep_cache_in(torch.float32 if weights == "float32" else torch.bfloat16)
+        self.keep_cache_in(cast(torch.dtype, FORMATS[weights].of("cache").dtype))
         self.vocabulary = head.weight.shape[0]
         self.prices = Prices()
         self.torch_prefill = False
@@ -112,13 +112,13 @@ class CpuEngine:
     def keep_cache_in(self, dtype: torch.dtype) -> None:
         """Keep keys and values in float32 or bfloat16 from now on (bfloat16 is the default below float32 weights)."""
         self.kv_dtype = dtype
-        self.model.kv_type = FORMATS["float32" if dtype == torch.float32 else "bfloat16"]
+        self.model.kv_type = FORMATS[own_format(dtype)].id
 
     def use_prices(self, table: PriceTable) -> None:
         """Execute whole calls of a unit where, by this table, skipping some of its rows would take longer."""
         self.table = table
         faster = table.torch_macs_per_second > TORCH_ADVANTAGE * table.macs_per_second
-        self.torch_prefill = faster and self.weights in ("float32", "bfloat16")
+        self.torch_prefill = faster and FORMATS[self.weights].has_dtype
         execute = [table.per_row(seconds) for seconds in (table.attention, table.ffn)]
         approximate = table.per_row(table.forecaster)
         self.prices = Prices(limit=len(approximate))

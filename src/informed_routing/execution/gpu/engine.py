@@ -81,7 +81,7 @@ class GpuEngine:
         decoder, config = model.decoder, model.config
         family, costs = family_of(config.model_type), model.costs
         block = decoder.layers[0].attention_routing.unit.module(decoder.layers[0])
-        self.kv_shape, self.scale = (config.num_key_value_heads, block.head_dim), block.scaling
+        self.kv_shape, self.scale = (config.num_key_value_heads, block.head_dim), family.scale(block)
         self.layers = [
             (
                 packed.attention(layer, family, layer.attention_routing, costs[2 * i], self.dtype),
