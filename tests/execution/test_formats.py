@@ -12,7 +12,7 @@ import torch
 from informed_routing.errors import InputError
 from informed_routing.execution.cpu import build, interface
 from informed_routing.execution.cpu.packing import Packer
-from informed_routing.execution.formats import FORMATS, GROUP, PACKED, Weights, own_format
+from informed_routing.execution.formats import FORMATS, GROUP, PACKED, Weights, packed_of
 
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
 
@@ -63,7 +63,7 @@ def test_torchs_dtypes_of_formats() -> None:
         "int4": None,
     }
     given = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
-    assert [own_format(dtype) for dtype in given] == ["float32", "bfloat16", "float32", "float32"]
+    assert [packed_of(dtype) for dtype in given] == ["float32", "bfloat16", "float32", "float32"]
 
 
 @needs_compiler

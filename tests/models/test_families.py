@@ -53,7 +53,8 @@ def test_a_window_counts_only_in_the_layers_that_slide() -> None:
 
 
 def test_a_field_that_a_family_does_not_read_is_no_window() -> None:
-    config: Any = LlamaConfig(**{"sliding_window": 7})
+    settings: dict[str, Any] = {"sliding_window": 7}
+    config: Any = LlamaConfig(**settings)
     assert config.sliding_window == 7
     assert family_of("llama").window(config, 0) is None
 

@@ -19,7 +19,8 @@ from ..models.head import lm_head
 from ..models.units import Unit
 from ..progress import Progress
 from ..training.objectives import next_token_loss
-from .dropping import UnitName, observing, running
+from .dropping import observing, running
+from .remaining import UnitName
 
 
 def block_influence(

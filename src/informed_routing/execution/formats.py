@@ -102,7 +102,7 @@ FORMATS: dict[str, Format] = {
 PACKED: tuple[Packed, ...] = get_args(Packed)
 
 
-def own_format(dtype: torch.dtype) -> Packed:
+def packed_of(dtype: torch.dtype) -> Packed:
     """The CPU engine's format for weights of a dtype: the same where it has one, else float32."""
     name = str(dtype).removeprefix("torch.")
     return name if name in PACKED and FORMATS[name].has_dtype else "float32"  # type: ignore[return-value]
