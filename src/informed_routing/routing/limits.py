@@ -13,27 +13,7 @@ from torch import Tensor
 
 from .counts import ALL, NONE, ROUNDED_UP, SOME
 from .stats import RoutingStats
-
-
-@dataclass(frozen=True)
-class Storage:
-    """Bytes that one element of each kind occupies where an engine reads it."""
-
-    body: float
-    forecaster: float
-    head: float
-    kv: float
-    router: float = 4.0
-    stream: float = 4.0
-
-
-_GROUP = 32  # quantised formats: half-precision scale (int8) or scale and minimum (int4) for 32 weights
-STORAGE = {
-    "float32": Storage(4, 4, 4, 4),
-    "bfloat16": Storage(2, 2, 2, 2),
-    "int8": Storage(1 + 2 / _GROUP, 2, 1 + 2 / _GROUP, 2),
-    "int4": Storage(0.5 + 4 / _GROUP, 2, 1 + 2 / _GROUP, 2),
-}
+from .storage import Storage
 
 
 @dataclass(frozen=True)

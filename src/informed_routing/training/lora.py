@@ -15,9 +15,10 @@ from ..config.recipe import LoraStage
 from ..errors import InputError
 from ..files.atomic import write_json, write_tensors
 from ..models.families import family_of
+from ..models.head import lm_head
 from ..routed_model import RoutedModelForCausalLM
 from ..routing.decision import DecisionRule
-from .objectives import lm_head, next_token_loss
+from .objectives import next_token_loss
 from .route import original_hidden
 
 ADAPTER = "default"
