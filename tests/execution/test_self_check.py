@@ -116,7 +116,7 @@ def test_the_check_leaves_statistics_and_settings_alone() -> None:
     assert model.routing_stats()["tokens"] == 0
     assert model.routing_state.dense
     assert model.routing_state.execution == "sparse"
-    assert not model.routing_state.gates
+    assert not model.routing_state.forward.gates
     assert make_tiny("llama").train().training
     assert RoutedModelForCausalLM.attach(make_tiny("llama").train()).training
 
@@ -129,3 +129,13 @@ def test_a_model_whose_forwards_were_replaced_is_refused() -> None:
     assert "remove_hook_from_module" in _refused(model, "LlamaDecoderLayer has a forward of its own")
     remove_hook_from_module(model, recurse=True)
     RoutedModelForCausalLM.attach(model)
+
+
+@needs_compiler
+def test_a_model_without_finite_numbers_is_not_taken_for_a_wrong_version() -> None:
+    base = make_tiny("llama")
+    with torch.no_grad():
+        base.model.layers[0].mlp.down_proj.weight.fill_(torch.inf)
+    model = RoutedModelForCausalLM.attach(base)
+    model.set_execution("native")
+    assert model.routing_state.execution == "native"

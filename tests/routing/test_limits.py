@@ -22,7 +22,7 @@ def _step(batch: int = 1) -> tuple[object, list[torch.Tensor]]:
         cache = model(ids[:, :7], use_cache=True).past_key_values
         model.reset_routing_stats()
         model(ids[:, 7:], past_key_values=cache)
-    return model, [model.routing_state.gates[i].reshape(-1) for i in range(len(model.units))]
+    return model, [model.routing_state.forward.gates[i].reshape(-1) for i in range(len(model.units))]
 
 
 @pytest.mark.parametrize("batch", [1, 3])

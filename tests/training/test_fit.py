@@ -401,7 +401,7 @@ def test_other_budgets_have_no_latency_table(recipe: Recipe, whole: dict[str, An
         model.set_sparsity(0.2, "latency")
 
 
-def test_api_of_the_contract(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_the_documented_python_api(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     import informed_routing as ir
 
     ir.fit(

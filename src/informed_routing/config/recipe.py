@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ..errors import InputError
-from ..files.user_files import read_yaml
 from .parts import Budget, ForecasterConfig, RouterConfig, SelectionConfig, check_parts
 from .types import LARGEST_SIZE, Frozen, Label, Reference, Seed, Size, describe
 
@@ -189,6 +188,8 @@ class Recipe(Frozen):
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
         """Read a recipe file. Raises InputError when it is missing, is no YAML mapping, or breaks a bound."""
+        from ..files.bounded_yaml import read_yaml  # with PyYAML, which the command line starts without
+
         data = read_yaml(path, "recipe")
         if not isinstance(data, dict):
             raise InputError(f"recipe {path} is not a mapping of settings", "Start from one in recipes/")

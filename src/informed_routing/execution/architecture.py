@@ -61,7 +61,7 @@ def _unlike(model: Any) -> str | None:
 def _unknown_routing(model: Any) -> str | None:
     """What of the routing itself the engines do not know: they have plain routers that read their own unit's input."""
     router, selection = model.routing_config.router, model.routing_config.selection
-    if router.kind not in ("linear", "low-rank", "mlp"):
+    if any(unit.router is not None and unit.router.form() is None for unit in model.units):
         return f"{router.kind} routers"
     if router.input == "layer":
         return "routers that read the layer's input (router.input = layer)"
@@ -69,4 +69,4 @@ def _unknown_routing(model: Any) -> str | None:
         return "one decision for a whole layer (selection.granularity = layer)"
     if selection.first_tokens or selection.first_layer or selection.every > 1:
         return "tokens or layers that always execute (selection)"
-    return None
+    return next((reason for unit in model.units if (reason := unit.unknown_to_engines())), None)

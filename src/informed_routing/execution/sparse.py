@@ -46,7 +46,7 @@ def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tenso
         if count == total and state.kv == "keep":
             return hidden + routed.unit.update(layer, routed.unit.run(layer, x, call))
         if state.kv == "drop":
-            output, state.keys_read[routed.index] = _drop_attention(routed, layer, x, gate, executed, call)
+            output, state.forward.keys_read[routed.index] = _drop_attention(routed, layer, x, gate, executed, call)
         else:
             output = _keep_attention(routed, layer, x, gate, executed, call)
     elif count == total:

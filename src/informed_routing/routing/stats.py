@@ -69,7 +69,7 @@ class RoutingStats:
             self.calls[:, 0] += 1
             return
         self.routed = True
-        gates = torch.stack([state.gates[i].detach().reshape(-1) for i in range(len(self.costs))]).double()
+        gates = torch.stack([state.forward.gates[i].detach().reshape(-1) for i in range(len(self.costs))]).double()
         executed = (gates @ real).cpu()
         self.executed += executed
         outcome = torch.where(executed >= tokens, 0, torch.where(executed > 0, 1, 2))
@@ -79,7 +79,7 @@ class RoutingStats:
             counts = torch.where(windows == window, (gates @ column).cpu(), counts)
         if state.kv == "drop":
             self.evicted += tokens - executed
-            for index, read in state.keys_read.items():
+            for index, read in state.forward.keys_read.items():
                 counts[index] = float(read)
         self.executed_keys += counts
 

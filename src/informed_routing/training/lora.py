@@ -126,10 +126,10 @@ class LoraObjective(nn.Module):
 
     def forward(self, input_ids: Tensor, step: int) -> dict[str, Tensor]:
         teacher = original_hidden(self.model, input_ids) if self.config.objective.kind != "lm" else None
-        self.model.routing_state.decision = self.decision  # also for recomputation in the backward
+        self.model.routing_state.choose(decision=self.decision)  # also for recomputation in the backward
         hidden = self.model.hidden_states(input_ids)
         loss = next_token_loss(hidden, input_ids, self.head, self.config.objective, teacher)
-        gates = self.model.routing_state.gates
+        gates = self.model.routing_state.forward.gates
         found = {"loss": loss, "task": loss.detach()}
         if gates:
             found["approximated"] = 1 - torch.stack([g.float().mean() for g in gates.values()]).mean()

@@ -33,11 +33,11 @@ class RouteObjective(nn.Module):
         config, model = self.config, self.model
         teacher = original_hidden(model, input_ids, attention_mask) if config.objective.kind != "lm" else None
         # Left in place after the forward: activation checkpointing decides again in the backward.
-        model.routing_state.decision = self.rule(step)
+        model.routing_state.choose(decision=self.rule(step))
         hidden = model.hidden_states(input_ids, attention_mask)
         valid = None if attention_mask is None else attention_mask.bool()
         task = next_token_loss(hidden, input_ids, self.head, config.objective, teacher, valid)
-        approximated = approximated_shares(model.routing_state.gates, valid)
+        approximated = approximated_shares(model.routing_state.forward.gates, valid)
         shared = across_processes(approximated)
         return {
             "loss": task + self.penalty(step, shared, valid),

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list
 
 from ..config.folder import LatencyGains
 from ..errors import InputError
 from ..evaluation.latency import measure_latency
-from ..execution.native import native_reason
 from ..routing.target import BudgetMeter
 from .calibrate import attainable, reachable
 from .folder import LATENCY_FILE, what_decides
@@ -67,9 +65,7 @@ def _latency_gains(run: Run) -> LatencyGains:
         if found[0] is None:
             length = run.recipe.route.sequence_length
             ids = run.text.rows("calibration", length)[:1].to(run.model.device)
-            half = run.dtype == torch.bfloat16
-            weights = None if native_reason(run.model, run.progress) else "bfloat16" if half else "float32"
-            found = [measure_latency(run.model, ids, weights=weights, progress=run.progress)]
+            found = [measure_latency(run.model, ids, progress=run.progress)]
     gains: LatencyGains = broadcast_object_list(found)[0]
     run.model.routing_config = run.model.routing_config.model_copy(update={"latency": gains})
     return gains

@@ -128,28 +128,27 @@ class Packer:
         return self.linear(interleave(gate_weight, up_weight), bias, self.body)
 
     def routing(self, unit: RoutedUnit) -> Routing:
-        router = unit.router
-        assert router is not None  # availability.py takes no other models
-        out = router.outer.weight[1] - router.outer.weight[0]
+        router, forecast = unit.forms()
         packed = Routing(
-            router_out=self.vector(out, padded=True),
-            router_bias=(router.outer.bias[1] - router.outer.bias[0]).item(),
-            router_relu=router.kind == "mlp",
+            router_out=self.vector(router.outer, padded=True),
+            router_bias=router.bias.item(),
+            router_relu=router.relu,
             router_residual=unit.reads_residual,
         )
-        if router.inner is not None:
-            packed.router_in = self.linear(router.inner.weight, router.inner.bias, FORMATS["float32"])
-        if unit.forecaster is not None:
-            inner, outer = unit.forecaster.inner, unit.forecaster.outer
-            rank = -inner.out_features % self.panel
+        if router.inner_weight is not None:
+            packed.router_in = self.linear(router.inner_weight, router.inner_bias, FORMATS["float32"])
+        if forecast is not None:
+            missing = -forecast.rank % self.panel
             # Ranks are filled up with directions that read and give nothing.
             packed.forecast_in = self.linear(
-                nn.functional.pad(inner.weight, (0, 0, 0, rank)),
-                nn.functional.pad(inner.bias, (0, rank)),
+                nn.functional.pad(forecast.inner_weight, (0, 0, 0, missing)),
+                nn.functional.pad(forecast.inner_bias, (0, missing)),
                 self.forecaster,
             )
-            packed.forecast_out = self.linear(nn.functional.pad(outer.weight, (0, rank)), outer.bias, self.forecaster)
-            packed.forecast_silu = unit.forecaster.activation == "silu"
+            packed.forecast_out = self.linear(
+                nn.functional.pad(forecast.outer_weight, (0, missing)), forecast.outer_bias, self.forecaster
+            )
+            packed.forecast_silu = forecast.silu
         return packed
 
     def layer(self, layer: Any, family: Family, attention: RoutedUnit, ffn: RoutedUnit, cost: UnitCost) -> Layer:

@@ -85,25 +85,23 @@ def _filled(weight: Tensor, bias: Tensor, dtype: torch.dtype, dim: int) -> Matri
 
 
 def router_weights(unit: RoutedUnit, dtype: torch.dtype) -> RouterWeights:
-    router = unit.router
-    assert router is not None  # availability.py takes no other models
-    outer = (router.outer.weight[1] - router.outer.weight[0]).detach().float().contiguous()
-    bias = (router.outer.bias[1:] - router.outer.bias[:1]).detach().float()
-    if router.inner is None:
+    form, _ = unit.forms()
+    outer, bias = form.outer.float().contiguous(), form.bias.float()
+    if form.inner_weight is None or form.inner_bias is None:
         return RouterWeights(None, None, outer, bias, False, unit.reads_residual)
-    inner = _filled(router.inner.weight, router.inner.bias, dtype, 0)
+    inner = _filled(form.inner_weight, form.inner_bias, dtype, 0)
     outer = nn.functional.pad(outer, (0, inner.rows - len(outer)))
-    return RouterWeights(inner.weight, inner.bias, outer, bias, router.kind == "mlp", unit.reads_residual)
+    return RouterWeights(inner.weight, inner.bias, outer, bias, form.relu, unit.reads_residual)
 
 
 def forecaster_weights(unit: RoutedUnit, dtype: torch.dtype) -> ForecasterWeights | None:
-    if unit.forecaster is None:
+    _, form = unit.forms()
+    if form is None:
         return None
-    inner, outer = unit.forecaster.inner, unit.forecaster.outer
     return ForecasterWeights(
-        _filled(inner.weight, inner.bias, dtype, 0),
-        _filled(outer.weight, outer.bias, dtype, 1),
-        unit.forecaster.activation == "silu",
+        _filled(form.inner_weight, form.inner_bias, dtype, 0),
+        _filled(form.outer_weight, form.outer_bias, dtype, 1),
+        form.silu,
     )
 
 

@@ -69,7 +69,7 @@ def _sparsity(recipe: Recipe) -> float:
 def _rule(run: Run, sparsity: float, reads: dict[str, Reading]) -> DecisionRule:
     """Who decides while the adapter learns: what decides at inference, at its sparsity."""
     from ...routing.decision import AlwaysExecute, Threshold, TopK
-    from ...routing.target import capacity_for
+    from ...routing.rules.top_k import capacity_for
     from ..calibrate import threshold_at
 
     if not sparsity:
