@@ -20,6 +20,7 @@ from ..routed_model import RoutedModelForCausalLM
 from ..routing.decision import DecisionRule
 from .objectives import next_token_loss
 from .route import original_hidden
+from .schedule import seed_of
 
 ADAPTER = "default"
 
@@ -34,6 +35,12 @@ def add_lora(model: Any, config: LoraStage) -> dict[str, nn.Parameter]:
             parameter.data = parameter.data.float()
             trainable[name] = parameter
     return trainable
+
+
+def new_lora(model: Any, config: LoraStage, seed: int) -> dict[str, nn.Parameter]:
+    """Adapters for a stage of a fit: their first weights are a function of the recipe's seed alone."""
+    torch.manual_seed(seed_of(seed, "lora"))
+    return add_lora(model, config)
 
 
 def lora_targets(model: Any, config: LoraStage) -> tuple[str, ...]:
