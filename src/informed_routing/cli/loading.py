@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from informed_routing.errors import InputError
+from informed_routing.extras import need
 
 if TYPE_CHECKING:
     from informed_routing.config.folder import RoutingConfig
@@ -42,7 +43,7 @@ class Loaded:
 
 def kind_of(ref: str) -> Kind:
     """Whether a model is a routing folder, a pruned model or an ordinary one. InputError for one that is not there."""
-    from informed_routing.baselines.folder import is_static_folder
+    from informed_routing.baselines.writing import is_static_folder
 
     if is_static_folder(Path(ref).expanduser()):
         return "pruned"
@@ -52,7 +53,7 @@ def kind_of(ref: str) -> Kind:
 def load_any(ref: str, run: Session, base: str | None = None) -> Loaded:
     """A routing folder (or Hub id of one) as a routed model, a pruned one or an ordinary dense model as it is."""
     from informed_routing.assets import load_model
-    from informed_routing.baselines.folder import load_static
+    from informed_routing.baselines.loading import load_static
 
     kind = kind_of(ref)
     if kind == "pruned":
@@ -296,6 +297,7 @@ def _columns(path: Path) -> set[str]:
     """Column names of a `.jsonl` or `.parquet` file; none if it cannot be read (`load_texts` says why)."""
     try:
         if path.suffix == ".parquet":
+            need("pyarrow", extra="data", for_what="Parquet files")
             import pyarrow.parquet
 
             return set(pyarrow.parquet.read_schema(path).names)

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from .costs import UnitCost
+from .counts import ALL, OUTCOMES, ROUNDED_UP, count, visible, windows_of
 from .state import RoutingState
-
-OUTCOMES = ("all", "some", "none", "rounded up")
 
 
 @dataclass
@@ -50,38 +49,27 @@ class RoutingStats:
 
     def add(self, state: RoutingState, contexts: Tensor) -> None:
         """Count one forward. `contexts` [B, N]: keys visible to each token, 0 for padding."""
-        flat = contexts.reshape(-1).double()
-        real = (flat > 0).double()
-        windows = torch.tensor([c.window or torch.inf for c in self.costs], dtype=torch.float64)
-        tokens = float(real.sum())
+        flat = contexts.reshape(-1).long()
+        windows = windows_of(self.costs, flat.device)
+        tokens, keys = int((flat > 0).sum()), visible(flat, windows).sum(1).cpu()
         self.tokens += tokens
-        whole = flat.sum().cpu()
-        limited = {
-            w: torch.minimum(flat, torch.tensor(w, dtype=torch.float64, device=flat.device))
-            for w in set(windows.tolist())
-            if w != torch.inf
-        }
-        keys = torch.stack([whole if w == torch.inf else limited[w].sum().cpu() for w in windows.tolist()])
         self.keys += keys
         if state.dense:
             self.executed += tokens
             self.executed_keys += keys
-            self.calls[:, 0] += 1
+            self.calls[:, ALL] += 1
             return
         self.routed = True
-        gates = torch.stack([state.forward.gates[i].detach().reshape(-1) for i in range(len(self.costs))]).double()
-        executed = (gates @ real).cpu()
-        self.executed += executed
-        outcome = torch.where(executed >= tokens, 0, torch.where(executed > 0, 1, 2))
-        self.calls += torch.nn.functional.one_hot(outcome, len(OUTCOMES))
-        counts = (gates @ flat).cpu()
-        for window, column in limited.items():
-            counts = torch.where(windows == window, (gates @ column).cpu(), counts)
+        gates = torch.stack([state.forward.gates[i].detach().reshape(-1) for i in range(len(self.costs))]) > 0.5
+        found = count(gates, flat, windows)
+        executed, read = found.executed.cpu(), found.keys.cpu()
         if state.kv == "drop":
             self.evicted += tokens - executed
-            for index, read in state.forward.keys_read.items():
-                counts[index] = float(read)
-        self.executed_keys += counts
+            for index, number in state.forward.keys_read.items():
+                read[index] = int(number)
+        self.executed += executed
+        self.executed_keys += read
+        self.calls += found.calls.cpu()
 
     def add_tokens(self, length: int, past: int, start: Tensor, valid: Tensor | None, *, routed: bool) -> None:
         """Count the tokens of a forward whose executed ones the native engine has counted already.
@@ -149,7 +137,7 @@ class RoutingStats:
                 "layer": i // 2 if layers else 0,
                 "kind": self.kinds[i],
                 "executed": float(self.executed[i]) / self.tokens if self.tokens else 1.0,
-                "rounded_up": float(self.calls[i, 3] / self.calls[i].sum().clamp(min=1)),
+                "rounded_up": float(self.calls[i, ROUNDED_UP] / self.calls[i].sum().clamp(min=1)),
             }
             for i in range(len(self.costs))
         ]

@@ -72,7 +72,6 @@ def engine_name(choice: EngineChoice | None) -> str:
 
 def _is_ordinary(model: Any) -> bool:
     """Whether its layers are those of a family, none of them lacking a part or sliced."""
-    from ..baselines.dropping import dropped_units
-    from ..baselines.sliced import sliced_width
+    from ..baselines.remaining import dropped_units, sliced_width
 
     return model.config.model_type in FAMILIES and not dropped_units(model) and sliced_width(model) is None

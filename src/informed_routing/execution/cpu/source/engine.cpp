@@ -231,10 +231,10 @@ struct Forward {
     }
 
     void select(int unit, bool decides) {
-        int n = 0;
-        for (int i = 0; i < rows; i++) n += s.gate[i];
-        const int kind = unit & 1;
-        int outcome = n == rows ? ALL : n ? SOME : NONE;
+        int n = 0, real = 0;
+        for (int i = 0; i < rows; i++) n += s.gate[i], real += c.valid ? c.valid[i] : 1;
+        const int kind = unit & 1, window = kind == 0 ? m.layers[unit / 2].window : 0;
+        int outcome = n >= real ? ALL : n ? SOME : NONE;  // as routing/counts.py has it
         // Executing more than the router asks never harms the text; it is done where skipping saves nothing sure.
         if (decides && n < rows && rows < c.prices.limit) {
             const Prices& p = c.prices;
@@ -253,7 +253,7 @@ struct Forward {
                 (s.gate[i] ? s.executed : s.approximated).push_back(i);
                 if (s.gate[i] && (!c.valid || c.valid[i])) {
                     c.executed[unit] += 1;
-                    const int seen = c.past + t + 1 - c.start[b], window = m.layers[unit / 2].window;
+                    const int seen = c.past + t + 1 - c.start[b];
                     c.executed_keys[unit] += window && window < seen ? window : seen;
                 }
             }

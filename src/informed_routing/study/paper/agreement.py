@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import get_args
 
+from ..effort import effort
 from .claims import Grids, claims
-from .effort import effort
 from .verdicts import NOT_MEASURED, Word
 
 

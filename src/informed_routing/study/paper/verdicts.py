@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from . import results
-from .results import Entry, Value
+from .. import results
+from ..results import Entry, Value
 
 Read = Callable[[Entry], Value | None]
 Side = tuple[str, float, bool]

@@ -13,17 +13,18 @@ from typing import Any
 import numpy as np
 from scipy.special import bdtrc, ndtr
 
-from ..errors import InputError
-from ..files import atomic as files
-from ..progress import NullProgress, Progress
-from ..whatif import estimators
-from ..whatif.arrays import Floats
-from ..whatif.boundaries import b0, b1, b4
-from ..whatif.closed_forms import NormalPair, normal_log_density
-from ..whatif.predict import Predictor
-from ..whatif.ratio_law import RatioLaw
+from ...errors import InputError
+from ...files import atomic as files
+from ...progress import NullProgress, Progress
+from ...whatif.arrays import Floats
+from ...whatif.boundary import b4
+from ...whatif.predict import Predictor
+from ...whatif.weights import ratios
 from . import synthetic_workload as synthetic
 from .importance_sampling_rates import Row, Table, infinite_variance, rates
+from .theory import estimators
+from .theory.boundaries import b0, b1
+from .theory.closed_forms import NormalPair, law_of_densities, normal_log_density
 
 LOANS, LOSS_LEVEL = 200, 20  # of the credit portfolio: its size, and the number of defaults to exceed
 DEFAULT_THRESHOLD, LOADING = -1.6449, 0.45  # a loan defaults when its part of the factor and noise falls below
@@ -233,7 +234,7 @@ def default_chance(factor: Floats) -> Floats:
 
 def _compare(log_w: Floats, y: Floats, truth: float, settings: Row, limits: dict[str, float]) -> Table:
     """Errors of the estimators over repeats: `log_w` and `y` are [repeats, n]."""
-    w = estimators.ratios(log_w)
+    w = ratios(log_w)
     z = w * y
     centred = w - w.mean(1, keepdims=True)
     slope = (z * centred).mean(1) / (centred**2).mean(1)
@@ -264,7 +265,7 @@ def _limits(pair: NormalPair, n: int, delta: float = 0.05) -> dict[str, float]:
     order = 2.0 if math.isfinite(pair.moment(2.0)) else (1 + pair.tail_index) / 2
     reach = 12 * max(pair.nominal_sd, pair.target_sd)
     grid = np.linspace(pair.nominal_mean - reach, pair.nominal_mean + reach, 40_001)
-    law = RatioLaw.of_densities(*pair.log_densities(grid), spacing=float(grid[1] - grid[0]))
+    law = law_of_densities(*pair.log_densities(grid), spacing=float(grid[1] - grid[0]))
     level = math.log(2 / delta)
     return {"B0": b0(n), "B1": b1(n, pair.moment(order), level, order), "B4": b4(law, n, level)}
 

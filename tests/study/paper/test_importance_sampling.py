@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from informed_routing.errors import InputError
-from informed_routing.study import importance_sampling as study
-from informed_routing.study import synthetic_workload as synthetic
+from informed_routing.study.paper import importance_sampling as study
+from informed_routing.study.paper import synthetic_workload as synthetic
 
 
 def pick(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from informed_routing.study.shapes import SHAPES, STATIC, _static_row, routed_costs
+from informed_routing.study.paper.shapes import SHAPES, STATIC, _static_row, routed_costs
 from informed_routing.study.tables import Row
 
 LLAMA = SHAPES["Llama-3.1-8B"]

@@ -1,4 +1,4 @@
-"""Concentration bounds T1 to T5 of the classical (LR) and the truncated (TLR, min(w, M)) estimator.
+"""Concentration bounds T1, T2, T4 and T5 of the classical (LR) and the truncated (TLR, min(w, M)) estimator.
 
 Notation: Z = w Y, u_a = E_Q |Z|^a <= B^a v_a, mu = E_P[Y], e the error, L = log(1/delta) per side. T1 and T2 show
 that LR with heavy-tailed ratios concentrates no faster than polynomially; T5 that TLR does exponentially.
@@ -40,20 +40,6 @@ def t2_one_jump_sharp(n: int, tail: float, slack: float, mean: float, moment: fl
 def t2_asymptote(n: int, error: float, tail_constant: float, tail_index: float) -> float:
     """(iii) P(LR - mu >= e) ~ n^(1-alpha) c e^-alpha when Q(Z > t) ~ c t^-alpha, alpha > 1."""
     return n ** (1 - tail_index) * tail_constant * error**-tail_index
-
-
-def t3_lower_tail(n: int, error: float, moment: float, order: float = 2.0) -> float:
-    """P(LR <= mu - e) for Y >= 0: exponential without truncation, with `moment` = u_a, a in (1, 2]."""
-    if order == 2.0:
-        return math.exp(-n * error**2 / (2 * moment))
-    smooth = 2 ** (1 - order)  # exp(-x) <= 1 - x + smooth x^a for x >= 0
-    rate = (order - 1) / order * error ** (order / (order - 1))
-    return math.exp(-n * rate * (order * smooth * moment) ** (-1 / (order - 1)))
-
-
-def t3_upper_limit(estimate: float, n: int, moment: float, log_level: float) -> float:
-    """An upper confidence limit of mu from LR for Y >= 0: LR + sqrt(2 u_2 L / n)."""
-    return estimate + math.sqrt(2 * moment * log_level / n)
 
 
 def t4_bias(boundary: float, moment: float, order: float = 2.0, outcome_bound: float = 1.0) -> float:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .arrays import Floats
+from ....whatif.arrays import Floats
+from ....whatif.ratio_law import RatioLaw
 
 
 @dataclass(frozen=True)
@@ -93,3 +94,8 @@ class NormalPair:
 def normal_log_density(x: Floats, mean: Floats | float, sd: float) -> Floats:
     """log N(x; mean, sd^2)."""
     return -0.5 * ((x - mean) / sd) ** 2 - math.log(sd) - 0.5 * math.log(2 * math.pi)
+
+
+def law_of_densities(log_p: Floats, log_q: Floats, spacing: float) -> RatioLaw:
+    """From log densities on an even grid of one variable that reaches far into both tails (trapezoidal rule)."""
+    return RatioLaw.of_atoms(log_p + np.log(spacing), log_q + np.log(spacing))

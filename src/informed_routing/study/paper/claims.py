@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from . import results, verdicts
-from .paper import value as printed
-from .results import Entry
+from .. import results
+from ..results import Entry
+from . import verdicts
+from .printed import value as printed
 from .verdicts import Read, Side, Verdict
 
 Grids = Mapping[str, Sequence[Entry]]

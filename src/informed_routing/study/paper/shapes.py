@@ -8,16 +8,16 @@ from typing import Any, Literal
 import torch
 from transformers import LlamaConfig
 
-from ..baselines.footprint import footprint
-from ..baselines.shapes import SlicedShapes, empty_model
-from ..baselines.static import shape_report
-from ..config.parts import KINDS, ForecasterConfig, RouterConfig, SelectionConfig
-from ..models.families import family_of
-from ..routing.costs import UnitCost, unit_costs
-from ..routing.routed_unit import RoutedUnit
-from ..routing.target import BudgetMeter
-from .results import Value
-from .tables import Block, Column, Row, Table
+from ...baselines.footprint import footprint
+from ...baselines.shapes import SlicedShapes, empty_model
+from ...baselines.static import shape_report
+from ...config.parts import KINDS, ForecasterConfig, RouterConfig, SelectionConfig
+from ...models.families import family_of
+from ...routing.costs import UnitCost, unit_costs
+from ...routing.routed_unit import RoutedUnit
+from ...routing.target import BudgetMeter
+from ..results import Value
+from ..tables import Block, Column, Row, Table
 
 _COMMON: dict[str, Any] = {"vocab_size": 128_256, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5}
 SHAPES: dict[str, LlamaConfig] = {

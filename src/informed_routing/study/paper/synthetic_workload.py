@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from ..whatif.arrays import Floats, Ints
-from ..whatif.metrics import MeanMetric, Metric, RatioMetric
-from ..whatif.workloads import AnyWorkload, Workload, workload_from_mapping
+from ...whatif.arrays import Floats, Ints
+from ...whatif.metrics import MeanMetric, Metric, RatioMetric
+from ...whatif.workloads import AnyWorkload, Workload, workload_from_mapping
 
 DOMAINS = ("chat", "prose", "code")
 UNITS = 60  # per token

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ..whatif import bounds
-from ..whatif.arrays import Floats
-from ..whatif.boundaries import b0, b1, b2, b3
-from ..whatif.closed_forms import ExponentialPair
+from ...whatif.arrays import Floats
+from .theory import bounds
+from .theory.boundaries import b0, b1, b2, b3
+from .theory.closed_forms import ExponentialPair
 
 Row = dict[str, Any]
 Table = list[Row]

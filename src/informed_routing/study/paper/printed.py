@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Printed:
-    """One printed row: `values` by column."""
-
-    method: str
-    recovered: bool
-    sparsity: float
-    values: dict[str, float]
+from ..reference import Printed
 
 
 @functools.cache
 def _content() -> dict[str, Any]:
     import yaml
 
-    content: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "paper.yaml").read_text(encoding="utf-8"))
+    content: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "printed.yaml").read_text(encoding="utf-8"))
     return content
 
 
