@@ -1,4 +1,4 @@
-"""When a native engine does a forward, and when it is left to the torch back ends."""
+"""The native engine that a model holds, and when it does a forward that is else left to the torch back ends."""
 
 from __future__ import annotations
 
