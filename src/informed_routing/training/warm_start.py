@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config.recipe import ObjectiveConfig
 from ..progress import NullProgress, Progress
 from ..routed_model import RoutedModelForCausalLM
 from ..routing.closed_form import Moments, solve
 from ..routing.decision import AlwaysExecute, DecisionRule, Threshold
+from ..routing.routers.base import Router
 from ..routing.state import Observation
 from ..routing.target import BudgetMeter
 from .calibrate import threshold_at
@@ -225,10 +226,9 @@ def _shift(margins: Tensor, meter: BudgetMeter, target: float) -> float:
     return (low + high) / 2
 
 
-def _write(router: nn.Module, weights: Tensor, constant: float) -> None:
+def _write(router: Router, weights: Tensor, constant: float) -> None:
     """Make a router's margin w x + c, split evenly over the two logits; its other hidden units start unread."""
-    outer = cast(nn.Linear, router.outer)
-    inner = cast("nn.Linear | None", router.inner)
+    outer, inner = router.outer, router.inner
     with torch.no_grad():
         outer.bias.copy_(torch.tensor([-0.5, 0.5]) * constant)
         if inner is None:
@@ -238,7 +238,9 @@ def _write(router: nn.Module, weights: Tensor, constant: float) -> None:
         # Share the scale between the layers, so that both learn at the same pace.
         norm = float(weights.norm().clamp(min=1e-12))
         half = norm**0.5
-        signs = [1.0, -1.0] if getattr(router, "kind", "") == "mlp" and inner.out_features > 1 else [1.0]
+        form = router.form()
+        halves = form is not None and form.relu and inner.out_features > 1  # relu(x) - relu(-x) is x
+        signs = [1.0, -1.0] if halves else [1.0]
         for row, sign in enumerate(signs):
             inner.weight[row].copy_(sign * weights / norm * half)
             inner.bias[row].zero_()
