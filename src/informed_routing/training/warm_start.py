@@ -27,7 +27,6 @@ from ..progress import NullProgress, Progress
 from ..routed_model import RoutedModelForCausalLM
 from ..routing.closed_form import Moments, solve
 from ..routing.decision import AlwaysExecute, DecisionRule, Threshold
-from ..routing.routers.base import Router
 from ..routing.state import Observation
 from ..routing.target import BudgetMeter
 from .calibrate import threshold_at
@@ -182,7 +181,7 @@ class _Statistics:
         shift = _shift(margins, meter, target)
         for unit, w, c in zip(self.model.units, weights, constants, strict=True):
             assert unit.router is not None
-            _write(unit.router, w * MARGIN_SCALE, c * MARGIN_SCALE - shift)
+            unit.router.take(w * MARGIN_SCALE, c * MARGIN_SCALE - shift)
         return {
             "explained": {
                 f"{what}_{kind}": round(sum(e[j] for e in explained[k::2]) / len(explained[k::2]), 4)
@@ -224,24 +223,3 @@ def _shift(margins: Tensor, meter: BudgetMeter, target: float) -> float:
         else:
             high = middle
     return (low + high) / 2
-
-
-def _write(router: Router, weights: Tensor, constant: float) -> None:
-    """Make a router's margin w x + c, split evenly over the two logits; its other hidden units start unread."""
-    outer, inner = router.outer, router.inner
-    with torch.no_grad():
-        outer.bias.copy_(torch.tensor([-0.5, 0.5]) * constant)
-        if inner is None:
-            outer.weight.copy_(torch.stack([-0.5 * weights, 0.5 * weights]))
-            return
-        outer.weight.zero_()
-        # Share the scale between the layers, so that both learn at the same pace.
-        norm = float(weights.norm().clamp(min=1e-12))
-        half = norm**0.5
-        form = router.form()
-        halves = form is not None and form.relu and inner.out_features > 1  # relu(x) - relu(-x) is x
-        signs = [1.0, -1.0] if halves else [1.0]
-        for row, sign in enumerate(signs):
-            inner.weight[row].copy_(sign * weights / norm * half)
-            inner.bias[row].zero_()
-            outer.weight[:, row].copy_(torch.tensor([-0.5, 0.5]) * sign * half)

@@ -36,6 +36,8 @@ class Router(nn.Module):
     widest: ClassVar[bool] = False
     """Whether the width may lie above the model's hidden size."""
     init_nonlinearity: ClassVar[str] = "relu"
+    carriers: ClassVar[tuple[float, ...]] = (1.0,)
+    """Signs of the hidden units that carry a linear margin (`take`); ReLU needs both."""
     ranks: ClassVar[bool] = False
     """Whether it has a score that ranks the tokens of a sequence (`score`), beside the logits of each."""
 
@@ -89,6 +91,26 @@ class Router(nn.Module):
     def margin(self, x: Tensor) -> Tensor:
         """logit(execute) - logit(approximate): [...] float32."""
         return margin_of(self(x))
+
+    def take(self, weights: Tensor, constant: float) -> None:
+        """Make the margin weights . x + constant (weights [d]), split evenly over the two logits.
+
+        Other hidden units start unread.
+        """
+        outer, inner = self.outer, self.inner
+        with torch.no_grad():
+            outer.bias.copy_(torch.tensor([-0.5, 0.5]) * constant)
+            if inner is None:
+                outer.weight.copy_(torch.stack([-0.5 * weights, 0.5 * weights]))
+                return
+            outer.weight.zero_()
+            # Share the scale between the layers, so that both learn at the same pace.
+            norm = float(weights.norm().clamp(min=1e-12))
+            half = norm**0.5
+            for row, sign in enumerate(self.carriers[: inner.out_features]):
+                inner.weight[row].copy_(sign * weights / norm * half)
+                inner.bias[row].zero_()
+                outer.weight[:, row].copy_(torch.tensor([-0.5, 0.5]) * sign * half)
 
     def score(self, x: Tensor) -> Tensor:
         """What ranks the tokens of a sequence, of a router that `ranks`: [...] float32."""

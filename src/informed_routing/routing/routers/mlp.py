@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -10,6 +12,8 @@ from .base import Router, RouterForm
 
 class MlpRouter(Router):
     """Logits W2 relu(W1 x + b1) + b2."""
+
+    carriers: ClassVar[tuple[float, ...]] = (1.0, -1.0)
 
     @classmethod
     def fitting_width(cls, hidden_size: int, forecaster_rank: int) -> int:

@@ -18,6 +18,7 @@ class RankingRouter(MlpRouter):
     its start. The predictor reads its input without a gradient.
     """
 
+    carriers = (1.0,)
     ranks = True
 
     def __init__(self, config: RouterConfig, hidden_size: int, forecaster_rank: int) -> None:
