@@ -20,23 +20,25 @@ LONGEST = 60  # lines
 
 @dataclass(frozen=True)
 class Change:
-    """A block of a guide: a new file, or lines for one that is there, after the one line that begins like `after`."""
+    """A block of a guide: a new file, or lines for one that is there, at the one line that begins like `line`."""
 
     path: str
-    after: str | None
+    how: str | None
+    """`after` that line, or `instead of` it."""
+    line: str | None
     text: str
 
     def apply(self, root: Path) -> None:
         path = root / self.path
-        if self.after is None:
+        if self.line is None:
             assert not path.exists(), f"{self.path} is there already"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(self.text, encoding="utf-8")
             return
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        places = [place for place, line in enumerate(lines) if line.strip().startswith(self.after)]
-        assert len(places) == 1, f"{self.path} has {len(places)} lines that begin with {self.after}"
-        lines.insert(places[0] + 1, self.text)
+        places = [place for place, line in enumerate(lines) if line.strip().startswith(self.line)]
+        assert len(places) == 1, f"{self.path} has {len(places)} lines that begin with {self.line}"
+        lines[places[0] + (self.how == "after") : places[0] + 1] = [self.text]
         path.write_text("".join(lines), encoding="utf-8")
 
 
@@ -47,9 +49,9 @@ def changes(page: Path) -> list[Change]:
         if not block.place.startswith(f"{page.relative_to(ROOT).as_posix()}:") or not block.language:
             continue
         heading, _, text = block.text.partition("\n")
-        match = re.fullmatch(r"(?:#|//) ([\w/.-]+)(?:, after `(.*)`)?", heading)
+        match = re.fullmatch(r"(?:#|//) ([\w/.-]+)(?:, (after|instead of) `(.*)`)?", heading)
         assert match is not None, f"{block.place}: {heading} names no file"
-        found.append(Change(match[1], match[2], text))
+        found.append(Change(match[1], match[2], match[3], text))
     return found
 
 

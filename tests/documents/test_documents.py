@@ -90,6 +90,12 @@ def test_options_of_a_part_of_a_command(command: Command) -> None:
             assert following in choices
 
 
+@pytest.mark.parametrize("page", documents(), ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert not [link for link in links if ":" not in link and not (page.parent / link).exists()]
+
+
 # -- make ----------------------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ from .harness_tasks import FEWSHOT_SEED, LocalFiles, load_task, local_files, qui
 from .perplexity import page_perplexity
 from .tasks import WIKITEXT, TaskSpec, subset
 
-__all__ = ["evaluate_tasks"]
+__all__ = ["TaskResult", "evaluate_tasks"]
 
 
 def evaluate_tasks(
