@@ -33,9 +33,9 @@ from informed_routing.cli.progress import make_progress
 from informed_routing.config.folder import ThresholdRow
 from informed_routing.config.parts import ForecasterConfig, RouterConfig
 from informed_routing.evaluation.environment import environment
-from informed_routing.execution.call import Rows
 from informed_routing.execution.gpu.engine import GpuEngine
 from informed_routing.execution.gpu.graph import Recorded
+from informed_routing.execution.rows import Rows
 from informed_routing.files.atomic import write_json
 from informed_routing.models.calls import cached
 from informed_routing.routed_model import RoutedModelForCausalLM

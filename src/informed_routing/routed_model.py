@@ -13,13 +13,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .config.folder import BaseModelReference, RoutingConfig, ThresholdRow
 from .config.kinds import kind, kinds_of
@@ -34,6 +33,7 @@ from .models.fingerprint import reference_to
 from .models.restore import all_or_nothing
 from .models.runtime_classes import made_by
 from .persistence.auto_config import RoutedConfig
+from .persistence.pretrained import FromRoutingFolder
 from .routing.costs import UnitCost, unit_costs
 from .routing.decision import AlwaysExecute, DecisionRule
 from .routing.dial import RANGE_SLACK
@@ -44,11 +44,10 @@ from .routing.stats import RoutingStats
 __all__ = ["RoutedModelForCausalLM"]
 
 if TYPE_CHECKING:
-    from .execution.call import Policy
-    from .execution.native import Weights
+    from .execution.engine import Policy, Weights
 
 
-class RoutedModelForCausalLM(PreTrainedModel):
+class RoutedModelForCausalLM(FromRoutingFolder):
     """Base of all routed models. Build one with `from_pretrained` (a routing folder) or `attach` (a live model)."""
 
     config_class = RoutedConfig
@@ -107,108 +106,6 @@ class RoutedModelForCausalLM(PreTrainedModel):
         raise InputError(
             "a routed model is not built from a configuration", "Use from_pretrained(folder), or attach(model)"
         )
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        dtype: torch.dtype | str | None = "auto",
-        device: torch.device | str | None = None,
-        base: str | Path | PreTrainedModel | None = None,
-        execution: Execution = "sparse",
-        kv: KeyValues | None = None,
-        merge_lora: bool = True,
-        trust_remote_code: bool | None = False,
-        attn_implementation: str | None = None,
-        device_map: Any = None,
-        torch_dtype: torch.dtype | str | None = None,
-        subfolder: str = "",
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-        config: PreTrainedConfig | None = None,
-        self_check: bool = True,
-        **options: Any,
-    ) -> RoutedModelForCausalLM:
-        """Load a routing folder (or a Hub id of one) onto its base model, at the sparsity it was trained for.
-
-        `base` overrides where the base model is; its weights and settings are checked all the same. A live model given
-        as `base` is changed in place, or left as it was when loading fails. A LoRA adapter in the folder is merged into
-        the base weights. `revision` and `subfolder` are those of the routing; the base model has its own. `device_map`
-        may name one device. Raises InputError for a missing or damaged folder, a wrong base model, and options of
-        transformers that routed models do not have; TypeError for options that nobody knows.
-        """
-        from .persistence import load_options
-        from .persistence.load import load
-
-        load_options.check_unknown(options)
-        load_options.check_execution(execution, kv, merge_lora, base)
-        wanted = load_options.chosen_dtype(None if torch_dtype is not None and dtype == "auto" else dtype, torch_dtype)
-        if isinstance(base, PreTrainedModel):
-            load_options.check_base_object(base, wanted, device, device_map)
-        hub = load_options.HubOptions(revision, token, cache_dir, bool(local_files_only), bool(force_download))
-        with nullcontext() if self_check else skipped():
-            return load(
-                pretrained_model_name_or_path,
-                attach=RoutedModelForCausalLM.attach,
-                dtype=wanted,
-                device=load_options.chosen_device(device, device_map),
-                base=base,
-                execution=execution,
-                kv=kv,
-                merge_lora=merge_lora,
-                trust_remote_code=bool(trust_remote_code),
-                attn_implementation=attn_implementation,
-                subfolder=subfolder or "",
-                config=config,
-                hub=hub,
-            )
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        push_to_hub: bool = False,
-        max_shard_size: int | str = "50GB",
-        variant: str | None = None,
-        token: str | bool | None = None,
-        *,
-        save_base: str | Path | None = None,
-        safe_serialization: bool = True,
-        repo_id: str | None = None,
-        **hub: Any,
-    ) -> None:
-        """Write the routing folder: configuration and the routers' and forecasters' tensors, not the base model.
-
-        Raises InputError when loading the folder would not give this model again: when the base weights are no longer
-        those that the routing refers to. `save_base` then names a new folder for the base model as it is now. An
-        adapter that the model was loaded with is written again. `state_dict` replaces the model's weights. With
-        `push_to_hub` the options of that method may be given too.
-        """
-        from .persistence.saving import check_hub_options, push, save_checked
-
-        check_hub_options(hub, pushed=push_to_hub, variant=variant, safe_serialization=safe_serialization)
-        if not is_main_process:
-            return
-        folder = Path(save_directory).expanduser()
-        save_checked(self, folder, state_dict=state_dict, save_base=save_base, max_shard_size=max_shard_size)
-        if push_to_hub:
-            push(self, repo_id or folder.absolute().name, token=token, folder=folder, **hub)
-
-    def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, **options: Any) -> Any:  # type: ignore[override]
-        """Upload the routing folder to the Hub.
-
-        Options: `private`, `revision`, `commit_message`, `commit_description`, `create_pr`, `max_shard_size`.
-        """
-        from .persistence.saving import check_hub_options, push
-
-        size = options.pop("max_shard_size", None)
-        check_hub_options(options, pushed=True)
-        return push(self, repo_id, token=token, max_shard_size="50GB" if size is None else size, **options)
 
     # -- parts ------------------------------------------------------------------------------------------
 

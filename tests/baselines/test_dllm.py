@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from informed_routing.baselines.dynamic import attach, recipe_of
 from informed_routing.config.recipe import RouteStage
 from informed_routing.errors import InputError
-from informed_routing.execution.native import native_reason
+from informed_routing.execution.choose import native_reason
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.routing.decision import AlwaysExecute, Given, GumbelSample, Threshold
 from informed_routing.routing.target import BudgetMeter

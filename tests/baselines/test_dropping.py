@@ -11,7 +11,8 @@ from tests.tiny import FAMILIES, make_tiny, random_ids
 from torch import Tensor
 from transformers import DynamicCache
 
-from informed_routing.baselines.dropping import UnitName, drop_units, dropped_units
+from informed_routing.baselines.dropping import drop_units
+from informed_routing.baselines.remaining import UnitName, dropped_units
 from informed_routing.errors import InputError
 from informed_routing.training.fit import enable_checkpointing
 

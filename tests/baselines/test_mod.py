@@ -17,7 +17,7 @@ from informed_routing.baselines.dynamic import recipe_of
 from informed_routing.config.parts import ForecasterConfig, RouterConfig
 from informed_routing.config.recipe import RouteStage
 from informed_routing.errors import InputError
-from informed_routing.execution.native import native_reason
+from informed_routing.execution.choose import native_reason
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.routing.decision import AlwaysExecute, Threshold, TopK
 from informed_routing.routing.routers.ranking import RankingRouter

@@ -13,7 +13,7 @@ from tests.tiny import make_tiny, random_ids
 from informed_routing.baselines.dynamic import attach, recipe_of
 from informed_routing.baselines.skipgpt import load_released
 from informed_routing.errors import InputError
-from informed_routing.execution.native import native_reason
+from informed_routing.execution.choose import native_reason
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.routing.decision import AlwaysExecute, DecisionRule, Threshold
 

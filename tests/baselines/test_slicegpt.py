@@ -12,7 +12,8 @@ from tests.routed import left_padded
 from tests.tiny import FAMILIES, make_tiny, random_ids
 from torch import Tensor
 
-from informed_routing.baselines.sliced import SLICEABLE, SlicedRMSNorm, reshape_sliced, sliced_width, untie_head
+from informed_routing.baselines.remaining import sliced_width
+from informed_routing.baselines.sliced import SLICEABLE, SlicedRMSNorm, reshape_sliced, untie_head
 from informed_routing.baselines.slicegpt import slice_model
 from informed_routing.errors import InputError
 from informed_routing.progress import NullProgress

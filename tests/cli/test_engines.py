@@ -54,9 +54,9 @@ def test_generate_says_which_engine_runs(
 def test_where_the_native_engine_cannot_run_the_reason_is_said(
     run: Run, routing_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from informed_routing.execution import native
+    from informed_routing.execution import choose
 
-    monkeypatch.setattr(native, "native_reason", lambda model, progress=None: "no C++ compiler was found")
+    monkeypatch.setattr(choose, "native_reason", lambda model, progress=None: "no C++ compiler was found")
     generated = run("generate", routing_folder, "--prompt", "the river", "-n", 2, "--json", "-", "-q")
     assert generated.json["result"]["engine"]["name"] == "torch sparse"
     timed = run("benchmark", routing_folder, *SMALL, "--data", text_file, "-s", 0.25, "--json", "-", "-q")

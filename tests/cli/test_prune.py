@@ -110,7 +110,7 @@ def test_a_run_that_dies_while_it_saves(
         if not first:
             shutil.rmtree(out)
         with monkeypatch.context() as patched:
-            patched.setattr("informed_routing.baselines.folder.write_json", killed)  # all but the last file is there
+            patched.setattr("informed_routing.baselines.writing.write_json", killed)  # all but the last file is there
             run(*command, *first).one_line_error(1)
         assert (out / "config.json").exists() == bool(first)
         assert run(*command, *again).code == 0

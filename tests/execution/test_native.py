@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from informed_routing.errors import InputError
 from informed_routing.execution.architecture import FAMILIES
-from informed_routing.execution.call import Rows
 from informed_routing.execution.cpu import availability, build
 from informed_routing.execution.cpu import engine as cpu_engine
 from informed_routing.execution.cpu.engine import CpuEngine
 from informed_routing.execution.cpu.packing import FORMATS, Packer, Weights
-from informed_routing.execution.cpu.prices import ROWS, PriceTable
-from informed_routing.execution.engine_cache import is_packed
+from informed_routing.execution.cpu.price_table import ROWS, PriceTable
+from informed_routing.execution.kv_layers import is_packed
+from informed_routing.execution.rows import Rows
 from informed_routing.models.calls import cache_of, cached
 from informed_routing.routing.decision import AlwaysExecute, Threshold
 from informed_routing.routing.limits import STORAGE
@@ -265,14 +265,14 @@ def test_policy_executes_whole_calls_where_skipping_costs_more() -> None:
 
 
 def test_measured_prices_are_kept(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from informed_routing.execution.cpu import prices
+    from informed_routing.execution.cpu import price_table
 
     model = make_routed("llama")
-    monkeypatch.setattr(prices, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(price_table, "cache_dir", lambda: tmp_path)
     first = native(model, policy="auto").table
     assert first is not None
     assert min(first.attention + first.ffn + first.forecaster) > 0
-    monkeypatch.setattr(prices, "measure", lambda engine: pytest.fail("measured twice"))
+    monkeypatch.setattr(price_table, "measure", lambda engine: pytest.fail("measured twice"))
     model.routing_state.native.engine = None
     assert native(model, policy="auto").table == first
     rows = first.per_row(first.ffn)
@@ -313,7 +313,7 @@ def test_without_a_compiler_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_failing_compiler_leaves_nothing_and_falls_back(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from informed_routing.execution.native import native_reason
+    from informed_routing.execution.choose import native_reason
 
     monkeypatch.setenv("INFORMED_ROUTING_CACHE", str(tmp_path))
     monkeypatch.setenv(build.FLAGS_VARIABLE, "--no-such-flag")

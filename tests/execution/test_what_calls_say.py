@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from informed_routing.errors import InputError
-from informed_routing.execution.engine_cache import is_packed
+from informed_routing.execution.kv_layers import is_packed
 from informed_routing.models import calls
 from informed_routing.routing.decision import Threshold
 

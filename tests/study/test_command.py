@@ -97,7 +97,7 @@ def test_shapes_are_written_too(
     run: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The table itself is tested in test_shapes.py: it takes a while."""
-    from informed_routing.study import shapes
+    from informed_routing.study.paper import shapes
     from informed_routing.study.results import Value
     from informed_routing.study.tables import Block, Column, Row, Table
 

@@ -7,17 +7,16 @@ import math
 import numpy as np
 import pytest
 
+from informed_routing.study.paper.theory.closed_forms import NormalPair, law_of_densities
 from informed_routing.whatif import betting, intervals
 from informed_routing.whatif.arrays import Floats
-from informed_routing.whatif.boundaries import b4
-from informed_routing.whatif.closed_forms import NormalPair
-from informed_routing.whatif.estimators import clipped
+from informed_routing.whatif.boundary import b4
 from informed_routing.whatif.intervals import Truncation
-from informed_routing.whatif.ratio_law import RatioLaw
+from informed_routing.whatif.weights import clipped
 
 PAIR = NormalPair(0, 1, 0.8, 1.1)
 GRID = np.linspace(-14, 14, 40_001)
-LAW = RatioLaw.of_densities(*PAIR.log_densities(GRID), spacing=float(GRID[1] - GRID[0]))
+LAW = law_of_densities(*PAIR.log_densities(GRID), spacing=float(GRID[1] - GRID[0]))
 TARGET = np.exp(PAIR.log_densities(GRID)[0]) * (GRID[1] - GRID[0])
 N, REPEATS, DELTA = 1000, 200, 0.05
 
@@ -80,19 +79,22 @@ def test_wealth_falls_with_the_candidate_so_that_the_limit_is_where_rejection_en
     assert (game.log_wealth(limits + 0.006 * (estimate - limits)) < level).all()  # and hardly short of it
 
 
-@pytest.mark.parametrize("method", ["betting", "bernstein"])
-def test_mean_intervals_cover(samples: tuple[Floats, Floats], method: intervals.Method) -> None:
+def mean_interval(weights: Floats, y: Floats, at: Truncation) -> tuple[Floats, Floats]:
+    return intervals.ratio_interval(weights, y, np.ones_like(y), at, DELTA)
+
+
+def test_mean_intervals_cover(samples: tuple[Floats, Floats]) -> None:
     x, log_w = samples
     truth = float(TARGET @ outcome(GRID))
     at = truncation(REPEATS)
     weights = clipped(log_w, at.boundary)
     inside, widths = [], []
     for row in range(REPEATS):
-        low, high = intervals.mean_interval(weights[[row]], outcome(x[row]), at.of_rows(slice(0, 1)), DELTA, method)
+        low, high = mean_interval(weights[[row]], outcome(x[row]), at.of_rows(slice(0, 1)))
         inside.append(low[0] <= truth <= high[0])
         widths.append(high[0] - low[0])
     assert np.mean(inside) >= 0.95
-    assert np.mean(widths) < (0.15 if method == "betting" else 0.35)
+    assert np.mean(widths) < 0.15
 
 
 def test_ratio_intervals_cover(samples: tuple[Floats, Floats]) -> None:
@@ -134,38 +136,11 @@ def test_quantiles_that_the_sample_cannot_bound_are_infinite() -> None:
     assert high[0] == math.inf
 
 
-def test_intervals_without_the_law_cover_and_are_wider(samples: tuple[Floats, Floats]) -> None:
-    x, log_w = samples
-    truth = float(TARGET @ outcome(GRID))
-    at = truncation(1)
-    inside, wider = [], []
-    for row in range(60):
-        low, high = intervals.interval_without_law(log_w[[row]], outcome(x[row]), DELTA)
-        known = intervals.mean_interval(clipped(log_w[[row]], at.boundary), outcome(x[row]), at, DELTA)
-        inside.append(low[0] <= truth <= high[0])
-        wider.append((high[0] - low[0]) / (known[1][0] - known[0][0]))
-    assert np.mean(inside) >= 0.95
-    assert np.median(wider) > 1.2
-
-
 def test_a_support_gap_stays_inside_the_interval() -> None:
     """A quarter of the target is out of reach and has outcome 1; what is reached has 0."""
     rng = np.random.default_rng(2)
     log_w = np.full((1, 2000), math.log(0.75))
     at = Truncation(np.ones(1), np.full(1, 0.25), np.full(1, 0.75**2))
-    low, high = intervals.mean_interval(np.exp(log_w), (rng.random(2000) < 0).astype(float), at, DELTA)
+    low, high = mean_interval(np.exp(log_w), (rng.random(2000) < 0).astype(float), at)
     assert low[0] == 0
     assert 0.25 <= high[0] < 0.27
-
-
-def test_bernstein_limits_solve_their_inequality(samples: tuple[Floats, Floats]) -> None:
-    x, log_w = (array[:5] for array in samples)
-    at = truncation(5)
-    weights, level = clipped(log_w, at.boundary), math.log(2 / DELTA)
-    gain, stake = weights * outcome(x), weights + at.lost_mass[:, None]
-    limits = intervals._bernstein_limits(gain, stake, at.boundary, level)
-    rest = gain - limits[:, None] * stake
-    n, tight = N, level + math.log(2)
-    slack = np.sqrt(2 * rest.var(1, ddof=1) * tight / n) + 7 * at.boundary * tight / (3 * (n - 1))
-    np.testing.assert_allclose(rest.mean(1) - slack, 0, atol=1e-9)
-    assert (limits > 0).all()

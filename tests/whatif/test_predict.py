@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from informed_routing.errors import InputError
-from informed_routing.study import synthetic_workload as synthetic
+from informed_routing.study.paper import synthetic_workload as synthetic
 from informed_routing.whatif import (
     MeanMetric,
     Metric,

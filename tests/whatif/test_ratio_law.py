@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 
-from informed_routing.study.synthetic_workload import workload
+from informed_routing.study.paper.synthetic_workload import workload
+from informed_routing.study.paper.theory.closed_forms import NormalPair, law_of_densities
 from informed_routing.whatif import ratio_law
-from informed_routing.whatif.closed_forms import ExponentialPair, NormalPair
 from informed_routing.whatif.ratio_law import NominalSupport, RatioLaw
 
 BOUNDARIES = np.geomspace(1.0, 200.0, 40)
@@ -17,33 +15,14 @@ BOUNDARIES = np.geomspace(1.0, 200.0, 40)
 
 def normal_law(pair: NormalPair, reach: float = 14.0) -> RatioLaw:
     grid = np.linspace(-reach, reach, 60_001)
-    return RatioLaw.of_densities(*pair.log_densities(grid), spacing=float(grid[1] - grid[0]))
+    return law_of_densities(*pair.log_densities(grid), spacing=float(grid[1] - grid[0]))
 
 
 @pytest.mark.parametrize("pair", [NormalPair(0, 1, 0.8, 1), NormalPair(0, 1, 0.3, 1.25), NormalPair(0, 1, -0.5, 0.7)])
 def test_normal_moments_have_their_closed_forms(pair: NormalPair) -> None:
     law = normal_law(pair)
-    for order in (1.3, 2.0):
-        assert law.moment(order) == pytest.approx(pair.moment(order), rel=1e-4)
     assert law.d2 == pytest.approx(pair.moment(2.0), rel=1e-4)
     assert law.kl == pytest.approx(pair.kl, rel=1e-6)
-    assert law.moment(1.0) == pytest.approx(1.0)
-
-
-def test_infinite_variance_begins_where_the_target_is_wider_by_root_two() -> None:
-    assert math.isfinite(NormalPair(0, 1, 0, 1.41).moment(2.0))
-    assert NormalPair(0, 1, 0, 1.42).moment(2.0) == math.inf
-    assert NormalPair(0, 1, 0, 1.42).tail_index < 2 < NormalPair(0, 1, 0, 1.41).tail_index
-
-
-def test_exponential_ratios_are_pareto() -> None:
-    pair = ExponentialPair(1.0, 0.6)
-    w = np.exp(pair.log_w(np.random.default_rng(0).exponential(size=1_000_000)))
-    for t in (1.0, 2.0, 5.0):
-        assert float((w > t).mean()) == pytest.approx(float(pair.tail(t)), rel=0.02)
-    assert float((w**1.5).mean()) == pytest.approx(pair.moment(1.5), rel=0.01)
-    assert 1 - float(np.minimum(w, 3.0).mean()) == pytest.approx(pair.lost_mass(3.0), abs=4e-3)
-    assert pair.moment(2.5) == math.inf
 
 
 def test_lost_mass_is_the_same_seen_from_the_target_and_from_the_nominal() -> None:
@@ -64,7 +43,6 @@ def test_lost_mass_falls_and_the_second_moment_grows_with_the_boundary(sigma: fl
     assert (np.diff(lost) <= 1e-15).all()
     assert (np.diff(second) >= -1e-12).all()
     assert second[-1] <= law.d2
-    assert law.mass_above(math.log(5.0)) <= law.mass_above(math.log(2.0)) <= 1
 
 
 def test_a_target_beyond_the_support_has_mass_outside() -> None:

@@ -13,6 +13,7 @@ from informed_routing.assets.columns import COLUMNS, TextColumn, choose
 from informed_routing.assets.encodings import lines, mended
 from informed_routing.assets.gguf import first_line
 from informed_routing.errors import InputError, WorkError
+from informed_routing.extras import need
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".parquet", ".txt")
 _PACKED = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zip": "zip", ".lz4": "lz4", ".br": "brotli"}
@@ -27,6 +28,7 @@ def read_documents(ref: str) -> Iterator[str]:
     `file.jsonl:column` and `*.parquet:column` choose a column. All files of a glob have their text in one column.
     Raises `InputError` when nothing is there or it cannot be read as text.
     """
+    need_reader(ref)
     named = None if exists(ref) else _FILE_COLUMN.fullmatch(ref)
     name, column = (named["file"], named["column"]) if named else (ref, "")
     if paths := _files(name):
@@ -37,6 +39,20 @@ def read_documents(ref: str) -> Iterator[str]:
         yield from _read_hub(ref)
     else:
         raise InputError(f"Data {ref!r} is neither a file nor the name of a data set", _remedy())
+
+
+def need_reader(ref: str) -> None:
+    """Raise MissingExtra if a file, glob or Hub set takes a package that is not installed. Nothing is read."""
+    named = None if exists(ref) else _FILE_COLUMN.fullmatch(ref)
+    name = named["file"] if named else ref
+    paths = [name] if exists(name) else _glob(name)
+    for path in paths:
+        if path.endswith(".parquet"):
+            need("pyarrow", extra="data", for_what="Parquet files")
+        elif path.endswith(".zst"):
+            need("zstandard", extra="data", for_what="Files packed with zstd")
+    if not paths and not name.endswith(SUFFIXES) and _HUB.fullmatch(ref) and not _below_a_folder(ref):
+        need("datasets", extra="data", for_what="Data sets of the Hub")
 
 
 def exists(ref: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Literal, get_args
 
-from informed_routing.assets.readers import matches, merge_short, read_documents
+from informed_routing.assets.readers import matches, merge_short, need_reader, read_documents
 from informed_routing.assets.wheels import TEXT_FILES, fetch_wheel_file
 from informed_routing.errors import InputError
 
@@ -38,6 +38,13 @@ def load_texts(ref: str | Sequence[str], split: Split = "train", *, limit: int |
     if split not in get_args(Split):
         raise InputError(f"Unknown split {split!r}", f"Use {', '.join(get_args(Split))}")
     return _alternate([_one_source(source, split, limit) for source in sources(ref)])
+
+
+def check_readers(ref: str | Sequence[str]) -> None:
+    """Raise MissingExtra if a text takes a package that is not installed. Nothing is read."""
+    for source in sources(ref):
+        if not source.startswith("demo:"):
+            need_reader(source)
 
 
 def sources(ref: str | Sequence[str]) -> list[str]:

@@ -14,16 +14,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..config.parts import UnitKind
 from ..errors import InputError
 from ..models import calls
-from ..models.families import family_of
 from ..models.runtime_classes import made_by
 from ..models.units import Unit
+from .remaining import UnitName, units_of
 from .reshaped import mark_reshaped
-
-UnitName = tuple[int, UnitKind]
-"""A unit of a model: layer index and kind."""
 
 Observer = Callable[[int, Unit, Tensor, Tensor], None]
 """Gets layer index, unit, and the residual stream [B, N, d] before and after the unit."""
@@ -104,23 +100,6 @@ def partial_layer_class(base: type[nn.Module]) -> type[nn.Module]:
     }
     names |= {"__module__": __name__, **made_by(partial_layer_class, base)}
     return type(f"Partial{base.__name__}", (base,), names)
-
-
-def units_of(model: Any) -> tuple[Unit, Unit]:
-    """Attention and FFN of the model's family."""
-    family = family_of(model.config.model_type)
-    return Unit("attention", family), Unit("ffn", family)
-
-
-def dropped_units(model: Any) -> list[UnitName]:
-    """The units that were dropped from a model, in order."""
-    units = units_of(model)
-    return [
-        (index, unit.kind)
-        for index, layer in enumerate(model.model.layers)
-        for unit in units
-        if unit not in getattr(layer, "kept_units", units)
-    ]
 
 
 def drop_units(model: Any, dropped: Collection[UnitName]) -> None:

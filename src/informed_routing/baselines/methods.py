@@ -17,7 +17,8 @@ from ..errors import InputError
 from ..progress import Progress
 from . import scores
 from .depth_pruning import remove_layers
-from .dropping import UnitName, drop_units
+from .dropping import drop_units
+from .remaining import UnitName
 from .shapes import Measure
 
 

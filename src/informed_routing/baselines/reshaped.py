@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..models.runtime_classes import made_by
+from .writing import save_static
 
 
 def mark_reshaped(model: Any) -> None:
@@ -32,6 +33,4 @@ def _save(self: Any, save_directory: str | Path, is_main_process: bool = True, *
     if unknown:
         raise TypeError(f"a dropped or sliced model is saved without {', '.join(unknown)}: leave it out")
     if is_main_process:
-        from .folder import save_static
-
         save_static(self, None, save_directory)

@@ -18,7 +18,8 @@ from ..evaluation.perplexity import token_perplexity
 from ..models.units import Unit
 from ..progress import Progress
 from ..training.objectives import lm_head, next_token_loss
-from .dropping import UnitName, observing, running
+from .dropping import observing, running
+from .remaining import UnitName
 
 
 def block_influence(

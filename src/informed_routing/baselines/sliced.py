@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..models import calls
 from ..models.runtime_classes import made_by
 from ..models.units import Unit
-from .dropping import units_of
+from .remaining import units_of
 from .reshaped import mark_reshaped
 
 SLICEABLE = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -108,11 +108,6 @@ def reshape_sliced(model: Any, width: int) -> None:
         layer.__class__ = sliced_layer_class(type(layer))  # type: ignore[arg-type]
     decoder.norm = SlicedRMSNorm(full, decoder.norm.variance_epsilon)
     mark_reshaped(model)
-
-
-def sliced_width(model: Any) -> int | None:
-    """The width that a model was sliced to; None if it was not."""
-    return model.config.hidden_size if isinstance(model.model.norm, SlicedRMSNorm) else None
 
 
 def untie_head(model: Any) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..models.calls import Call, read
 from ..progress import Progress
-from .dropping import units_of
+from .remaining import units_of
 from .sliced import READS, WRITES, check_sliceable, reshape_sliced, shortcut_name
 
 

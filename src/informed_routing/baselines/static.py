@@ -25,14 +25,15 @@ from ..config.types import describe
 from ..errors import InputError, WorkError
 from ..evaluation.numbers import not_finite
 from ..progress import NullProgress, Progress
-from .dropping import dropped_units
-from .folder import is_static_folder, load_static, save_static
 from .footprint import footprint
+from .loading import load_static
 from .methods import METHODS, DropMethod, RankedMethod, SliceMethod, SliceSettings
+from .remaining import dropped_units, sliced_width
 from .report import PruneReport
 from .shapes import SlicedShapes, empty_model
-from .sliced import reshape_sliced, sliced_width
+from .sliced import reshape_sliced
 from .slicegpt import slice_model
+from .writing import is_static_folder, save_static
 
 __all__ = ["METHODS", "PruneReport", "is_static_folder", "load_static", "prune", "save_static", "shape_report"]
 

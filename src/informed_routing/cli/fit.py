@@ -115,8 +115,10 @@ def fit(
     if chosen.start:
         _refuse_idle_flags(chosen.stages, {"--rank": rank, "--router": router}, budget, sparsity)
     with session("fit", common, chosen.seed) as run:
+        from informed_routing.assets.text import check_readers
         from informed_routing.training.fit import fit as run_fit
 
+        check_readers(chosen.data)
         report = run_fit(
             chosen,
             out,

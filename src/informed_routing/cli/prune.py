@@ -69,6 +69,7 @@ def prune(
         from hashlib import sha256
 
         from informed_routing.assets import load_model
+        from informed_routing.assets.text import check_readers
         from informed_routing.baselines.recovery import recover
         from informed_routing.baselines.saving import RECOVERY_FILE, begin, check_folder, check_inputs
         from informed_routing.baselines.static import prune as run_prune
@@ -82,6 +83,7 @@ def prune(
         lora = {"steps": max(recovery_steps, 1), "batch_size": batch_size, "sequence_length": sequence_length}
         recovery = Recipe.from_mapping({"lora": lora}).lora  # a bad value is refused before anything runs
         texts = data or Recipe.from_mapping({}).data
+        check_readers(texts)
         check_apart_from(out, model)
         described = {
             "model": model,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from informed_routing.errors import InputError, WorkError
+from informed_routing.extras import need
 
 from .arguments import check_folder
 from .common import Common, Session, check_at_least, session, with_common
@@ -108,6 +109,7 @@ def study(
         if dry_run:
             _dry_run(run, chosen, store)
             return
+        need("matplotlib", extra="study", for_what="Plots of a study")
         failed: dict[str, str] = {}
         if speed:
             _speed(run, grids, expanded, set(chosen), store)
@@ -144,6 +146,7 @@ def _refuse_idle(names: Sequence[str], *groups: Mapping[str, Any]) -> None:
 def _check_references(cells: Sequence[Cell], store: Store) -> None:
     """Raise InputError for models, texts and tasks that cells still to be run need and that are not there."""
     from informed_routing.assets import resolve_model
+    from informed_routing.assets.text import check_readers
     from informed_routing.evaluation.harness_tasks import local_files
     from informed_routing.evaluation.tasks import WIKITEXT, TaskSpec
     from informed_routing.study.identity import check_text
@@ -153,8 +156,11 @@ def _check_references(cells: Sequence[Cell], store: Store) -> None:
         resolve_model(model)
     for text in dict.fromkeys(text for cell in waiting for text in cell.training["data"]):
         check_text(text)
+        check_readers(text)
     for cell in {(cell.data_dir, cell.evaluation.tasks, cell.evaluation.wikitext): cell for cell in waiting}.values():
         tasks = [*cell.evaluation.tasks, *([WIKITEXT] if cell.evaluation.wikitext else [])]
+        if tasks:
+            need("lm_eval", extra="study", for_what="Tasks of a study")
         if cell.data_dir is not None:
             for task in tasks:
                 local_files(TaskSpec.parse(task), Path(cell.data_dir))
@@ -223,10 +229,11 @@ def _speed(
 
 def _finish(run: Session, grids: Sequence[Grid], expanded: dict[str, list[Cell]], store: Store) -> None:
     """Write the tables and show them."""
+    from informed_routing.study.paper.entry import Paper
     from informed_routing.study.report import write_report
 
     cells = [cell for found in expanded.values() for cell in found]
-    _tables(run, write_report(grids, expanded, store), _models(cells))
+    _tables(run, write_report(grids, expanded, store, Paper()), _models(cells))
 
 
 def _tables(run: Session, report: Report, model: str) -> None:
@@ -242,21 +249,19 @@ def _tables(run: Session, report: Report, model: str) -> None:
 
 
 def _shapes(run: Session, out: Path) -> None:
-    from informed_routing.study.report import Report, write_table
-    from informed_routing.study.shapes import shape_table
+    from informed_routing.study.paper.entry import write_shapes
 
-    report = Report([], {}, [])
-    write_table(shape_table(), out, report)
-    _tables(run, report, "shapes")
+    _tables(run, write_shapes(out), "shapes")
 
 
 def _importance_sampling(run: Session, out: Path) -> None:
     """Minutes on one core; writes tables and figures into `out`."""
-    from informed_routing.study.importance_sampling import run as run_experiments
+    need("arviz_stats", "matplotlib", "scipy", extra="study", for_what="Experiments of importance sampling")
+    from informed_routing.study.paper.entry import write_importance_sampling
 
-    results = run_experiments(out, progress=run.progress)
+    rows = write_importance_sampling(out, run.progress)
     run.finish(
-        {"experiments": {name: len(rows) for name, rows in results.items()}},
+        {"experiments": rows},
         lambda console: console.print(f"Written: {out / 'importance_sampling.md'}", soft_wrap=True),
         model="",
         dtype="float64",

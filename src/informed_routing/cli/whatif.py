@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from informed_routing.errors import InputError
-from informed_routing.files.user_files import file_name
-from informed_routing.finite import written
+from informed_routing.extras import need
 
 from .arguments import check_file, check_folder, named_values
 from .common import (
@@ -29,7 +28,9 @@ from .common import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from informed_routing.whatif import AnyWorkload, Metric, Predictions
+    from informed_routing.whatif import Metric, Predictions
+    from informed_routing.whatif.check import Comparison
+    from informed_routing.whatif.measure import Dial
 
     from .loading import Loaded
 
@@ -81,17 +82,18 @@ def measure(
     check_sparsities([] if sparsity is None else [sparsity])
     check_file("--out", out)
     with session("whatif measure", common) as run:
-        from informed_routing.evaluation.workload import read_rows
+        _need_extra()
         from informed_routing.whatif import read_workload
+        from informed_routing.whatif.measure import Measurer, domain_texts
 
         if out.exists() and not resume:
             raise InputError(f"{out} exists", "Give another --out, or --resume to go on with it")
         nominal = read_workload(workload)
-        texts = _texts([nominal], domain)
+        texts = domain_texts([nominal], _domains(domain))
         _check_dial(folder, sparsity, budget)
         loaded = _loaded(folder, run, execution, weights, base)
-        _run_workload(run, loaded, nominal, prompts, out, resume, sparsity, budget, texts)
-        rows = read_rows(out)
+        measurer = Measurer(loaded.model, loaded.tokenizer, texts, run.seed, run.progress)
+        rows = measurer.run(nominal, prompts, _dial(loaded, sparsity, budget), out, resume=resume)
         executed, possible = (sum(getattr(row, name) for row in rows) for name in ("executed", "possible"))
         result = {"table": str(out), "prompts": len(rows), "executed_fraction": executed / possible}
         run.finish(
@@ -127,15 +129,16 @@ def predict(
     if plot is not None:
         check_file("--plot", plot)
     with session("whatif predict", common) as run:
+        _need_extra()
         from informed_routing.whatif import predict as run_predict
         from informed_routing.whatif import read_workloads
+        from informed_routing.whatif.measure import measured_workload
         from informed_routing.whatif.plot import check_plot
 
         check_plot(plot)
-        nominal = _nominal(table, workload)
         found = run_predict(
             table,
-            nominal,
+            measured_workload(table, workload),
             read_workloads(targets),
             _metrics(metrics),
             delta=delta,
@@ -176,35 +179,24 @@ def check(
     check_at_least("--prompts", [prompts], 1)
     check_folder("--out", out)
     with session("whatif check", common) as run:
+        _need_extra()
         from informed_routing.whatif import predict as run_predict
         from informed_routing.whatif import read_workloads
+        from informed_routing.whatif.check import check as run_check
+        from informed_routing.whatif.check import named_targets
+        from informed_routing.whatif.measure import Measurer, about_table, domain_texts, measured_workload
 
-        nominal, everything, wanted = _nominal(table, workload), read_workloads(targets), _metrics(metrics)
-        chosen = everything
-        if only:
-            known = [target.name for target in chosen]
-            for name in only:
-                if name not in known:
-                    raise InputError(f"no target is called {name}", f"There are {', '.join(known)}")
-            chosen = [target for target in chosen if target.name in only]
-        for target in chosen:
-            file_name(target.name, "the target")
-        texts = _texts(chosen, domain, everything)
-        about = _about(table)
+        nominal, everything, wanted = measured_workload(table, workload), read_workloads(targets), _metrics(metrics)
+        chosen = named_targets(everything, only or ())
+        texts = domain_texts(chosen, _domains(domain), everything)
+        about = about_table(table)
         predicted = run_predict(table, nominal, chosen, wanted, delta=delta, seed=run.seed, progress=run.progress)
         loaded = _loaded(folder, run, execution, weights, base)
-        rows: list[dict[str, Any]] = []
-        for target in chosen:
-            own = out / f"{target.name}.parquet"
-            dial = (about.get("sparsity"), about.get("budget"))
-            _run_workload(run, loaded, target, prompts, own, own.exists(), *dial, texts)
-            direct = run_predict(own, target, [target], wanted, delta=delta, seed=run.seed)
-            for one in wanted:
-                rows.append(compared(predicted.row(target.name, one.name), direct.row(target.name, one.name)))
-        limits = ("lower", "upper")  # a quantile's may be infinite
-        shown = [{**row, **{name: written(row[name]) for name in limits}} for row in rows]
-        result = {"prompts": prompts, "rows": shown}
-        run.finish(result, lambda console: show_check(console, rows), model=folder, dtype=dtype_name(loaded.model))
+        dial = _dial(loaded, about.get("sparsity"), about.get("budget"))
+        measurer = Measurer(loaded.model, loaded.tokenizer, texts, run.seed, run.progress)
+        found = run_check(predicted, chosen, wanted, measurer, dial, out, prompts)
+        result = {"prompts": prompts, "rows": [one.as_dict() for one in found]}
+        run.finish(result, lambda console: show_check(console, found), model=folder, dtype=dtype_name(loaded.model))
 
 
 for command in (measure, predict, check):
@@ -212,6 +204,10 @@ for command in (measure, predict, check):
 
 
 # -- shared by the commands -----------------------------------------------------------------------------------
+
+
+def _need_extra() -> None:
+    need("arviz_stats", "pyarrow", "scipy", extra="whatif", for_what="The `whatif` commands")
 
 
 def _loaded(folder: str, run: Session, execution: Any, weights: Any, base: str | None) -> Loaded:
@@ -230,29 +226,6 @@ def _check_dial(folder: str, sparsity: float | None, budget: str | None) -> None
     check_shares(folder, check_sparsities([] if sparsity is None else [sparsity]), budget)
 
 
-def _nominal(table: Path, workload: Path | None) -> AnyWorkload:
-    """The workload that a table was measured with: the one given, else the one stored in it."""
-    from informed_routing.whatif import read_workload, workload_from_mapping
-
-    if workload is not None:
-        return read_workload(workload)
-    if not table.exists():
-        raise InputError(f"table {table} does not exist", "Run `informed-routing whatif measure` first")
-    stored = _about(table).get("workload")
-    if stored is None:
-        raise InputError(f"{table} does not say which workload it was measured with", "Give --workload")
-    return workload_from_mapping(stored)
-
-
-def _about(table: Path) -> Mapping[str, Any]:
-    """What was stored beside the rows of a table. Raises InputError for a damaged one."""
-    from informed_routing.evaluation.workload import read_about
-    from informed_routing.whatif.table import readable
-
-    with readable(table):
-        return read_about(table)
-
-
 def _metrics(path: Path | None) -> Sequence[Metric]:
     from informed_routing.whatif import DEFAULT_METRICS, metrics_from_sequence
     from informed_routing.whatif.settings import read_yaml
@@ -260,90 +233,19 @@ def _metrics(path: Path | None) -> Sequence[Metric]:
     return DEFAULT_METRICS if path is None else metrics_from_sequence(read_yaml(path, "metrics file"))
 
 
-def _run_workload(
-    run: Session,
-    loaded: Loaded,
-    workload: AnyWorkload,
-    prompts: int,
-    out: Path,
-    resume: bool,
-    sparsity: float | None,
-    budget: Any,
-    texts: Mapping[str, str],
-) -> None:
-    """Sample requests of a workload and measure them."""
-    import numpy
-
-    from informed_routing.evaluation.workload import Request, measure_workload
-
-    config = loaded.model.routing_config
-    target = check_sparsities([config.sparsity if sparsity is None else sparsity])[0]
-    inputs = workload.sample(prompts, numpy.random.default_rng(run.seed))
-    columns = (inputs.domain.tolist(), inputs.prompt_tokens.tolist(), inputs.output_tokens.tolist())
-    requests = [Request(*request) for request in zip(*columns, strict=True)]
-    measure_workload(
-        loaded.model,
-        _streams(loaded.tokenizer, sorted(set(columns[0])), texts),
-        requests,
-        sparsity=target,
-        budget=budget,
-        seed=run.seed,
-        out=out,
-        resume=resume,
-        about={"workload": workload.model_dump(mode="json"), "sparsity": target, "budget": budget, "seed": run.seed},
-        progress=run.progress,
-    )
+def _domains(given: Sequence[str] | None) -> Mapping[str, str]:
+    return named_values(given or (), "--domain", "wiki=demo:wiki")
 
 
-def _texts(
-    workloads: Sequence[AnyWorkload], given: Sequence[str] | None, known: Sequence[AnyWorkload] = ()
-) -> Mapping[str, str]:
-    """The text of each domain of the workloads. InputError for one without, and for text of no domain that is known."""
-    from informed_routing.assets.text import DEMO_TEXTS
+def _dial(loaded: Loaded, sparsity: float | None, budget: Any) -> Dial:
+    """What was asked for, else the share that the model was fitted for."""
+    from informed_routing.whatif.measure import Dial
 
-    texts = named_values(given or (), "--domain", "wiki=demo:wiki")
-    names = sorted({name for workload in workloads for name in workload.support()})
-    possible = {name for workload in (*workloads, *known) for name in workload.support()}
-    for name in texts:
-        if name not in possible:
-            raise InputError(f"--domain {name}: no workload has such a domain", f"There are {', '.join(names)}")
-    for name in names:
-        if name not in texts and f"demo:{name}" not in DEMO_TEXTS:
-            raise InputError(f"domain {name!r} has no text", f"Give --domain {name}=DATA")
-    return {name: texts.get(name, f"demo:{name}") for name in names}
-
-
-def _streams(tokenizer: Any, names: Sequence[str], texts: Mapping[str, str]) -> Mapping[str, Any]:
-    """The held-out text of each domain as one stream of tokens."""
-    import torch
-
-    from informed_routing.assets import load_texts
-
-    streams = {}
-    for name in names:
-        documents = load_texts(texts[name], "heldout")
-        ids = [tokenizer.encode(document, add_special_tokens=False) for document in documents]
-        streams[name] = torch.tensor([token for document in ids for token in document], dtype=torch.long)
-    return streams
+    share = loaded.model.routing_config.sparsity if sparsity is None else sparsity
+    return Dial(check_sparsities([share])[0], budget)
 
 
 # -- for people -----------------------------------------------------------------------------------------------
-
-
-def compared(predicted: Any, direct: Any) -> dict[str, Any]:
-    """A prediction beside the direct measurement of the same target and metric."""
-    measured = direct.truncated_self_normalised
-    return {
-        "target": predicted.target,
-        "metric": predicted.metric,
-        "estimate": predicted.estimate,
-        "lower": predicted.lower,
-        "upper": predicted.upper,
-        "colour": predicted.colour,
-        "direct": measured,
-        "direct_standard_error": direct.standard_error,
-        "covered": predicted.lower <= measured <= predicted.upper,
-    }
 
 
 _STYLES = {"green": "green", "amber": "yellow", "red": "red"}
@@ -368,14 +270,14 @@ def show(console: Console, found: Predictions) -> None:
             console.print(f"{row.target}, {row.metric}: {'; '.join(row.reasons)}. {row.advice}", soft_wrap=True)
 
 
-def show_check(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+def show_check(console: Console, rows: Sequence[Comparison]) -> None:
     """Predictions beside direct measurements."""
     from .tables import new_table
 
     table = new_table("Predicted and measured", ["target", "metric", "predicted", "interval", "measured", "inside"], 2)
     for row in rows:
-        estimate = row["colour"] if row["estimate"] is None else f"{row['estimate']:.4g}"
-        measured = f"{row['direct']:.4g} ± {row['direct_standard_error']:.2g}"
-        interval = f"{row['lower']:.4g} to {row['upper']:.4g}"
-        table.add_row(row["target"], row["metric"], estimate, interval, measured, "yes" if row["covered"] else "NO")
+        estimate = row.colour if row.estimate is None else f"{row.estimate:.4g}"
+        measured = f"{row.direct:.4g} ± {row.direct_standard_error:.2g}"
+        interval = f"{row.lower:.4g} to {row.upper:.4g}"
+        table.add_row(row.target, row.metric, estimate, interval, measured, "yes" if row.covered else "NO")
     console.print(table)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from informed_routing.errors import InputError, WorkError
 from informed_routing.progress import NullProgress, Progress
@@ -25,6 +25,9 @@ from .harness_results import ResultFolder, TaskResult, model_key
 from .harness_tasks import FEWSHOT_SEED, LocalFiles, load_task, local_files, quiet_harness, require_harness
 from .perplexity import page_perplexity
 from .tasks import WIKITEXT, TaskSpec, subset
+
+if TYPE_CHECKING:
+    from informed_routing.execution.native import NativeExecution
 
 __all__ = ["TaskResult", "evaluate_tasks"]
 
@@ -167,13 +170,10 @@ def _as_decided(model: Any) -> Iterator[None]:
     state, was_training = getattr(model, "routing_state", None), model.training
     if state is not None and state.decision.random:
         raise InputError("the model samples its decisions", "Call set_sparsity, which decides by threshold")
-    native = getattr(state, "native", None)
-    exact = nullcontext()
-    if state is not None and native is not None and native.policy != "exact":
-        exact = state.using(native=type(native)(native.weights, native.threads, policy="exact"))
+    native: NativeExecution | None = getattr(state, "native", None)
     model.eval()
     try:
-        with exact:
+        with nullcontext() if native is None else native.exactly():
             yield
     finally:
         model.train(was_training)

@@ -18,13 +18,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from informed_routing.errors import InputError
+from informed_routing.extras import need
 
 from .tasks import HEADLINES, WIKITEXT, TaskSpec
 
@@ -38,9 +38,8 @@ _FORMATS = {".jsonl": "json", ".parquet": "parquet"}
 
 
 def require_harness() -> str:
-    """The version of lm-evaluation-harness. Raises InputError, saying what to install, when it is missing."""
-    if find_spec("lm_eval") is None:
-        raise InputError("lm-evaluation-harness is not installed", 'Run: pip install "informed-routing[eval]"')
+    """The version of lm-evaluation-harness. Raises MissingExtra, saying what to install, when it is missing."""
+    need("lm_eval", extra="eval", for_what="Tasks of lm-evaluation-harness")
     return version("lm_eval")
 
 

@@ -11,7 +11,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -136,7 +136,7 @@ def benchmark_rows(
     `engines` hold the same base model on one device; those that route run dense and at every sparsity. `text` int64
     `[tokens]` is real text, since what is approximated depends on it (it is repeated when too short). Prefill is
     measured once per batch and prompt length; a `new_tokens` of 0 gives no decode rows. Decode rows carry
-    `new_tokens`, all rows `weights`, and with `profile` those of the native engine `phase_seconds`, besides the
+    `new_tokens`, all rows `weights`, and with `profile` those of an engine with `phases` `phase_seconds`, besides the
     fields that all have. Speed-ups are against the fastest dense engine with the same weights; limits are the roofline
     of the row's own engine. Weights do not change meanwhile: engines compare them once, as `generate` does for each
     text. Raises InputError for settings that cannot be measured, WorkError where an engine's logits
@@ -263,10 +263,9 @@ def _realised(engine: Engine, workload: Workload, case: _Case, sparsity: float, 
     state = workload.prepare()
     model = engine.model
     model.reset_routing_stats()
-    native = None if getattr(engine, "holder", None) is None else engine.holder.of(model)  # type: ignore[attr-defined]
-    if profile and native is not None:
-        native.profile()
-    workload.run(state)
+    native = engine.native if profile else None
+    with nullcontext({}) if native is None else native.profiled() as phases:
+        workload.run(state)
     stats = model.stats
     limit = 1.0
     if sparsity:
@@ -278,9 +277,8 @@ def _realised(engine: Engine, workload: Workload, case: _Case, sparsity: float, 
     }
     if stats.routed:
         found["rounded_up"] = float(stats.calls[:, 3].sum() / stats.calls.sum().clamp(min=1))
-    if profile and native is not None:
-        found["phase_seconds"] = native.phase_seconds()
-        native.seconds = None
+    if phases:
+        found["phase_seconds"] = dict(phases)
     return found
 
 

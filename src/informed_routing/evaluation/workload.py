@@ -23,6 +23,7 @@ from transformers import DynamicCache
 from informed_routing.errors import InputError
 from informed_routing.evaluation.numbers import not_finite
 from informed_routing.execution.changes import unchanging
+from informed_routing.extras import need
 from informed_routing.files.atomic import remove_left_overs, write_atomically
 from informed_routing.models.calls import cached
 from informed_routing.progress import NullProgress, Progress
@@ -85,6 +86,8 @@ def measure_workload(
     for domains without text, requests longer than their domain's text, and a file that belongs to another run;
     WorkError for logits or a loss that are not finite, naming the prompt.
     """
+    if out is not None:
+        need("pyarrow", extra="whatif", for_what="Measured tables")
     progress = progress or NullProgress()
     for request in requests:
         _check(request, streams)

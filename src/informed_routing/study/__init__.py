@@ -1,1 +1,1 @@
-"""The paper's tables and figures as commands: grids of methods, run cell by cell, into tables with their plots."""
+"""Grids of methods, run cell by cell, into tables with their plots. `paper/` has what serves the paper only."""

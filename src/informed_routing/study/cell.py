@@ -20,7 +20,7 @@ from ..finite import json_values
 from ..progress import Progress
 from .accounting import accounting
 from .build import ensure, load, text_rows
-from .decide import decide, engage_native
+from .decide import decide, engage_native, engine_name
 from .features import feature_similarity
 from .plan import Cell
 from .store import Record, Store
@@ -86,7 +86,8 @@ def _judged(cell: Cell, store: Store, device: str, progress: Progress) -> Record
     engine = "torch" if hasattr(model, "routing_config") else "transformers"
     costs = accounting(model)
     if settings.native:
-        model, engine = engage_native(model, progress, settings.precision)
+        model, choice = engage_native(model, progress, settings.precision)
+        engine = engine_name(choice)
     found: Record = {"engine": engine}
     length = text["sequence_length"]
     if cell.kind == "dynamic":

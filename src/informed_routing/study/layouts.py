@@ -1,4 +1,4 @@
-"""Which numbers each table has: from the entries of a grid to a table, with the paper's rows where the model is its."""
+"""Which numbers each table has: from the entries of a grid to a table, with the rows of a reference beside them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from . import results
 from .effort import effort
 from .grid import Grid
-from .paper import printed
+from .reference import Reference
 from .results import Entry, Value
 from .tables import Block, Column, Content, Row, Table
 from .trade_off import trade_off
@@ -87,7 +87,7 @@ _NOTES = (
 )
 
 
-def build_table(grid: Grid, found: Sequence[Entry]) -> Table:
+def build_table(grid: Grid, found: Sequence[Entry], reference: Reference | None = None) -> Table:
     """The table of a grid. Rows that were not run or failed say so, with the errors in the notes."""
     if grid.layout == "trade_off":
         return trade_off(grid, found)
@@ -98,7 +98,8 @@ def build_table(grid: Grid, found: Sequence[Entry]) -> Table:
         own = [entry for entry in found if entry.model == model]
         for sparsity in sorted({entry.sparsity for entry in own if entry.kind != "dense"}) or [0.0]:
             rows = [_row(entry, measures) for entry in own if entry.sparsity == sparsity or entry.kind == "dense"]
-            rows += _paper_rows(grid, own, model, sparsity)
+            if reference is not None:
+                rows += _printed_rows(reference, grid, own, model, sparsity)
             title = f"{model}, {100 * sparsity:g} % of the {grid.budget}" if sparsity else model
             blocks.append(Block(title, tuple(rows), model, sparsity))
     errors = [f"- {entry.name} at {100 * entry.sparsity:g} %: {error}" for entry in found for error in entry.errors]
@@ -122,7 +123,7 @@ def _row(entry: Entry, measures: Sequence[Measure]) -> Row:
     )
 
 
-def _paper_rows(grid: Grid, own: Sequence[Entry], model: str, sparsity: float) -> list[Row]:
+def _printed_rows(reference: Reference, grid: Grid, own: Sequence[Entry], model: str, sparsity: float) -> list[Row]:
     labels = {(entry.method, entry.recovered): entry.name for entry in own}
     return [
         Row(
@@ -132,6 +133,6 @@ def _paper_rows(grid: Grid, own: Sequence[Entry], model: str, sparsity: float) -
             recovered=row.recovered,
             method=row.method,
         )
-        for row in printed(grid.name, model)
+        for row in reference.rows(grid.name, model)
         if row.sparsity in (0.0, sparsity)
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError, WorkError
+from ..extras import need
 from ..progress import NullProgress, Progress
 from .build import ensure
 from .cell import attempt, failure
@@ -27,9 +27,8 @@ Work = Callable[[Sequence[Cell], Store, str, Progress], Iterator[Finished]]
 
 
 def through_ray(address: str) -> Work:
-    """Work on this machine (`local`) or on the cluster at an address. Raises InputError when Ray is not installed."""
-    if importlib.util.find_spec("ray") is None:
-        raise InputError("Ray is not installed", 'Run: pip install "informed-routing[ray]", or leave out --ray')
+    """Work on this machine (`local`) or on the cluster at an address. Raises MissingExtra when Ray is not installed."""
+    need("ray", extra="ray", for_what="Cells in parallel")
 
     def work(cells: Sequence[Cell], store: Store, device: str, progress: Progress) -> Iterator[Finished]:
         ray: Any = importlib.import_module("ray")

@@ -1,4 +1,4 @@
-"""Write everything that can be said of a study: its tables, plots, and the page of agreement with the paper."""
+"""Write everything that can be said of a study: its tables, its plots, and how it agrees with a reference."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..extras import need
 from ..files.atomic import write_text
-from .agreement import agreement
 from .grid import Grid
 from .layouts import build_table
 from .plan import Cell
-from .results import entries
+from .reference import Reference
+from .results import Entry, entries
 from .store import Store
 from .tables import Table, comma_separated, markdown
 
@@ -26,8 +27,11 @@ class Report:
     texts: list[str]
 
 
-def write_report(grids: Sequence[Grid], expanded: Mapping[str, Sequence[Cell]], store: Store) -> Report:
-    """GRID.md, .csv and .svg of each grid, in the store's folder; agreement.md where they judge some of the claims."""
+def write_report(
+    grids: Sequence[Grid], expanded: Mapping[str, Sequence[Cell]], store: Store, reference: Reference | None = None
+) -> Report:
+    """GRID.md, .csv and .svg of each grid, in the store's folder; agreement.md where a reference can judge them."""
+    need("matplotlib", extra="study", for_what="Plots of a study")
     from .figures import draw
 
     found = {grid.name: entries(expanded[grid.name], store) for grid in grids}
@@ -35,16 +39,22 @@ def write_report(grids: Sequence[Grid], expanded: Mapping[str, Sequence[Cell]], 
     for grid in grids:
         plots = draw(grid, found[grid.name], store.root)
         shown = "".join(f"\n![{grid.title}]({path.name})\n" for path in plots)
-        write_table(build_table(grid, found[grid.name]), store.root, report, shown)
+        write_table(build_table(grid, found[grid.name], reference), store.root, report, shown)
         report.files.extend(plots)
-    models = list(dict.fromkeys(entry.model for one in found.values() for entry in one))
-    pages = [page for model in models if (page := agreement(found, model)) is not None]
+    if reference is not None:
+        _write_agreement(reference, found, store.root, report)
+    return report
+
+
+def _write_agreement(reference: Reference, found: Mapping[str, Sequence[Entry]], folder: Path, report: Report) -> None:
+    """One page for each model of which the reference can judge something; without any, nothing is written."""
+    models = dict.fromkeys(entry.model for one in found.values() for entry in one)
+    pages = [page for model in models if (page := reference.page(found, model)) is not None]
     if pages:
-        path = store.root / "agreement.md"
+        path = folder / "agreement.md"
         write_text(path, "\n".join(pages))
         report.files.append(path)
         report.texts.extend(pages)
-    return report
 
 
 def write_table(table: Table, folder: Path, report: Report, more: str = "") -> None:

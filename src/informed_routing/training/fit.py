@@ -22,7 +22,6 @@ from ..errors import InputError
 from ..evaluation.environment import environment
 from ..evaluation.latency import measure_latency
 from ..evaluation.parts import text_records
-from ..execution.native import native_reason
 from ..files.atomic import disk_error, write_json, write_several, write_text
 from ..files.folders import CHECKPOINTS, check_apart_from, only_writer, put_folder
 from ..persistence.folder import LORA_FOLDER, TENSOR_FILE, check_base, load_routing_tensors, locate, read_config, save
@@ -230,9 +229,7 @@ class _Fit:
             if found[0] is None:
                 length = self.recipe.route.sequence_length
                 ids = self.text.rows("calibration", length)[:1].to(self.model.device)
-                half = self.base.dtype == torch.bfloat16
-                weights = None if native_reason(self.model, self.progress) else "bfloat16" if half else "float32"
-                found = [measure_latency(self.model, ids, weights=weights, progress=self.progress)]
+                found = [measure_latency(self.model, ids, progress=self.progress)]
         gains: LatencyGains = broadcast_object_list(found)[0]
         self.model.routing_config = self.model.routing_config.model_copy(update={"latency": gains})
         return gains

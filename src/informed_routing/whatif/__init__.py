@@ -1,9 +1,8 @@
 """Workload what-if: metrics of a routed model at many workloads, from prompts of one (truncated importance sampling).
 
-Start at `predict`. The estimators, boundaries, bounds and limits work on any arrays of log likelihood ratios.
+Start at `predict`.
 """
 
-from .design import Design, design_nominal
 from .lengths import LogNormalLengths, TabulatedLengths
 from .metrics import (
     DEFAULT_METRICS,
@@ -32,7 +31,6 @@ from .workloads import (
 __all__ = [
     "DEFAULT_METRICS",
     "AnyWorkload",
-    "Design",
     "Domain",
     "LogNormalLengths",
     "MeanMetric",
@@ -48,7 +46,6 @@ __all__ = [
     "TotalMetric",
     "Workload",
     "WorkloadMixture",
-    "design_nominal",
     "metrics_from_sequence",
     "predict",
     "read_workload",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-from .boundaries import b1_constants
-
 DIRECT = 100  # times the present sample: beyond that, measuring the target itself is cheaper
 CONSTANT = 4.074  # of n >= 4.074 d_2 log(2/delta) / e^2 at boundary B2 with a = 2
 
@@ -16,12 +14,6 @@ def prompts_needed(d2: float, error: float, delta: float, cells: int = 1) -> flo
     4.074 d_2 log(2 K J / delta) / e^2, simultaneously over `cells` = K J predictions. inf when d_2 is.
     """
     return CONSTANT * d2 * math.log(2 * cells / delta) / error**2
-
-
-def prompts_needed_heavy(moment: float, order: float, error: float, delta: float, cells: int = 1) -> float:
-    """The same where d_2 is infinite: at B1 of order a = (1 + alpha)/2 with `moment` = v_a, alpha the tail index."""
-    factor = b1_constants(order)[1]
-    return math.log(2 * cells / delta) * (factor * moment ** (1 / order) / error) ** (order / (order - 1))
 
 
 def advise(prompts: int, d2: float, error: float, delta: float, cells: int, outside: float) -> str:

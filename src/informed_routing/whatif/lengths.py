@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
-from scipy.special import log_ndtr
 
 from ..config.types import Frozen as _Frozen
+from ..extras import need
 from .arrays import Floats, Ints
 
 LONGEST = 2**20  # tokens; a distribution keeps one number per length
@@ -130,6 +130,9 @@ def check_total(weights: Iterable[float], what: str) -> None:
 
 def _log_normal_interval(low: Floats, high: Floats) -> Floats:
     """log(Phi(high) - Phi(low)), on the side of the distribution where it is accurate far into the tail."""
+    need("scipy", extra="whatif", for_what="Log-normal lengths")
+    from scipy.special import log_ndtr
+
     flip = low > 0
     low, high = np.where(flip, -high, low), np.where(flip, -low, high)
     upper, lower = log_ndtr(high), log_ndtr(low)

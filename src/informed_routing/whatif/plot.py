@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+from ..extras import need
 from ..files.outputs import check_output, write_output
 from .predictions import Predictions
 
@@ -13,8 +14,9 @@ CREATOR = "informed-routing whatif"
 
 
 def check_plot(path: Path | None) -> None:
-    """Raises InputError when `--plot` cannot be written; of existing files only plots of this program are replaced."""
+    """Raises InputError when `--plot` cannot be drawn or written; only plots of this program are replaced."""
     if path is not None:
+        need("matplotlib", extra="plots", for_what="Plots")
         check_output("--plot", path, lambda beginning: CREATOR.encode() in beginning)
 
 

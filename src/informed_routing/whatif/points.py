@@ -10,10 +10,10 @@ import numpy as np
 
 from . import diagnostics
 from .arrays import Floats
-from .estimators import ratios, standard_error
 from .intervals import Truncation, quantile_interval, ratio_interval
 from .metrics import Outcome, Ranking
 from .strata import stratified_error
+from .weights import ratios, standard_error
 from .workloads import AnyWorkload, Inputs
 
 

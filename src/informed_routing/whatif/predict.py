@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from ..extras import need
 from ..progress import NullProgress, Progress
-from . import diagnostics, estimators
+from . import diagnostics
 from .advice import advise
 from .arrays import Floats
-from .boundaries import b4
+from .boundary import b4
 from .intervals import Truncation
 from .metrics import DEFAULT_METRICS, Metric, Ranking
 from .points import Chunk, Divergence, Points, mean_points, quantile_points
@@ -22,6 +23,7 @@ from .predictions import Prediction, Predictions
 from .ratio_law import NominalSupport
 from .strata import domain_shares, stratified_weights
 from .table import Table, load_table
+from .weights import clipped
 from .workloads import AnyWorkload
 
 CHUNK = 2**20  # weights that are held at a time
@@ -60,6 +62,7 @@ class Predictor:
     """A nominal workload and its targets, compared once: `predict` can then be called with many tables."""
 
     def __init__(self, nominal: AnyWorkload, targets: Sequence[AnyWorkload]) -> None:
+        need("arviz_stats", "scipy", extra="whatif", for_what="Predictions of workloads")
         if not targets:
             raise InputError("no target workload is given", "Give at least one")
         self.nominal = nominal
@@ -152,7 +155,7 @@ class Predictor:
         ):
             columns = [(fact.boundary, fact.lost_mass, fact.second_moment) for fact in facts]
             truncation = Truncation(*np.array(columns).T)
-            weights = estimators.clipped(log_ratio, truncation.boundary)
+            weights = clipped(log_ratio, truncation.boundary)
             points = weights.copy() if any(shares) else weights
             for row, share in enumerate(shares):
                 if share is not None:

@@ -40,11 +40,6 @@ class Prediction:
     reasons: tuple[str, ...]
     advice: str
 
-    def normal_interval(self, z: float = 1.959964) -> tuple[float, float]:
-        """The usual error bar around the estimate: to be used for green rows only; NaN for red ones."""
-        centre = math.nan if self.estimate is None else self.estimate
-        return centre - z * self.standard_error, centre + z * self.standard_error
-
 
 @dataclass(frozen=True)
 class Predictions:

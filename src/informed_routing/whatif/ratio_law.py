@@ -1,8 +1,7 @@
 """The law of the likelihood ratio w = p/q, from the input distributions alone.
 
 Truncation needs moments and lost mass of w. They depend on no output of the expensive system, so they are computed
-exactly: by enumeration of a discrete support, by quadrature of densities, or, where neither is possible, from
-inexpensive draws of inputs.
+exactly, by enumeration of a discrete support, or, where that is not possible, from inexpensive draws of inputs.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ STANDARD_ERRORS = 4.0  # by which a lost mass from draws is raised, so that it s
 class RatioLaw:
     """Atoms of (log q, log p), descending in w. Target mass where q = 0 is in `outside`, not among the atoms.
 
-    Made by `of_atoms`, `of_densities`, `of_draws`, or `NominalSupport` from workloads.
+    Made by `of_atoms`, `of_draws`, or `NominalSupport` from workloads.
     """
 
     log_q: Floats  # [atoms]
@@ -73,11 +72,6 @@ class RatioLaw:
         _, nominal, below = self._above
         return below[count] + boundary**2 * nominal[count]
 
-    def moment(self, order: float) -> float:
-        """v_a = E_Q[w^a] = d_a^(a-1)."""
-        with np.errstate(over="ignore"):
-            return float(np.exp(self.log_q + order * self.log_w).sum())
-
     @cached_property
     def d2(self) -> float:
         """E_Q[w^2], the exponential of the Renyi divergence of order 2, over what q reaches."""
@@ -88,10 +82,6 @@ class RatioLaw:
         """KL(P || Q) in nats over what q reaches; read it beside `outside`."""
         return float(np.sum(np.exp(self.log_p) * self.log_w))
 
-    def mass_above(self, log_ratio: float) -> float:
-        """P(log w > log_ratio)."""
-        return float(self._above[0][np.searchsorted(-self.log_w, -log_ratio, side="left")]) + self.outside
-
     @classmethod
     def of_atoms(cls, log_p: Floats, log_q: Floats, outside: float | None = None) -> RatioLaw:
         """From the log masses of all points; `outside` is summed from the points with q = 0 unless it is given."""
@@ -99,11 +89,6 @@ class RatioLaw:
         if outside is None:
             outside = float(np.exp(log_p[~reached]).sum())
         return cls._sorted(log_p[reached], log_q[reached], outside)
-
-    @classmethod
-    def of_densities(cls, log_p: Floats, log_q: Floats, spacing: float) -> RatioLaw:
-        """From log densities on an even grid of one variable that reaches far into both tails (trapezoidal rule)."""
-        return cls.of_atoms(log_p + np.log(spacing), log_q + np.log(spacing))
 
     @classmethod
     def of_draws(cls, log_p: Floats, log_q: Floats, log_drawn: Floats) -> RatioLaw:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from ..extras import need
 from ..files.user_files import shown
 from .arrays import Floats, Ints
 from .workloads import Inputs
@@ -67,9 +68,9 @@ def load_table(source: Mapping[str, Any] | str | Path, outcomes: Iterable[str]) 
 
 
 def _read_parquet(path: Path, wanted: list[str]) -> Mapping[str, Any]:
-    from pyarrow import parquet
-
     with readable(path):
+        from pyarrow import parquet
+
         file = parquet.read_table(path)
         return {name: file[name].to_numpy() for name in wanted if name in file.column_names}
 
@@ -77,6 +78,7 @@ def _read_parquet(path: Path, wanted: list[str]) -> Mapping[str, Any]:
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
     """Around all that reads a Parquet file of the user. Raises InputError naming the file."""
+    need("pyarrow", extra="whatif", for_what="Measured tables")
     from pyarrow import ArrowException
 
     if not path.exists():

@@ -18,9 +18,10 @@ class DeviceCounts:
 
     def __init__(self, costs: Sequence[UnitCost], device: torch.device) -> None:
         units = len(costs)
-        self.executed = torch.zeros(units, dtype=torch.float64, device=device)
-        self.keys = torch.zeros(units, dtype=torch.float64, device=device)
-        self.calls = torch.zeros(units, len(OUTCOMES), dtype=torch.float64, device=device)
+        with torch.inference_mode(False):  # an engine may be made in a forward, and is read after it
+            self.executed = torch.zeros(units, dtype=torch.float64, device=device)
+            self.keys = torch.zeros(units, dtype=torch.float64, device=device)
+            self.calls = torch.zeros(units, len(OUTCOMES), dtype=torch.float64, device=device)
         windows = [cost.window or 2**62 for cost in costs]
         self.windows = torch.tensor(windows, device=device)[:, None]
         self.limited = min(windows) < 2**62
@@ -52,9 +53,10 @@ class DeviceCounts:
 
     def move_to(self, stats: RoutingStats) -> None:
         """Add what was counted to `stats` and begin anew."""
-        for mine, theirs in self._pairs(stats):
-            theirs += mine.cpu()
-            mine.zero_()
+        with torch.inference_mode():  # `stats` may have been made in it
+            for mine, theirs in self._pairs(stats):
+                theirs += mine.cpu()
+                mine.zero_()
 
     def state(self) -> list[Tensor]:
         """A copy of the counts, to go back to."""

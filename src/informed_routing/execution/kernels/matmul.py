@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .arithmetic import dot, precision
 from .route import Selection
-from .tuning import Tiles, tiles
+from .tiles import TileBook, Tiles, pick
 
 GROUP = 8
 """Row tiles that neighbouring programs share."""
@@ -341,11 +341,11 @@ def project(
     key: Matrix,
     value: Matrix,
     forecaster: ForecasterWeights | None,
-    shape: Tiles | None = None,
+    tiles: Tiles | TileBook | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As `project_reference`, in one launch; compact rows past the executed ones are not defined."""
     total, depth = x.shape
-    use = shape or tiles("project", x, query.rows, depth)
+    use = pick(tiles, "project", x, query.rows, depth)
     q, keys, values = (x.new_empty(total, m.rows) for m in (query, key, value))
     at_z, z, wz, bz, rank = _forecast_arguments(x, forecaster)
     blocks = sum(triton.cdiv(n, use.columns) for n in (query.rows, key.rows, value.rows, rank))
@@ -367,11 +367,11 @@ def gated(
     up: Matrix,
     gelu: bool,
     forecaster: ForecasterWeights | None,
-    shape: Tiles | None = None,
+    tiles: Tiles | TileBook | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As `gated_reference`, in one launch."""
     total, depth = x.shape
-    use = shape or tiles("gated", x, gate.rows, depth)
+    use = pick(tiles, "gated", x, gate.rows, depth)
     out = x.new_empty(total, gate.rows)
     at_z, z, wz, bz, rank = _forecast_arguments(x, forecaster)
     blocks = triton.cdiv(gate.rows, use.columns) + triton.cdiv(rank, use.columns)
@@ -392,12 +392,12 @@ def finish(
     down: Matrix,
     z: Tensor | None,
     forecaster: ForecasterWeights | None,
-    shape: Tiles | None = None,
+    tiles: Tiles | TileBook | None = None,
 ) -> None:
     """As `finish_reference`, in one launch: changes hidden [T, d] in place."""
     total, width = hidden.shape
     depth = compact.shape[1]
-    use = shape or tiles("finish", hidden, width, depth)
+    use = pick(tiles, "finish", hidden, width, depth)
     outer = down if forecaster is None else forecaster.outer
     stand_in = down.weight
     _finish_kernel[((triton.cdiv(total, use.rows) + 1) * triton.cdiv(width, use.columns),)](
