@@ -14,7 +14,7 @@ from ...models.projections import Projection, gate_and_up, head_norms, projectio
 from ...routing.costs import UnitCost
 from ...routing.routed_unit import RoutedUnit
 from ..architecture import is_gelu
-from ..kernels.matmul import ForecasterWeights, Matrix
+from ..kernels.matrices import ForecasterWeights, Matrix
 from ..kernels.route import RouterWeights
 
 ALIGNMENT = 16
