@@ -83,7 +83,7 @@ def test_documents_import_public_names_only() -> None:
     """`import informed_routing as ir` and what follows of it, too."""
     used = set()
     for block in blocks():
-        if block.language != "python":
+        if block.language != "python" or block.place.startswith("docs/how-to/"):  # guides change the package
             continue
         for node in ast.walk(ast.parse(block.text)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("informed_routing"):

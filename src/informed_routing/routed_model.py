@@ -44,7 +44,8 @@ from .routing.stats import RoutingStats
 __all__ = ["RoutedModelForCausalLM"]
 
 if TYPE_CHECKING:
-    from .execution.engine import Policy, Weights
+    from .execution.engine import Policy
+    from .execution.formats import Weights
 
 
 class RoutedModelForCausalLM(FromRoutingFolder):

@@ -29,7 +29,7 @@ from .tasks import WIKITEXT, TaskSpec, subset
 if TYPE_CHECKING:
     from informed_routing.execution.native import NativeExecution
 
-__all__ = ["evaluate_tasks"]
+__all__ = ["TaskResult", "evaluate_tasks"]
 
 
 def evaluate_tasks(

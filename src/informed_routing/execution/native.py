@@ -19,7 +19,8 @@ from ..models.calls import Call
 from ..routing.state import RoutingState
 from .changes import identity
 from .choose import make_engine
-from .engine import NativeEngine, Policy, Weights
+from .engine import NativeEngine, Policy
+from .formats import Weights
 from .kv_layers import accepts, is_packed, use_plain
 from .rows import Rows
 

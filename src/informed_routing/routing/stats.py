@@ -101,17 +101,24 @@ class RoutingStats:
             return 0.0
         return 1.0 - float(self.executed[picked].sum()) / (self.tokens * int(picked.sum()))
 
+    def unit_macs(self, *, dense: bool) -> Tensor:
+        """[units] float64: MACs of the counted tokens, or what they had been had all of them been executed."""
+        always, execute, per_key = (self.column(name) for name in ("always", "execute", "per_key"))
+        if dense:
+            return self.tokens * (always + execute) + self.keys * per_key
+        found = (self.tokens - self.evicted) * always + self.executed * execute + self.executed_keys * per_key
+        if self.routed:
+            router, forecaster = self.column("router"), self.column("forecaster")
+            found = found + self.tokens * router + (self.tokens - self.executed) * forecaster
+        return found
+
+    def column(self, name: str) -> Tensor:
+        """[units] float64: one field of all costs."""
+        return torch.tensor([getattr(cost, name) for cost in self.costs], dtype=torch.float64)
+
     def macs(self) -> tuple[float, float]:
         """(dense, routed) MACs of the decoder body."""
-        dense = routed = 0.0
-        for i, cost in enumerate(self.costs):
-            executed, tokens = float(self.executed[i]), self.tokens
-            dense += tokens * (cost.always + cost.execute) + float(self.keys[i]) * cost.per_key
-            routed += (tokens - float(self.evicted[i])) * cost.always + executed * cost.execute
-            routed += float(self.executed_keys[i]) * cost.per_key
-            if self.routed:
-                routed += tokens * cost.router + (tokens - executed) * cost.forecaster
-        return dense, routed
+        return float(self.unit_macs(dense=True).sum()), float(self.unit_macs(dense=False).sum())
 
     def saved(self) -> float:
         """Share of the body's MACs really saved; negative when routers cost more than they save."""
