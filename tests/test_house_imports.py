@@ -83,6 +83,14 @@ def test_a_cycle_is_reported(copy: Path) -> None:
 
 
 @needs_linter
+def test_the_paper_in_the_product_is_reported(copy: Path) -> None:
+    add(copy, "study.report", "def late():\n    from .paper import claims")
+    code, said = lint(copy)
+    assert code == 1
+    assert "The paper imports the product and never the other way BROKEN" in said
+
+
+@needs_linter
 def test_a_plot_on_the_way_to_inference_is_reported(copy: Path) -> None:
     add(copy, "execution.sparse", "def late():\n    import matplotlib.pyplot")
     code, said = lint(copy)

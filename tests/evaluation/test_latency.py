@@ -12,7 +12,7 @@ from tests.tiny import random_ids
 from informed_routing.config.folder import LatencyGains
 from informed_routing.errors import InputError
 from informed_routing.evaluation import latency
-from informed_routing.evaluation.speed import Timing
+from informed_routing.evaluation.timing import Timing
 from informed_routing.execution.choose import EngineChoice
 from informed_routing.routing.decision import Threshold
 from informed_routing.routing.target import BudgetMeter

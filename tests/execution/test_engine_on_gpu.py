@@ -17,7 +17,8 @@ from tests.tiny import make_tiny, random_ids
 from informed_routing.cli import demo
 from informed_routing.evaluation import harness, latency
 from informed_routing.evaluation.engines import make_engines
-from informed_routing.evaluation.speed import Timing, benchmark_rows
+from informed_routing.evaluation.speed import benchmark_rows
+from informed_routing.evaluation.timing import Timing
 from informed_routing.execution import choose
 from informed_routing.execution.engine import NativeEngine
 from informed_routing.execution.gpu.kind import GpuKind

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from informed_routing.errors import InputError
+from informed_routing.evaluation.timing import measure
 from informed_routing.execution.engine import NativeEngine, Policy, Weights
 from informed_routing.models.calls import cached
 from informed_routing.routing.limits import STORAGE, Balance, Storage
@@ -167,8 +168,6 @@ def make_engines(
 @functools.cache
 def torch_balance(dtype: torch.dtype, device: str) -> Balance:
     """Rates of torch's own products: bytes per second of a vector times many matrices, MACs per second of many rows."""
-    from informed_routing.evaluation.speed import measure
-
     n, layers = 1024, 16 if device == "cpu" else 64
     weights = [torch.zeros(2 * n, n, dtype=dtype, device=device) for _ in range(layers)]
     rows = {count: torch.zeros(count, n, dtype=dtype, device=device) for count in (1, 256)}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from informed_routing.config.folder import LatencyGains
 from informed_routing.evaluation.environment import environment
-from informed_routing.evaluation.speed import measure
+from informed_routing.evaluation.timing import measure
 from informed_routing.execution.choose import EngineChoice, choose_engine, make_engine
 from informed_routing.execution.native import forced_states
 from informed_routing.progress import Progress

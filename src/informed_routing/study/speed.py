@@ -18,7 +18,8 @@ from ..assets import load_model
 from ..evaluation.engines import Engine, RoutedEngine
 from ..evaluation.environment import environment
 from ..evaluation.precision import Precision, factors_in
-from ..evaluation.speed import Timing, Workload, decode_callable, measure, prefill_callable, prompt_text, take_prompts
+from ..evaluation.speed import decode_callable, prefill_callable, prompt_text, take_prompts
+from ..evaluation.timing import Timing, Workload, measure
 from ..progress import NullProgress, Progress
 from ..routing.decision import AlwaysExecute, Threshold
 from .build import load
