@@ -83,6 +83,14 @@ def test_a_cycle_is_reported(copy: Path) -> None:
 
 
 @needs_linter
+def test_the_paper_in_the_product_is_reported(copy: Path) -> None:
+    add(copy, "study.report", "def late():\n    from .paper import claims")
+    code, said = lint(copy)
+    assert code == 1
+    assert "The paper imports the product and never the other way BROKEN" in said
+
+
+@needs_linter
 def test_a_plot_on_the_way_to_inference_is_reported(copy: Path) -> None:
     add(copy, "execution.sparse", "def late():\n    import matplotlib.pyplot")
     code, said = lint(copy)
@@ -114,6 +122,7 @@ def test_imports_by_name_which_no_linter_sees_are_few() -> None:
     assert found == {
         "__init__.py",  # names on first use
         "config/kinds.py",  # a kind of router, rule or fallback is a file of its name
+        "training/stages/__init__.py",  # a stage is a file of its name
         "persistence/registration.py",  # transformers asks for the routed classes
         "study/parallel.py",  # Ray
     }
