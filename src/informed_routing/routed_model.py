@@ -44,7 +44,8 @@ from .routing.stats import RoutingStats
 __all__ = ["RoutedModelForCausalLM"]
 
 if TYPE_CHECKING:
-    from .execution.engine import Policy, Weights
+    from .execution.engine import Policy
+    from .execution.formats import Weights
 
 
 class RoutedModelForCausalLM(FromRoutingFolder):
@@ -95,7 +96,7 @@ class RoutedModelForCausalLM(FromRoutingFolder):
                 f"selection.first_layer {selection.first_layer} leaves none of {len(decoder.layers)} layers to route",
                 "Choose a lower one",
             )
-        _check_own_forwards(model)
+        calls.check_own_forwards((model, decoder, *decoder.layers))
         with nullcontext() if self_check else skipped():
             check = Check(model, routing_config)
             routed = _with_routing(model, routing_config)
@@ -294,19 +295,6 @@ class RoutedModelForCausalLM(FromRoutingFolder):
         if not gates:
             return torch.ones(0)
         return torch.stack([gate.float() for gate in gates.values()]).mean(0)
-
-
-def _check_own_forwards(model: PreTrainedModel) -> None:
-    """Raises InputError for modules whose `forward` was replaced: it would be called instead of the routed class's."""
-    decoder = cast(Any, model).model
-    for module in (model, decoder, *decoder.layers):
-        if calls.has_own_forward(module):
-            raise InputError(
-                f"the model's {type(module).__name__} has a forward of its own (hooks of accelerate, or a patch)",
-                "Load it without device_map, or take hooks off: "
-                "accelerate.hooks.remove_hook_from_module(model, recurse=True)",
-            )
-        vars(module).pop("forward", None)  # the class's own: it would stand before the routed class's
 
 
 def _with_routing(model: PreTrainedModel, config: RoutingConfig) -> RoutedModelForCausalLM:

@@ -105,6 +105,17 @@ def test_the_policy_reaches_the_engine(
 
 
 @needs_compiler
+def test_a_profile_is_refused_where_the_engine_cannot_tell(
+    run: Run, routing_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from informed_routing.execution.cpu import engine
+
+    monkeypatch.setattr(engine.CpuEngine, "phases", ())
+    arguments = ["benchmark", routing_folder, *SMALL, "--data", text_file, "-s", 0.25, "--profile", "-q"]
+    assert "--profile has no effect: the engine of this device" in run(*arguments).one_line_error()
+
+
+@needs_compiler
 def test_greedy_text_is_the_same_in_every_engine_cached_or_not(run: Run, routing_folder: Path) -> None:
     from informed_routing import RoutedModelForCausalLM
     from informed_routing.assets import load_tokenizer

@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from informed_routing.execution.kernels import attention, matmul, route, tiles
 from informed_routing.execution.kernels.attention import Keys, Rotation
-from informed_routing.execution.kernels.matmul import ForecasterWeights, Matrix
+from informed_routing.execution.kernels.matrices import ForecasterWeights, Matrix
 from informed_routing.execution.kernels.route import RouterWeights, Selection
 
 

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from informed_routing.config.folder import ThresholdRow
 from informed_routing.errors import InputError
-from informed_routing.execution.architecture import FAMILIES
 from informed_routing.execution.gpu import tuner
 from informed_routing.execution.gpu.engine import GpuEngine
 from informed_routing.execution.gpu.price_book import Price, PriceBook, executed_shares, rounds_up
 from informed_routing.execution.kv_layers import is_packed
 from informed_routing.execution.native import NativeExecution
+from informed_routing.models.families import native_families
 from informed_routing.routing.decision import AlwaysExecute, Threshold
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,7 +54,7 @@ def logits(model: Any, **inputs: Any) -> Tensor:
         return model(**inputs).logits.cpu()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", native_families("gpu"))
 def test_families_routers_and_padding(family: str) -> None:
     model, reference = pair(family, router="linear" if family in ("llama", "qwen3") else "mlp")
     gpu(model)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from informed_routing.execution.kernels import attention, matmul, route
 from informed_routing.execution.kernels.attention import Keys, Rotation
-from informed_routing.execution.kernels.matmul import ForecasterWeights, Matrix
+from informed_routing.execution.kernels.matrices import ForecasterWeights, Matrix
 from informed_routing.execution.kernels.route import RouterWeights, Selection
 from informed_routing.execution.kernels.tiles import MANY, TileBook, Tiles
 

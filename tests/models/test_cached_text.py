@@ -14,7 +14,7 @@ import torch
 from tests.routed import execute, left_padded, make_routed
 from tests.tiny import FAMILIES, random_ids
 
-from informed_routing.execution.architecture import FAMILIES as NATIVE
+from informed_routing.models.families import native_families
 from informed_routing.routing.decision import Threshold
 
 PADS = (0, 3, 7)
@@ -65,7 +65,8 @@ def _wanted(family: str, kv: str) -> Text:
 
 def _cases() -> list[Any]:
     pairs = [(family, engine) for engine in ENGINES for family in FAMILIES]
-    return [pytest.param(*pair, id="-".join(pair)) for pair in pairs if pair[1] != "native" or pair[0] in NATIVE]
+    native = native_families("cpu")
+    return [pytest.param(*pair, id="-".join(pair)) for pair in pairs if pair[1] != "native" or pair[0] in native]
 
 
 @pytest.mark.parametrize(("family", "engine"), _cases())

@@ -370,7 +370,7 @@ def test_latency_budget_measures_once_and_keeps_its_table(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from informed_routing.config.folder import LatencyGains
-    from informed_routing.training import fit as module
+    from informed_routing.training import targets as module
 
     measured = []
     table = {"attention": 0.2, "ffn": 0.5, "overhead": 0.01, "seconds": 1.0, "tokens": 32, "engine": "e", "cpu": "c"}

@@ -12,17 +12,18 @@ from tests.tiny import FAMILIES, make_tiny, random_ids
 from torch.nn import functional as F
 
 from informed_routing.config.recipe import LoraStage, ObjectiveConfig, RouteStage, StageConfig
+from informed_routing.models.head import lm_head
 from informed_routing.models.units import Unit
 from informed_routing.routing.decision import Threshold
 from informed_routing.routing.fallbacks.forecaster import Forecaster
 from informed_routing.routing.state import KeyValues
 from informed_routing.routing.target import BudgetMeter
 from informed_routing.training import objectives
-from informed_routing.training.fit import enable_checkpointing
 from informed_routing.training.lora import LoraObjective, add_lora
-from informed_routing.training.objectives import lm_head, next_token_loss
+from informed_routing.training.objectives import next_token_loss
 from informed_routing.training.route import RouteObjective, freeze_all_but, learning_rates, router_parameters
 from informed_routing.training.schedule import Batches, learning_rate, linear
+from informed_routing.training.setup import enable_checkpointing
 from informed_routing.training.warm_start import warm_start
 
 

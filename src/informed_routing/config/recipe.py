@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -12,6 +12,7 @@ from .parts import Budget, ForecasterConfig, RouterConfig, SelectionConfig, chec
 from .types import LARGEST_SIZE, Frozen, Label, Reference, Seed, Size, describe
 
 StageName = Literal["forecast", "route", "joint", "lora", "calibrate"]
+"""In the order in which they run; each is a file of training/stages."""
 
 
 class StageConfig(Frozen):
@@ -138,7 +139,7 @@ class Recipe(Frozen):
     @field_validator("stages")
     @classmethod
     def _stages_in_order(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        order = [name for name in ("forecast", "route", "joint", "lora", "calibrate") if name in value]
+        order = [name for name in get_args(StageName) if name in value]
         if len(order) != len(value) or not value:
             raise ValueError("stages must be some of forecast, route, lora, each once, or calibrate alone")
         if "joint" in value and {"route", "lora"} & set(value):

@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from informed_routing.errors import InputError
 from informed_routing.evaluation.timing import measure
-from informed_routing.execution.engine import NativeEngine, Policy, Weights
+from informed_routing.execution.engine import NativeEngine, Policy
+from informed_routing.execution.formats import FORMATS, Weights
 from informed_routing.models.calls import cached
-from informed_routing.routing.limits import STORAGE, Balance, Storage
+from informed_routing.routing.limits import Balance
+from informed_routing.routing.storage import Storage
 
 if TYPE_CHECKING:
     from informed_routing.execution.native import NativeExecution
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 EngineName = Literal["native", "torch", "transformers", "compiled"]
 ENGINES: tuple[EngineName, ...] = ("native", "torch", "transformers", "compiled")
 _SHORT = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_AS_LARGE = {"float16": "bfloat16"}  # what a format costs to read
 
 
 class Engine:
@@ -36,7 +37,7 @@ class Engine:
 
     @property
     def storage(self) -> Storage:
-        return STORAGE[_AS_LARGE.get(self.weights, self.weights)]
+        return FORMATS[self.weights].storage
 
     @property
     def balance(self) -> Balance:
@@ -140,7 +141,7 @@ class RoutedEngine(Engine):
 
 def check_names(names: Sequence[str], weights: Sequence[str]) -> None:
     """Raise InputError for engines and formats of weights that are not known."""
-    for kind, given, known in (("engine", names, ENGINES), ("weights", weights, get_args(Weights))):
+    for kind, given, known in (("engine", names, ENGINES), ("weights", weights, tuple(FORMATS))):
         for one in given:
             if one not in known:
                 raise InputError(f"--{kind} {one} is not known", f"Choose some of {', '.join(known)}")

@@ -22,6 +22,7 @@ from informed_routing.errors import InputError
 from informed_routing.evaluation.numbers import exponential, not_finite
 from informed_routing.execution.changes import unchanging
 from informed_routing.execution.engine import NO_TARGET, NativeEngine
+from informed_routing.models.head import base_logits
 from informed_routing.progress import NullProgress, Progress
 
 __all__ = ["PagePerplexityResult", "PerplexityResult", "page_perplexity", "token_perplexity"]
@@ -300,9 +301,7 @@ def _hidden_states(model: Any, inputs: Tensor) -> tuple[Tensor | None, Tensor]:
 
 
 def _head(model: Any, hidden: Tensor) -> Tensor:
-    """Logits of hidden states `[rows, d]`, with Gemma 2's soft cap (other tails are found by comparison)."""
+    """Logits of hidden states `[rows, d]` (what a family that we do not know does to them is found by comparison)."""
     if engine := _engine(model):
         return engine.head(hidden)
-    logits: Tensor = model.get_output_embeddings()(hidden)
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    return torch.tanh(logits / cap) * cap if cap else logits
+    return base_logits(model, hidden)

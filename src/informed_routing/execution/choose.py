@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..progress import Progress
-from .engine import EngineKind, Factors, NativeEngine, Policy, Weights
+from .engine import EngineKind, Factors, NativeEngine, Policy
+from .formats import Weights
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,12 @@ from transformers.cache_utils import Cache
 from ..progress import Progress
 from ..routing.limits import Balance
 from ..routing.state import RoutingState
+from .formats import Weights
 from .rows import Rows
 
 Policy = Literal["exact", "auto"]
 """exact: always as the routers say, so that the same tokens give the same text; auto: a unit's whole call is executed
 where that is faster than skipping some of it by prices timed on this machine, so that texts may differ between runs."""
-
-Weights = Literal["float32", "bfloat16", "int8", "int4", "float16"]
-"""Formats of an engine's weights: the CPU engine packs its own (not float16), the GPU engine takes the model's."""
 
 Factors = Literal["float32", "bfloat16"]
 """What factors of products may be rounded to on a CPU whose weights are float32; sums stay float32."""

@@ -1,4 +1,4 @@
-"""When a native engine does a forward, and when it is left to the torch back ends."""
+"""The native engine that a model holds, and when it does a forward that is else left to the torch back ends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from ..models.calls import Call
 from ..routing.state import RoutingState
 from .changes import identity
 from .choose import make_engine
-from .engine import NativeEngine, Policy, Weights
+from .engine import NativeEngine, Policy
+from .formats import Weights
 from .kv_layers import accepts, is_packed, use_plain
 from .rows import Rows
 

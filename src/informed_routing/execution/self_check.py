@@ -28,6 +28,7 @@ from ..files.atomic import write_json
 from ..models import calls
 from ..routing.decision import AlwaysExecute, DecisionRule, Threshold
 from ..routing.stats import RoutingStats
+from .formats import FORMATS
 from .native import NativeExecution, plan
 
 SKIP_VARIABLE = "INFORMED_ROUTING_SKIP_SELF_CHECK"
@@ -36,8 +37,6 @@ SKIP_VARIABLE = "INFORMED_ROUTING_SKIP_SELF_CHECK"
 LENGTH, PADS = 12, 4
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}
 """Largest relative difference of a token's hidden state. What goes wrong differs by its own size."""
-FORMAT_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "int8": 0.1, "int4": 0.5}
-"""The same of an engine whose weights are rounded, to the torch back end, whose are not."""
 
 
 @contextmanager
@@ -109,7 +108,7 @@ def check_engine(model: Any, native: NativeExecution) -> None:
         if not bool(wanted.isfinite().all()):
             return
         tolerance = TOLERANCE.get(model.dtype, 0.1)
-        rounded = max(FORMAT_TOLERANCE.get(weights, 0.0), tolerance)
+        rounded = max(FORMATS[weights].tolerance, tolerance)  # torch's weights are not
         for name, found, expected in trial.comparisons(trial.native, wanted):
             # Compared with itself, the engine has the same rounded weights on both sides.
             _compare(name, found, expected, rounded if expected is wanted else max(tolerance, 5e-2))

@@ -15,10 +15,12 @@ from ..config.recipe import LoraStage
 from ..errors import InputError
 from ..files.atomic import write_json, write_tensors
 from ..models.families import family_of
+from ..models.head import lm_head
 from ..routed_model import RoutedModelForCausalLM
 from ..routing.decision import DecisionRule
-from .objectives import lm_head, next_token_loss
+from .objectives import next_token_loss
 from .route import original_hidden
+from .schedule import seed_of
 
 ADAPTER = "default"
 
@@ -33,6 +35,12 @@ def add_lora(model: Any, config: LoraStage) -> dict[str, nn.Parameter]:
             parameter.data = parameter.data.float()
             trainable[name] = parameter
     return trainable
+
+
+def new_lora(model: Any, config: LoraStage, seed: int) -> dict[str, nn.Parameter]:
+    """Adapters for a stage of a fit: their first weights are a function of the recipe's seed alone."""
+    torch.manual_seed(seed_of(seed, "lora"))
+    return add_lora(model, config)
 
 
 def lora_targets(model: Any, config: LoraStage) -> tuple[str, ...]:

@@ -14,10 +14,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..config.recipe import RouteStage
+from ..models.head import lm_head
 from ..routed_model import RoutedModelForCausalLM
 from ..routing.decision import AlwaysExecute, DecisionRule, GumbelSample
 from ..routing.target import BudgetMeter
-from .objectives import lm_head, next_token_loss
+from .objectives import next_token_loss
 from .schedule import linear
 
 

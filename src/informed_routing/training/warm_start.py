@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..config.recipe import ObjectiveConfig
+from ..models.head import lm_head
 from ..progress import NullProgress, Progress
 from ..routed_model import RoutedModelForCausalLM
 from ..routing.closed_form import Moments, solve
@@ -31,7 +32,7 @@ from ..routing.state import Observation
 from ..routing.target import BudgetMeter
 from .calibrate import threshold_at
 from .forecast import REFIT_EXECUTED_WEIGHT, token_weights
-from .objectives import lm_head, next_token_loss
+from .objectives import next_token_loss
 
 MARGIN_SCALE = 2.0
 """Margin per unit of log cost: decided enough that sampling is not noise, soft enough to learn from."""

@@ -17,12 +17,14 @@ from ...routing.limits import Balance
 from ...routing.state import GateBlock, RoutingState
 from ..changes import PAGE, content, copied, identity
 from ..engine import Policy
+from ..formats import FORMATS, PACKED, Packed, packed_of
 from ..kv_layers import engine_layers
 from ..rows import Rows
 from .availability import unsupported
 from .build import library
+from .interface import PHASES, Call, Layer, Model, Prices
 from .kv_layer import PackedLayer
-from .packing import FORMATS, Call, Layer, Model, Packer, Prices, Weights
+from .packing import Packer
 from .price_table import PriceTable, price_table
 
 MANY_ROWS = 128
@@ -40,13 +42,13 @@ class CpuEngine:
     that it cannot run.
     """
 
-    phases = ("route", "project", "cache", "attend", "out", "gate_up", "down", "head")
+    phases = PHASES
 
     def __init__(
-        self, model: Any, weights: Weights = "float32", threads: int | None = None, policy: Policy = "exact"
+        self, model: Any, weights: Packed = "float32", threads: int | None = None, policy: Policy = "exact"
     ) -> None:
-        if weights not in FORMATS:
-            raise InputError(f"weights {weights!r} are not known", f"Choose one of {', '.join(FORMATS)}")
+        if weights not in PACKED:
+            raise InputError(f"weights {weights!r} are not known", f"Choose one of {', '.join(PACKED)}")
         if reason := unsupported(model):
             raise InputError(f"the native engine cannot run this model: {reason}", "Use execution='sparse'")
         self.library, self.weights = library(), weights
@@ -77,10 +79,10 @@ class CpuEngine:
             ff=config.intermediate_size,
             threads=self.threads,
             eps=decoder.norm.variance_epsilon,
-            scale=attention.scaling,
+            scale=family.scale(attention),
             qk_eps=getattr(getattr(attention, "q_norm", None), "variance_epsilon", 1e-6),
         )
-        self.keep_cache_in(torch.float32 if weights == "float32" else torch.bfloat16)
+        self.keep_cache_in(cast(torch.dtype, FORMATS[weights].of("cache").dtype))
         self.vocabulary = head.weight.shape[0]
         self.prices = Prices()
         self.torch_prefill = False
@@ -111,7 +113,7 @@ class CpuEngine:
     def keep_cache_in(self, dtype: torch.dtype) -> None:
         """Keep keys and values in float32 or bfloat16 from now on (bfloat16 is the default below float32 weights)."""
         self.kv_dtype = dtype
-        self.model.kv_type = FORMATS["float32" if dtype == torch.float32 else "bfloat16"]
+        self.model.kv_type = FORMATS[packed_of(dtype)].id
 
     @property
     def policy(self) -> Policy:
@@ -130,7 +132,7 @@ class CpuEngine:
         """The policy `auto` by this table: execute whole calls of a unit where skipping some rows would take longer."""
         self._policy, self.table = "auto", table
         faster = table.torch_macs_per_second > TORCH_ADVANTAGE * table.macs_per_second
-        self.torch_prefill = faster and self.weights in ("float32", "bfloat16")
+        self.torch_prefill = faster and FORMATS[self.weights].has_dtype
         execute = [table.per_row(seconds) for seconds in (table.attention, table.ffn)]
         approximate = table.per_row(table.forecaster)
         self.prices = Prices(limit=len(approximate))

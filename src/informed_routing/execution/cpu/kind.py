@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from ...progress import Progress
-from ..engine import Factors, NativeEngine, Policy, Weights
+from ..engine import Factors, NativeEngine, Policy
+from ..formats import Weights, packed_of
 from .availability import native_reason
 
 
@@ -16,7 +17,8 @@ class CpuKind:
         return native_reason(model, progress)
 
     def own_format(self, dtype: torch.dtype, factors: Factors) -> Weights:
-        return "bfloat16" if dtype == torch.bfloat16 else factors
+        own = packed_of(dtype)
+        return factors if own == "float32" else own
 
     def make(self, model: Any, weights: Weights | None, threads: int | None, policy: Policy) -> NativeEngine:
         from .engine import CpuEngine

@@ -7,9 +7,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from ..kv_layers import EngineLayer
-
-BLOCK = 64
-"""Keys are read in blocks of this many: capacities are multiples of it."""
+from .interface import KEY_BLOCK
 
 
 class PackedLayer(EngineLayer):
@@ -29,9 +27,9 @@ class PackedLayer(EngineLayer):
         old_keys, old_values = self.keys, self.values
         if self.has_room(length):
             return
-        room = -(-length // BLOCK) * BLOCK
+        room = -(-length // KEY_BLOCK) * KEY_BLOCK  # keys are read in whole blocks
         if self.length:
-            room = max(room, -(-(self.length * 3 // 2) // BLOCK) * BLOCK)  # growing copies: do it seldom
+            room = max(room, -(-(self.length * 3 // 2) // KEY_BLOCK) * KEY_BLOCK)  # growing copies: do it seldom
         self.keys = torch.zeros(batch, heads, room // panel, head_dim, panel, dtype=self.dtype)
         self.values = torch.zeros(batch, heads, room, head_dim, dtype=self.dtype)
         if self.length and old_keys is not None and old_values is not None:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ...assets.cache import cache_dir, read_record, write_record
-from ...routing.limits import STORAGE, Balance
+from ...routing.limits import Balance
+from ..formats import FORMATS
 from .build import library_path
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -129,7 +130,7 @@ def measure(engine: Priced) -> PriceTable:
     seconds("ffn", 1)
     prices = {name: tuple(seconds(name, rows) for rows in ROWS) for name in groups}
     weights = sum(part.n * part.k for part in groups["ffn"][0])
-    stored = weights * STORAGE[engine.weights].body
+    stored = weights * FORMATS[engine.weights].bytes
     return PriceTable(
         ROWS,
         attention=prices["attention"],
@@ -143,7 +144,7 @@ def measure(engine: Priced) -> PriceTable:
 
 def _torch_rate(layer: Any, weights: str) -> float:
     """MACs per second of torch's product of the shape of a packed layer with many rows."""
-    dtype = torch.bfloat16 if weights == "bfloat16" else torch.float32
+    dtype = FORMATS[weights].dtype or torch.float32
     x, w = torch.zeros(MANY, layer.k, dtype=dtype), torch.zeros(layer.n, layer.k, dtype=dtype)
     runs = []
     with torch.inference_mode():

@@ -16,7 +16,8 @@ from ...errors import InputError
 from ...models.families import family_of
 from ...routing.state import GateBlock, RoutingState
 from ..changes import identity, norms
-from ..engine import NO_TARGET, Policy, Weights
+from ..engine import NO_TARGET, Policy
+from ..formats import Weights
 from ..kernels import attention as attention_kernels
 from ..kernels import matmul
 from ..kernels.attention import Keys, Rotation
@@ -59,7 +60,7 @@ class GpuEngine:
         decoder, config = model.decoder, model.config
         family, costs = family_of(config.model_type), model.costs
         block = decoder.layers[0].attention_routing.unit.module(decoder.layers[0])
-        self.kv_shape, self.scale = (config.num_key_value_heads, block.head_dim), block.scaling
+        self.kv_shape, self.scale = (config.num_key_value_heads, block.head_dim), family.scale(block)
         self.layers = [
             (
                 packed.attention(layer, family, layer.attention_routing, costs[2 * i], self.dtype),

@@ -7,7 +7,8 @@ from typing import Any, cast
 import torch
 
 from ...progress import Progress
-from ..engine import Factors, NativeEngine, Policy, Weights
+from ..engine import Factors, NativeEngine, Policy
+from ..formats import Weights
 from .availability import native_reason
 
 

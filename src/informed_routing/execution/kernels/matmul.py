@@ -6,8 +6,6 @@ rows are stored compactly, in the order of the selection.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -15,46 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .arithmetic import dot, precision
+from .matrices import ForecasterWeights, Matrix
 from .route import Selection
 from .tiles import TileBook, Tiles, pick
 
 GROUP = 8
 """Row tiles that neighbouring programs share."""
-
-
-@dataclass
-class Matrix:
-    """Weights [n, k] of a linear layer: half precision or float32, or int8 / float8 with a scale for each row."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: Tensor | None = None
-    """[n] float32."""
-
-    @property
-    def rows(self) -> int:
-        return self.weight.shape[0]
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weights [n, k] in `dtype`, scales applied."""
-        if self.scale is None:
-            return self.weight.to(dtype)
-        return (self.weight.float() * self.scale[:, None]).to(dtype)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """All rows [T, k] -> [T, n], by torch."""
-        return F.linear(x, self.dense(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-
-@dataclass
-class ForecasterWeights:
-    """A forecaster as the kernels read it: outer act(inner x)."""
-
-    inner: Matrix
-    """[r, d]."""
-    outer: Matrix
-    """[d, r]."""
-    silu: bool
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..config.folder import RoutingConfig
+from .report import seconds_of
 
 
 def model_card(config: RoutingConfig, fitted: dict[str, Any]) -> str:
@@ -18,7 +19,6 @@ def model_card(config: RoutingConfig, fitted: dict[str, Any]) -> str:
         for row in config.thresholds
     )
     forecasters = "" if config.forecaster.fallback == "zero" else f" and forecasters of rank {config.forecaster.rank}"
-    seconds = sum(_seconds(stage) for stage in fitted["stages"].values())
     return "\n".join(
         [
             *header,
@@ -45,15 +45,7 @@ def model_card(config: RoutingConfig, fitted: dict[str, Any]) -> str:
             "| --- | --- | --- | --- | --- |",
             rows,
             "",
-            f"Fitted in {seconds:.0f} s; all settings and losses are in `fit.json`.",
+            f"Fitted in {seconds_of(fitted['stages']):.0f} s; all settings and losses are in `fit.json`.",
             "",
         ]
     )
-
-
-def _seconds(node: Any) -> float:
-    """Sum of the stages' own seconds, wherever they are nested."""
-    if not isinstance(node, dict):
-        return 0.0
-    own = float(node.get("seconds", 0.0))
-    return own + sum(_seconds(value) for value in node.values())
