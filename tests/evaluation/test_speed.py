@@ -11,7 +11,7 @@ import torch
 from tests.tiny import make_tiny, random_ids
 
 from informed_routing.errors import InputError
-from informed_routing.evaluation import timing as timing_module
+from informed_routing.evaluation import timing
 from informed_routing.evaluation.engines import CompiledEngine, Engine, RoutedEngine, make_engines
 from informed_routing.evaluation.environment import check_threads, environment
 from informed_routing.evaluation.speed import (
@@ -42,10 +42,10 @@ def test_measure_reports_median_and_extremes_without_preparation(monkeypatch: py
         nonlocal now
         now += seconds
 
-    monkeypatch.setattr(timing_module.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
     work = Workload(run=lambda _: wait(next(costs)), prepare=lambda: wait(1000))
-    timing = measure({"x": work}, repeats=3, warmup=1)["x"]
-    assert (timing.median, timing.min, timing.max, timing.runs) == (3.0, 1.0, 5.0, 3)
+    found = measure({"x": work}, repeats=3, warmup=1)["x"]
+    assert (found.median, found.min, found.max, found.runs) == (3.0, 1.0, 5.0, 3)
 
 
 def test_nothing_to_time_is_refused() -> None:

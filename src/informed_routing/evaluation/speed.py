@@ -1,7 +1,7 @@
 """Wall-clock speed, routed against dense.
 
-Every engine runs dense too, and a speed-up is stated against the fastest dense one with the same
-weights, so that a slow dense engine cannot flatter it.
+Every engine runs dense too, and a speed-up is stated against the fastest dense one with the same weights, so that a
+slow dense engine cannot flatter it.
 """
 
 from __future__ import annotations

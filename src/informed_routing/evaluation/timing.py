@@ -1,6 +1,6 @@
-"""Seconds of one thing beside another. Every second that a user sees is measured here.
+"""Every second that a user sees is measured here.
 
-Engines take turns (round robin), so that a machine that slows down slows all of them; the numbers are medians
+What is timed takes turns (round robin), so that a machine that slows down slows all of it; the numbers are medians
 with their extremes.
 """
 
