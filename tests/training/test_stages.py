@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from informed_routing.assets import Split
-from informed_routing.config.recipe import Recipe, StageName
+from informed_routing.config.kinds import kinds_of
+from informed_routing.config.recipe import Recipe
 from informed_routing.errors import InputError
 from informed_routing.training.fit import fit
 from informed_routing.training.folder import in_checkpoints
@@ -45,8 +48,28 @@ def valid(settings: dict[str, Any]) -> Recipe | None:
         return None
 
 
-def test_the_table_is_the_names_of_recipes_in_their_order() -> None:
-    assert tuple(stage.name for stage in STAGES) == get_args(StageName)
+def test_every_stage_has_the_name_of_its_file_a_place_and_checkpoints_of_its_own() -> None:
+    assert {stage.name for stage in STAGES} == set(kinds_of("stages"))
+    assert len({stage.place for stage in STAGES}) == len(STAGES)
+    assert STAGES[-1].name == "calibrate"
+    for stage in STAGES:
+        assert stage.checkpoints
+
+
+def test_a_stage_that_there_is_not_is_refused_with_those_that_there_are() -> None:
+    for stages in (["forecast", "nope"], [3], [None], [["forecast"]]):
+        with pytest.raises(InputError, match="input should be 'forecast', 'route', 'joint', 'lora' or 'calibrate'"):
+            Recipe.from_mapping({"stages": stages})
+
+
+def test_recipes_and_questions_to_stages_import_nothing_heavy() -> None:
+    code = (
+        "import sys; from informed_routing.config.recipe import Recipe; "
+        "from informed_routing.training.stages import text_read; "
+        "text_read(Recipe.from_mapping({'stages': ['forecast', 'route']})); "
+        "sys.exit(bool({'torch', 'transformers', 'accelerate', 'peft'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @given(overrides)

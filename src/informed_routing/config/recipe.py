@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from ..errors import InputError
+from .kinds import stages_in_order
 from .parts import Budget, ForecasterConfig, RouterConfig, SelectionConfig, check_parts
 from .types import LARGEST_SIZE, Frozen, Label, Reference, Seed, Size, describe
 
-StageName = Literal["forecast", "route", "joint", "lora", "calibrate"]
-"""In the order in which they run; each is a file of training/stages."""
+
+def _is_stage(name: Any) -> Any:
+    *others, last = map(repr, known := stages_in_order())
+    if name not in known:
+        raise ValueError(f"input should be {', '.join(others)} or {last}")
+    return name
+
+
+StageName = Annotated[str, BeforeValidator(_is_stage)]
+"""Name of a stage (training/stages)."""
 
 
 class StageConfig(Frozen):
@@ -139,7 +148,7 @@ class Recipe(Frozen):
     @field_validator("stages")
     @classmethod
     def _stages_in_order(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        order = [name for name in get_args(StageName) if name in value]
+        order = [name for name in stages_in_order() if name in value]
         if len(order) != len(value) or not value:
             raise ValueError("stages must be some of forecast, route, lora, each once, or calibrate alone")
         if "joint" in value and {"route", "lora"} & set(value):

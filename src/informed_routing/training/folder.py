@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..config.recipe import Recipe, StageName
+from ..config.recipe import Recipe
 from ..errors import InputError
 from ..files.atomic import is_scratch
 from ..files.folders import CHECKPOINTS, LOCK_IN_FOLDER
@@ -151,9 +151,9 @@ def _changed(out: Path, stored: Recipe, recipe: Recipe) -> str | None:
     return None
 
 
-def what_decides(recipe: Recipe, stage: StageName) -> dict[str, Any]:
+def what_decides(recipe: Recipe, stage: str) -> dict[str, Any]:
     """The settings that what a stage computes depends on, by their dotted names."""
-    stages = [*recipe.stages]
+    stages = list(recipe.stages)
     place = stages.index(stage) + 1 if stage in stages else len(stages)
     settings = {one.name: one.settings for one in STAGES}
     owned = {setting.split(".")[0] for own in settings.values() for setting in own}

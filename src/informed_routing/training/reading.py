@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ..assets import Split
 from ..config.recipe import StageConfig
+
+if TYPE_CHECKING:
+    from ..assets import Split
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,13 @@
-"""The stages of a fit, in the order in which they run: one file each, under the name that recipes give them."""
+"""The stages of a fit, one file each; add one by adding a file (docs/how-to/stage.md)."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import get_args
-
-from ...config.recipe import Recipe, StageName
+from ...config.kinds import kind, stages_in_order
+from ...config.recipe import Recipe
 from .base import Stage
 
-STAGES: tuple[Stage, ...] = tuple(import_module(f"{__name__}.{name}").STAGE for name in get_args(StageName))
+STAGES: tuple[Stage, ...] = tuple(kind("stages", name)() for name in stages_in_order())
+"""In the order in which they run."""
 
 
 def stages_of(recipe: Recipe) -> tuple[Stage, ...]:

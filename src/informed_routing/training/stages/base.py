@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ...config.recipe import Recipe, StageName
+from ...config.recipe import Recipe
 from ..reading import Reading
 
 if TYPE_CHECKING:
@@ -13,9 +13,14 @@ if TYPE_CHECKING:
 
 
 class Stage(ABC):
-    """A stage by its name in recipes and reports. What it computes with is imported in `run`: others only ask."""
+    """A stage by its name in recipes and reports.
 
-    name: ClassVar[StageName]
+    What it computes with is imported where it runs: recipes, folders and studies only ask.
+    """
+
+    name: ClassVar[str]
+    place: ClassVar[int]
+    """Stages run from low places to high ones, whatever the order in a recipe."""
     settings: ClassVar[tuple[str, ...]]
     """Sections of a recipe, or dotted settings, that are its own: other stages do not depend on them, later ones do."""
     checkpoints: ClassVar[tuple[str, ...]]

@@ -16,6 +16,7 @@ class Calibrate(Stage):
     """Ends every fit: its name in a recipe matters only where it stands alone."""
 
     name = "calibrate"
+    place = 90
     settings = ("calibration",)
     checkpoints = ("calibrate",)
 
@@ -44,4 +45,4 @@ class Calibrate(Stage):
         return found
 
 
-STAGE = Calibrate()
+KIND = Calibrate

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
 from ...config.recipe import Recipe
 from ..reading import Reading
 from .base import Stage
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from ..run import Run
 
 MEASURE_TOKENS = 4096
@@ -21,6 +21,7 @@ class Forecast(Stage):
     """Fits what approximated tokens get; nothing to do where that is zero."""
 
     name = "forecast"
+    place = 10
     settings = ("forecast",)
     checkpoints = ("forecast", "forecast-gradient", "forecast-quality")
 
@@ -53,13 +54,7 @@ class Forecast(Stage):
         return report
 
 
-STAGE = Forecast()
-
-
-def refits(recipe: Recipe) -> bool:
-    """Whether forecasters are solved again once there is routing."""
-    config = recipe.forecaster
-    return config.refit and config.fit == "closed-form" and config.fallback == "forecaster"
+KIND = Forecast
 
 
 def _solve(run: Run, rows: Tensor) -> dict[str, Any]:

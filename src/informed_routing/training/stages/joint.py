@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...config.recipe import Recipe
 from ..reading import Reading
+from ..start import CHECKPOINT, begin_routing, start_reads
 from .base import Stage
-from .start import CHECKPOINT, begin_routing, start_reads
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -17,6 +17,7 @@ class Joint(Stage):
     """The work of route and lora in one training."""
 
     name = "joint"
+    place = 30
     settings = ("route", "lora")
     checkpoints = (CHECKPOINT, "joint")
     trains_routers = True
@@ -43,4 +44,4 @@ class Joint(Stage):
         return {**report, "rank": lora.rank, "train": routing_summary(run, record, weights)}
 
 
-STAGE = Joint()
+KIND = Joint

@@ -20,6 +20,7 @@ class Lora(Stage):
     """Trains an adapter; routers and forecasters stay as they are."""
 
     name = "lora"
+    place = 40
     settings = ("lora", "calibration.sequence_length")
     checkpoints = ("lora-threshold", "lora")
     adapts = True
@@ -58,7 +59,7 @@ class Lora(Stage):
         return {"rank": config.rank, "sparsity": sparsity, **found}
 
 
-STAGE = Lora()
+KIND = Lora
 
 
 def _sparsity(recipe: Recipe) -> float:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from ...config.recipe import Recipe
 from ..reading import Reading
+from ..start import CHECKPOINT, begin_routing, refits, start_reads
 from .base import Stage
-from .forecast import refits
-from .start import CHECKPOINT, begin_routing, start_reads
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..run import Run
 
 
@@ -20,6 +19,7 @@ class Route(Stage):
     """Trains routers with sampled or hard decisions towards a sparsity."""
 
     name = "route"
+    place = 20
     settings = ("route",)
     checkpoints = (CHECKPOINT, "route", "refit")
     trains_routers = True
@@ -49,14 +49,14 @@ class Route(Stage):
             report["train"] = routing_summary(run, run.train("route", objective, tensors, rows, config, rates))
         if "refit" in reads:
             rows = run.text.read(reads["refit"])
-            report["refit"] = run.phase("refit", forecaster_parameters(run.model), lambda: _refit(run, rows))
+            report["refit"] = run.phase("refit", forecaster_parameters(run.model), lambda: refit(run, rows))
         return report
 
 
-STAGE = Route()
+KIND = Route
 
 
-def _refit(run: Run, rows: Tensor) -> dict[str, Any]:
+def refit(run: Run, rows: Tensor) -> dict[str, Any]:
     """Solve the forecasters again on the tokens, and at the inputs, that routing gives them."""
     from ...routing.decision import Threshold
     from ..calibrate import threshold_at

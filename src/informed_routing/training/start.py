@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from ...config.recipe import Recipe
-from ..reading import Reading
-from .forecast import refits
+from ..config.recipe import Recipe
+from .reading import Reading
 
 if TYPE_CHECKING:
-    from ..run import Run
+    from torch import Tensor
+
+    from .run import Run
 
 CHECKPOINT = "warm-start"
 
@@ -23,6 +22,12 @@ def start_reads(recipe: Recipe) -> dict[str, Reading]:
     first, further = _sweep_rows(recipe)
     rows, length = first + further * recipe.router.sweeps, recipe.route.sequence_length
     return {CHECKPOINT: Reading.once("train", length, rows * length, "warm start")}
+
+
+def refits(recipe: Recipe) -> bool:
+    """Whether forecasters are solved again once there is routing."""
+    config = recipe.forecaster
+    return config.refit and config.fit == "closed-form" and config.fallback == "forecaster"
 
 
 def begin_routing(run: Run, reads: dict[str, Reading]) -> dict[str, Any]:
@@ -44,7 +49,7 @@ def _sweep_rows(recipe: Recipe) -> tuple[int, int]:
 
 def _start_routers(run: Run, rows: Tensor) -> dict[str, Any]:
     """A sweep over the dense model, then some over the routed one."""
-    from ..warm_start import warm_start
+    from .warm_start import warm_start
 
     recipe = run.recipe
     first, further = _sweep_rows(recipe)
