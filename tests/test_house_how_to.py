@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 from tests.documents.extract import blocks
 
+from informed_routing.assets.cache import CACHE_VARIABLE
+from informed_routing.execution.cpu.build import FLAGS_VARIABLE
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs" / "how-to").glob("*.md"))
 LONGEST = 60  # lines
@@ -82,6 +85,8 @@ def test_what_the_guides_add_works(tmp_path: Path) -> None:
         for change in changes(page):
             change.apply(tmp_path)
     variables = {**os.environ, "PYTHONPATH": str(tmp_path / "src"), "OMP_NUM_THREADS": "1"}
+    # The copy's native engine is another one: compiled quickly, and into a cache of its own.
+    variables |= {FLAGS_VARIABLE: "-O0", CACHE_VARIABLE: str(tmp_path / "cache")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *sorted(tests)]
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
