@@ -13,9 +13,6 @@ from pathlib import Path
 import pytest
 from tests.documents.extract import blocks
 
-from informed_routing.assets.cache import CACHE_VARIABLE
-from informed_routing.execution.cpu.build import FLAGS_VARIABLE
-
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs" / "how-to").glob("*.md"))
 LONGEST = 60  # lines

@@ -124,7 +124,6 @@ def test_imports_by_name_which_no_linter_sees_are_few() -> None:
         "config/kinds.py",  # a kind of router, rule, fallback or stage is a file of its name
         "persistence/registration.py",  # transformers asks for the routed classes
         "study/parallel.py",  # Ray
-        "training/stages/__init__.py",  # a stage is a file of its name
     }
 
 
