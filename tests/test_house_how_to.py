@@ -56,7 +56,15 @@ def changes(page: Path) -> list[Change]:
 
 
 def test_there_is_a_guide_for_each_kind_of_part() -> None:
-    assert {page.stem for page in PAGES} >= {"router"}
+    assert {page.stem for page in PAGES} == {
+        "decision-rule",
+        "fallback",
+        "family",
+        "router",
+        "stage",
+        "task",
+        "weight-format",
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -82,6 +90,7 @@ def test_what_the_guides_add_works(tmp_path: Path) -> None:
         for change in changes(page):
             change.apply(tmp_path)
     variables = {**os.environ, "PYTHONPATH": str(tmp_path / "src"), "OMP_NUM_THREADS": "1"}
+    tests = {path for path in tests if Path(path).name.startswith("test_")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *sorted(tests)]
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
