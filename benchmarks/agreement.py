@@ -16,8 +16,8 @@ import torch
 from shared import FORMATS, PROGRESS, routed, run_sections, text
 from torch import Tensor
 
-from informed_routing.execution.call import Rows
 from informed_routing.execution.cpu.engine import CpuEngine
+from informed_routing.execution.rows import Rows
 from informed_routing.routing.decision import Threshold
 
 TRIALS, TEXTS, LENGTH, NEW = 200, 8, 48, 32

@@ -39,12 +39,11 @@ RECORDED = (*PACKAGES, "torch", "tokenizers", "huggingface-hub", "datasets", "sa
 STEP = "5.20.*"
 """Between the oldest and the tested transformers: others pin below it, and its generate drops masks of ones."""
 SUITES: dict[str, tuple[str, ...]] = {
-    "families": ("tests/families/test_*.py", "tests/models/test_*.py", "tests/integration/test_fact_sheet.py"),
-    "cached = uncached": ("tests/families/test_cached_text.py", "tests/baselines/test_dropping.py"),
+    "families": ("tests/models/test_*.py", "tests/test_routed_model.py"),
+    "cached = uncached": ("tests/models/test_cached_text.py", "tests/baselines/test_dropping.py"),
     "native engine": ("tests/execution/test_[!gk]*.py",),  # GPU kernels have no part in this
     "harness": ("tests/evaluation/test_harness*.py",),
     "folders and LoRA": (
-        "tests/test_persistence*.py",
         "tests/persistence/test_*.py",
         "tests/training/test_fit.py",
         "tests/baselines/test_recovery.py",

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from informed_routing.assets import load_model, load_texts, load_tokenizer, pack
 from informed_routing.evaluation.engines import Engine, RoutedEngine
-from informed_routing.evaluation.speed import measure, prefill_callable, prompt_text
+from informed_routing.evaluation.speed import prefill_callable, prompt_text
+from informed_routing.evaluation.timing import measure
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.routing.decision import AlwaysExecute, Threshold
 

@@ -24,8 +24,9 @@ from informed_routing.config.parts import ForecasterConfig, RouterConfig
 from informed_routing.evaluation.environment import environment
 from informed_routing.files.atomic import write_json
 from informed_routing.routed_model import RoutedModelForCausalLM
+from informed_routing.routing.closed_form import ClosedForm, solve
 from informed_routing.routing.decision import AlwaysExecute
-from informed_routing.routing.forecaster import ClosedForm, Forecaster, solve
+from informed_routing.routing.fallbacks.forecaster import Forecaster
 from informed_routing.routing.state import Observation
 from informed_routing.training.forecast import gather_moments, observe
 from informed_routing.training.objectives import forecast_loss
@@ -75,7 +76,7 @@ def by_gradient(x: Tensor, y: Tensor, loss: str, steps: int) -> dict[int, Foreca
 
 def closed_form(solution: ClosedForm, rank: int) -> Forecaster:
     forecaster = Forecaster(solution.inner.shape[0], rank)
-    solution.write_to(forecaster)
+    forecaster.take(solution)
     return forecaster
 
 

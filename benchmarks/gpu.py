@@ -33,14 +33,15 @@ from informed_routing.cli.progress import make_progress
 from informed_routing.config.folder import ThresholdRow
 from informed_routing.config.parts import ForecasterConfig, RouterConfig
 from informed_routing.evaluation.environment import environment
-from informed_routing.execution.call import Rows
+from informed_routing.execution.formats import FORMATS
 from informed_routing.execution.gpu.engine import GpuEngine
 from informed_routing.execution.gpu.graph import Recorded
+from informed_routing.execution.rows import Rows
 from informed_routing.files.atomic import write_json
 from informed_routing.models.calls import cached
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.routing.decision import AlwaysExecute, Threshold
-from informed_routing.routing.limits import STORAGE, Balance, limit_speedup
+from informed_routing.routing.limits import Balance, limit_speedup
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "docs/data/gpu/bench.json"
@@ -147,7 +148,7 @@ class Bench:
             layer.keys.normal_()
             layer.values.normal_()
         state = copy.copy(self.model.routing_state)
-        state.decision = AlwaysExecute() if gates is None else Threshold(0.0)
+        state.choose(decision=AlwaysExecute() if gates is None else Threshold(0.0))
         stats = copy.deepcopy(self.model.stats)
 
         def forward() -> Any:
@@ -184,14 +185,14 @@ class Bench:
         stats = self.model.stats
         whole = self.engine.whole(case.batch, 1 if case.decode else case.length, 0.0)
         state = copy.copy(self.model.routing_state)
-        state.decision = Threshold(0.0)
+        state.choose(decision=Threshold(0.0))
         for step in range(self.steps if case.decode else 1):
             part = gates[..., step : step + 1] if case.decode else gates
-            state.gates = dict(enumerate(part.cpu()))
+            state.forward.gates = dict(enumerate(part.cpu()))
             stats.add(state, (past + 1 + torch.arange(part.shape[2])).expand(case.batch, -1))
         head = self.shape.vocabulary * self.shape.d
         rows = case.batch * (self.steps if case.decode else 1)
-        limit = limit_speedup(stats, STORAGE["bfloat16"], self.balance, head, rows, decode=case.decode)
+        limit = limit_speedup(stats, FORMATS["bfloat16"].storage, self.balance, head, rows, decode=case.decode)
         shares = {key: stats.as_dict(None)[key] for key in ("units", "attention", "ffn", "macs")}
         return {"sparsity": shares, "limit_speedup": limit, "executed_whole": list(whole)}
 

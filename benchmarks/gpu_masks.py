@@ -43,7 +43,7 @@ def record() -> dict[str, Tensor]:
             model.set_decision(Threshold(threshold_at(model, text, target, budget)))  # type: ignore[arg-type]
             with torch.inference_mode():
                 model(input_ids=text, use_cache=False, logits_to_keep=1)
-            gates = torch.stack([gate[0] for _, gate in sorted(model.routing_state.gates.items())])
+            gates = torch.stack([gate[0] for _, gate in sorted(model.routing_state.forward.gates.items())])
             stats = {key: round(model.routing_stats()[key], 3) for key in ("units", "attention", "ffn", "macs")}
             print(budget, target, stats, flush=True)
             found[f"{budget}-{round(100 * target)}"] = pack(gates)

@@ -98,7 +98,7 @@ def predictor(name: str, ids: Tensor) -> dict[str, Any]:
     units = range(len(model.units))
 
     def gates() -> Tensor:
-        return torch.stack([model.routing_state.gates[unit] for unit in units])
+        return torch.stack([model.routing_state.forward.gates[unit] for unit in units])
 
     model(ids, use_cache=False)
     whole = gates()

@@ -16,7 +16,7 @@ from typing import Any
 from informed_routing.assets import DEMO_MODEL, load_model
 from informed_routing.evaluation.environment import environment
 from informed_routing.execution import self_check
-from informed_routing.execution.cpu.packing import FORMATS
+from informed_routing.execution.formats import PACKED
 from informed_routing.execution.native import NativeExecution
 from informed_routing.files.atomic import write_json
 from informed_routing.routed_model import RoutedModelForCausalLM
@@ -44,7 +44,7 @@ def seconds(base: Any, folder: Path) -> dict[str, float]:
         routed = RoutedModelForCausalLM.attach(copy.deepcopy(base))
     finally:
         self_check.Check.__init__, self_check.Check.routed = begun, attached  # type: ignore[method-assign]
-    for weights in FORMATS:
+    for weights in PACKED:
         native = NativeExecution(weights)
         native.of(routed)  # packing is not part of the check
         start = time.perf_counter()

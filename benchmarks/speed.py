@@ -20,7 +20,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from shared import BASE, DEMO, FORMATS, MACS, PROGRESS, natives, perplexity, routed, run_sections, text
@@ -28,6 +28,7 @@ from shared import BASE, DEMO, FORMATS, MACS, PROGRESS, natives, perplexity, rou
 from informed_routing.assets import load_model
 from informed_routing.evaluation.engines import CompiledEngine, Engine, RoutedEngine
 from informed_routing.evaluation.speed import benchmark_rows
+from informed_routing.execution.cpu.engine import CpuEngine
 
 
 def both_budgets(
@@ -116,7 +117,7 @@ def formats() -> Any:
                 {
                     "weights": one,
                     "target": target,
-                    "megabytes": engine.holder.of(model).bytes / 1e6,
+                    "megabytes": cast(CpuEngine, engine.native).bytes / 1e6,
                     "perplexity": perplexity(model),
                 }
             )

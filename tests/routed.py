@@ -57,8 +57,8 @@ def left_padded(ids: torch.Tensor, pads: tuple[int, ...]) -> torch.Tensor:
     return mask
 
 
-def execute(model: RoutedModelForCausalLM, execution: Any, policy: Any = "exact") -> None:
+def execute(model: RoutedModelForCausalLM, execution: Any, policy: Any = "exact", weights: Any = None) -> None:
     """Choose how units are computed; the test is skipped where the native engine cannot be built."""
     if execution == "native" and build.compiler() is None:
         pytest.skip("no C++ compiler")
-    model.set_execution(execution, policy=policy)
+    model.set_execution(execution, policy=policy, weights=weights)

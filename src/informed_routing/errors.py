@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+__all__ = ["InformedRoutingError", "InputError", "WorkError"]
+
 
 class InformedRoutingError(Exception):
     """Base of all errors raised on purpose.

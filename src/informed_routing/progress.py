@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+__all__ = ["NullProgress", "Progress"]
+
 
 class Progress(Protocol):
     """What the library calls; `informed_routing.cli.progress` shows it on stderr.

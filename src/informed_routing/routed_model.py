@@ -11,17 +11,17 @@ so generation, adapters, pipelines and evaluation harnesses treat it as what it 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .config.folder import BaseModelReference, RoutingConfig, ThresholdRow
+from .config.kinds import kind, kinds_of
 from .config.parts import KINDS, Budget, Decision, ForecasterConfig, RouterConfig, SelectionConfig, method_of
 from .config.types import describe
 from .errors import InputError
@@ -33,20 +33,22 @@ from .models.fingerprint import reference_to
 from .models.restore import all_or_nothing
 from .models.runtime_classes import made_by
 from .persistence.auto_config import RoutedConfig
+from .persistence.pretrained import FromRoutingFolder
 from .routing.costs import UnitCost, unit_costs
-from .routing.decision import AlwaysExecute, DecisionRule, Threshold, TopK
-from .routing.dial import RANGE_SLACK, threshold_for
+from .routing.decision import AlwaysExecute, DecisionRule
+from .routing.dial import RANGE_SLACK
 from .routing.routed_unit import RoutedUnit
 from .routing.state import Execution, KeyValues, RoutingState
 from .routing.stats import RoutingStats
-from .routing.target import capacity_for
+
+__all__ = ["RoutedModelForCausalLM"]
 
 if TYPE_CHECKING:
-    from .execution.call import Policy
-    from .execution.native import Weights
+    from .execution.engine import Policy
+    from .execution.formats import Weights
 
 
-class RoutedModelForCausalLM(PreTrainedModel):
+class RoutedModelForCausalLM(FromRoutingFolder):
     """Base of all routed models. Build one with `from_pretrained` (a routing folder) or `attach` (a live model)."""
 
     config_class = RoutedConfig
@@ -87,18 +89,14 @@ class RoutedModelForCausalLM(PreTrainedModel):
             forecaster, router = forecaster or ForecasterConfig(), router or RouterConfig()
             routing_config = _fresh_config(model, reference, forecaster, router, selection or SelectionConfig(), kv)
         forecaster, router, selection = routing_config.forecaster, routing_config.router, routing_config.selection
-        if forecaster.fallback == "forecaster" and forecaster.rank > hidden_size:
-            raise InputError(
-                f"rank {forecaster.rank} is above the model's hidden size {hidden_size}",
-                f"Choose a rank up to {hidden_size}",
-            )
+        kind("fallbacks", forecaster.fallback).check(forecaster, hidden_size)
         decoder = cast(Any, model).model
         if selection.first_layer >= len(decoder.layers):
             raise InputError(
                 f"selection.first_layer {selection.first_layer} leaves none of {len(decoder.layers)} layers to route",
                 "Choose a lower one",
             )
-        _check_own_forwards(model)
+        calls.check_own_forwards((model, decoder, *decoder.layers))
         with nullcontext() if self_check else skipped():
             check = Check(model, routing_config)
             routed = _with_routing(model, routing_config)
@@ -109,108 +107,6 @@ class RoutedModelForCausalLM(PreTrainedModel):
         raise InputError(
             "a routed model is not built from a configuration", "Use from_pretrained(folder), or attach(model)"
         )
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        dtype: torch.dtype | str | None = "auto",
-        device: torch.device | str | None = None,
-        base: str | Path | PreTrainedModel | None = None,
-        execution: Execution = "sparse",
-        kv: KeyValues | None = None,
-        merge_lora: bool = True,
-        trust_remote_code: bool | None = False,
-        attn_implementation: str | None = None,
-        device_map: Any = None,
-        torch_dtype: torch.dtype | str | None = None,
-        subfolder: str = "",
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-        config: PreTrainedConfig | None = None,
-        self_check: bool = True,
-        **options: Any,
-    ) -> RoutedModelForCausalLM:
-        """Load a routing folder (or a Hub id of one) onto its base model, at the sparsity it was trained for.
-
-        `base` overrides where the base model is; its weights and settings are checked all the same. A live model given
-        as `base` is changed in place, or left as it was when loading fails. A LoRA adapter in the folder is merged into
-        the base weights. `revision` and `subfolder` are those of the routing; the base model has its own. `device_map`
-        may name one device. Raises InputError for a missing or damaged folder, a wrong base model, and options of
-        transformers that routed models do not have; TypeError for options that nobody knows.
-        """
-        from .persistence import load_options
-        from .persistence.load import load
-
-        load_options.check_unknown(options)
-        load_options.check_execution(execution, kv, merge_lora, base)
-        wanted = load_options.chosen_dtype(None if torch_dtype is not None and dtype == "auto" else dtype, torch_dtype)
-        if isinstance(base, PreTrainedModel):
-            load_options.check_base_object(base, wanted, device, device_map)
-        hub = load_options.HubOptions(revision, token, cache_dir, bool(local_files_only), bool(force_download))
-        with nullcontext() if self_check else skipped():
-            return load(
-                pretrained_model_name_or_path,
-                attach=RoutedModelForCausalLM.attach,
-                dtype=wanted,
-                device=load_options.chosen_device(device, device_map),
-                base=base,
-                execution=execution,
-                kv=kv,
-                merge_lora=merge_lora,
-                trust_remote_code=bool(trust_remote_code),
-                attn_implementation=attn_implementation,
-                subfolder=subfolder or "",
-                config=config,
-                hub=hub,
-            )
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        push_to_hub: bool = False,
-        max_shard_size: int | str = "50GB",
-        variant: str | None = None,
-        token: str | bool | None = None,
-        *,
-        save_base: str | Path | None = None,
-        safe_serialization: bool = True,
-        repo_id: str | None = None,
-        **hub: Any,
-    ) -> None:
-        """Write the routing folder: configuration and the routers' and forecasters' tensors, not the base model.
-
-        Raises InputError when loading the folder would not give this model again: when the base weights are no longer
-        those that the routing refers to. `save_base` then names a new folder for the base model as it is now. An
-        adapter that the model was loaded with is written again. `state_dict` replaces the model's weights. With
-        `push_to_hub` the options of that method may be given too.
-        """
-        from .persistence.saving import check_hub_options, push, save_checked
-
-        check_hub_options(hub, pushed=push_to_hub, variant=variant, safe_serialization=safe_serialization)
-        if not is_main_process:
-            return
-        folder = Path(save_directory).expanduser()
-        save_checked(self, folder, state_dict=state_dict, save_base=save_base, max_shard_size=max_shard_size)
-        if push_to_hub:
-            push(self, repo_id or folder.absolute().name, token=token, folder=folder, **hub)
-
-    def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, **options: Any) -> Any:  # type: ignore[override]
-        """Upload the routing folder to the Hub.
-
-        Options: `private`, `revision`, `commit_message`, `commit_description`, `create_pr`, `max_shard_size`.
-        """
-        from .persistence.saving import check_hub_options, push
-
-        size = options.pop("max_shard_size", None)
-        check_hub_options(options, pushed=True)
-        return push(self, repo_id, token=token, max_shard_size="50GB" if size is None else size, **options)
 
     # -- parts ------------------------------------------------------------------------------------------
 
@@ -226,6 +122,7 @@ class RoutedModelForCausalLM(PreTrainedModel):
 
     @property
     def costs(self) -> list[UnitCost]:
+        """What each unit costs, in the order of `units`."""
         return cast(list[UnitCost], self.decoder.routing_stats_counter.costs)
 
     def routing_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -267,25 +164,18 @@ class RoutedModelForCausalLM(PreTrainedModel):
         """
         if not 0 <= sparsity < 1:
             raise InputError(f"sparsity {sparsity} is not between 0 and 1", "Give a share such as 0.25")
-        for given, known in ((budget, get_args(Budget)), (decision, get_args(Decision))):
+        for given, known in ((budget, get_args(Budget)), (decision, kinds_of("rules"))):
             if given is not None and given not in known:
                 raise InputError(f"{given!r} is not known", f"Choose one of {', '.join(known)}")
         decision = decision or self.routing_config.selection.decision
         if sparsity == 0:
             self.set_decision(AlwaysExecute())
-        elif decision == "top-k":
-            self.set_decision(self._top_k(sparsity, budget or self.routing_config.budget))
         else:
-            self.set_decision(Threshold(threshold_for(self.routing_config, sparsity, budget)))
+            rule = kind("rules", decision).at(
+                self.routing_config, self.units, sparsity, budget or self.routing_config.budget
+            )
+            self.set_decision(rule)
         self._target = sparsity
-
-    def _top_k(self, sparsity: float, budget: Budget) -> TopK:
-        """The rule whose capacity, the same in all routed units, approximates a share of all (token, unit) pairs."""
-        if self.routing_config.selection.decision != "top-k":
-            raise InputError("the routers of this model do not rank tokens", "Leave out decision='top-k'")
-        if budget != "units":
-            raise InputError(f"the capacity of top-k counts units, not {budget}", "Use the units budget")
-        return TopK(capacity_for(self.units, sparsity))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`. Raises InputError while the decision rule is top-k, which is not causal."""
@@ -310,21 +200,21 @@ class RoutedModelForCausalLM(PreTrainedModel):
         values = [getattr(row, budget or self.routing_config.budget) for row in self.routing_config.thresholds]
         return (max(min(values), 0.0), max(values) + RANGE_SLACK) if values else (0.0, 0.0)
 
-    def set_decision(self, decision: DecisionRule) -> None:
+    def set_decision(self, decision: DecisionRule | Callable[[Tensor], Tensor]) -> None:
         """Use another decision rule; `set_sparsity` is the usual way."""
-        self.routing_state.decision = decision
+        self.routing_state.choose(decision=decision)
         self._target = None
         self.reset_routing_stats()
 
     @contextmanager
-    def deciding(self, decision: DecisionRule) -> Iterator[None]:
+    def deciding(self, decision: DecisionRule | Callable[[Tensor], Tensor]) -> Iterator[None]:
         """Use a decision rule for the length of a `with` block."""
-        before, target = self.routing_state.decision, self._target
-        self.routing_state.decision = decision
+        target = self._target
         try:
-            yield
+            with self.routing_state.using(decision=decision):
+                yield
         finally:
-            self.routing_state.decision, self._target = before, target
+            self._target = target
 
     def set_execution(
         self,
@@ -369,7 +259,7 @@ class RoutedModelForCausalLM(PreTrainedModel):
             native = NativeExecution(weights, policy=policy)
             with nullcontext() if self_check else skipped():
                 check_engine(self, native)
-        state.execution, state.native, state.kv = execution, native, kept
+        state.choose(execution=execution, native=native, kv=kept)
 
     def with_thresholds(self, rows: tuple[ThresholdRow, ...], budget: Budget, sparsity: float, context: int) -> None:
         """Store a calibrated table."""
@@ -401,23 +291,10 @@ class RoutedModelForCausalLM(PreTrainedModel):
 
     def token_compute(self) -> Tensor:
         """Share of the units that each token of the last forward executed: [B, N] float32; empty when dense."""
-        gates = self.routing_state.gates
+        gates = self.routing_state.forward.gates
         if not gates:
             return torch.ones(0)
         return torch.stack([gate.float() for gate in gates.values()]).mean(0)
-
-
-def _check_own_forwards(model: PreTrainedModel) -> None:
-    """Raises InputError for modules whose `forward` was replaced: it would be called instead of the routed class's."""
-    decoder = cast(Any, model).model
-    for module in (model, decoder, *decoder.layers):
-        if calls.has_own_forward(module):
-            raise InputError(
-                f"the model's {type(module).__name__} has a forward of its own (hooks of accelerate, or a patch)",
-                "Load it without device_map, or take hooks off: "
-                "accelerate.hooks.remove_hook_from_module(model, recurse=True)",
-            )
-        vars(module).pop("forward", None)  # the class's own: it would stand before the routed class's
 
 
 def _with_routing(model: PreTrainedModel, config: RoutingConfig) -> RoutedModelForCausalLM:

@@ -14,15 +14,14 @@ from informed_routing.assets import (
     DEMO_MODEL,
     ModelSource,
     cache_dir,
-    default_dtype,
     load_model,
     load_tokenizer,
     models,
     pack,
-    resolve_dtype,
     resolve_model,
 )
 from informed_routing.assets.gguf import CONVERSION
+from informed_routing.assets.models import default_dtype, resolve_dtype
 from informed_routing.errors import InputError
 
 

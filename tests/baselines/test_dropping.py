@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from informed_routing.baselines.dropping import drop_units
 from informed_routing.baselines.remaining import UnitName, dropped_units
 from informed_routing.errors import InputError
-from informed_routing.training.fit import enable_checkpointing
+from informed_routing.training.setup import enable_checkpointing
 
 IDS = random_ids(3, 18)
 DROPPED: list[UnitName] = [(0, "attention"), (1, "ffn"), (2, "attention"), (2, "ffn"), (4, "attention")]

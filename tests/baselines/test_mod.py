@@ -17,10 +17,10 @@ from informed_routing.baselines.dynamic import recipe_of
 from informed_routing.config.parts import ForecasterConfig, RouterConfig
 from informed_routing.config.recipe import RouteStage
 from informed_routing.errors import InputError
-from informed_routing.execution.native import native_reason
+from informed_routing.execution.choose import native_reason
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.routing.decision import AlwaysExecute, Threshold, TopK
-from informed_routing.routing.router import RankingRouter
+from informed_routing.routing.routers.ranking import RankingRouter
 from informed_routing.routing.target import BudgetMeter
 from informed_routing.training.route import freeze_all_but, router_parameters
 from informed_routing.training.top_k import TopKObjective
@@ -221,7 +221,7 @@ def test_predictors_learn_who_is_chosen() -> None:
         routed.set_decision(rule)
         with torch.no_grad():
             routed(ids)
-        gates.append(routed.routing_state.gates[0])
+        gates.append(routed.routing_state.forward.gates[0])
     assert float((gates[0] == gates[1]).float().mean()) > 0.9
 
 
@@ -249,21 +249,21 @@ def test_decode_by_the_predictor_equals_its_prefill(name: str) -> None:
     ids = random_ids(2, 20)
     with torch.no_grad():
         whole = routed(ids, use_cache=False).logits
-        decided = torch.stack([routed.routing_state.gates[i] for i in range(8)])
+        decided = torch.stack([routed.routing_state.forward.gates[i] for i in range(8)])
         out = routed(ids[:, :12], use_cache=True)
-        logits, gates = [out.logits], [torch.stack([routed.routing_state.gates[i] for i in range(8)])]
+        logits, gates = [out.logits], [torch.stack([routed.routing_state.forward.gates[i] for i in range(8)])]
         for place in range(12, 20):
             out = routed(ids[:, place : place + 1], past_key_values=out.past_key_values)
             logits.append(out.logits)
-            gates.append(torch.stack([routed.routing_state.gates[i] for i in range(8)]))
+            gates.append(torch.stack([routed.routing_state.forward.gates[i] for i in range(8)]))
         assert torch.equal(torch.cat(gates, -1), decided)
         torch.testing.assert_close(torch.cat(logits, 1), whole, rtol=1e-3, atol=1e-3)
         assert 0.1 < float(decided[-2:].float().mean()) < 0.9
         routed.set_decision(TopK(0.5))
         routed(ids)
-        whole_gates = routed.routing_state.gates[2][:, :12]
+        whole_gates = routed.routing_state.forward.gates[2][:, :12]
         routed(ids[:, :12])
-        assert not torch.equal(routed.routing_state.gates[2], whole_gates)
+        assert not torch.equal(routed.routing_state.forward.gates[2], whole_gates)
 
 
 def test_engines_refuse_ranking_routers_by_name() -> None:

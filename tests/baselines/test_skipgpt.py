@@ -13,7 +13,7 @@ from tests.tiny import make_tiny, random_ids
 from informed_routing.baselines.dynamic import attach, recipe_of
 from informed_routing.baselines.skipgpt import load_released
 from informed_routing.errors import InputError
-from informed_routing.execution.native import native_reason
+from informed_routing.execution.choose import native_reason
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.routing.decision import AlwaysExecute, DecisionRule, Threshold
 
@@ -38,7 +38,7 @@ def test_both_routers_of_a_layer_read_the_stream_at_its_entry(execution: str) ->
     routed = make_baseline("skipgpt-faithful")
     routed.set_execution(execution)  # type: ignore[arg-type]
     routed.set_decision(Threshold(0.0))
-    routed.routing_state.record_margins = True
+    routed.routing_state.choose(record_margins=True)
     ids = random_ids(2, 13)
     with torch.no_grad():
         entries = routed(ids, output_hidden_states=True).hidden_states
@@ -47,9 +47,11 @@ def test_both_routers_of_a_layer_read_the_stream_at_its_entry(execution: str) ->
                 assert unit.router is not None
                 logits = entries[layer] @ unit.router.outer.weight.T + unit.router.outer.bias
                 wanted = logits[..., 1] - logits[..., 0]
-                torch.testing.assert_close(routed.routing_state.margins[unit.index], wanted, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(
+                    routed.routing_state.forward.margins[unit.index], wanted, rtol=1e-4, atol=1e-4
+                )
     assert 0.05 < routed.routing_stats()["units"] < 0.95
-    assert routed.routing_state.layer_input is None  # nothing of the graph is kept alive
+    assert routed.routing_state.forward.layer_input is None  # nothing of the graph is kept alive
 
 
 def test_the_layer_by_hand() -> None:

@@ -1,4 +1,4 @@
-"""The commands on a tiny model: results on stdout, the JSON of the contract, and nothing else."""
+"""The commands on a tiny model: results on stdout, the JSON of `--json`, and nothing else."""
 
 from __future__ import annotations
 

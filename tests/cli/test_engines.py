@@ -54,9 +54,9 @@ def test_generate_says_which_engine_runs(
 def test_where_the_native_engine_cannot_run_the_reason_is_said(
     run: Run, routing_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from informed_routing.execution import native
+    from informed_routing.execution import choose
 
-    monkeypatch.setattr(native, "native_reason", lambda model, progress=None: "no C++ compiler was found")
+    monkeypatch.setattr(choose, "native_reason", lambda model, progress=None: "no C++ compiler was found")
     generated = run("generate", routing_folder, "--prompt", "the river", "-n", 2, "--json", "-", "-q")
     assert generated.json["result"]["engine"]["name"] == "torch sparse"
     timed = run("benchmark", routing_folder, *SMALL, "--data", text_file, "-s", 0.25, "--json", "-", "-q")
@@ -102,6 +102,17 @@ def test_the_policy_reaches_the_engine(
             assert outcome.code == 0, outcome.err
             assert set(made) == {policy}
             assert outcome.json["result"]["engine"]["policy"] == policy
+
+
+@needs_compiler
+def test_a_profile_is_refused_where_the_engine_cannot_tell(
+    run: Run, routing_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from informed_routing.execution.cpu import engine
+
+    monkeypatch.setattr(engine.CpuEngine, "phases", ())
+    arguments = ["benchmark", routing_folder, *SMALL, "--data", text_file, "-s", 0.25, "--profile", "-q"]
+    assert "--profile has no effect: the engine of this device" in run(*arguments).one_line_error()
 
 
 @needs_compiler

@@ -117,17 +117,6 @@ def test_options_that_tasks_do_not_have(run: Run, routing_folder: Path, options:
     assert f"{named} has no effect" in error
 
 
-def test_top_k_is_no_work_for_the_native_engine(run: Run, routing_folder: Path, text_file: Path) -> None:
-    """It looks at whole sequences: the engine would silently leave it to torch."""
-    config = json.loads((routing_folder / "routing_config.json").read_text())
-    config["forecaster"]["fallback"] = "zero"
-    config["router"]["kind"], config["selection"]["decision"] = "ranking", "top-k"
-    (routing_folder / "routing_config.json").write_text(json.dumps(config))
-    from informed_routing.cli.loading import native_obstacle
-
-    assert "top-k" in str(native_obstacle(None, None, "keep", "top-k"))  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("command", ["generate", "evaluate", "benchmark", "whatif"])
 @pytest.mark.usefixtures("unloaded")
 def test_a_share_that_is_not_calibrated_is_refused_before_the_model_is_loaded(

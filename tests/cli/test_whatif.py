@@ -119,7 +119,7 @@ def test_names_are_shown_as_they_are(run: Run, routing_folder: Path, text_file: 
 
 
 def _workload(text: str) -> dict[str, Any]:
-    from informed_routing.files.user_files import parse_yaml
+    from informed_routing.files.bounded_yaml import parse_yaml
 
     found: dict[str, Any] = parse_yaml(text, "nominal")
     return found

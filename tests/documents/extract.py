@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("informed-routing", "make", "python", "pip", "source")
-LANGUAGES = ("bash", "python", "yaml", "")
+LANGUAGES = ("bash", "python", "yaml", "cpp", "")
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"`([^`]+)`")
 _NO_COMMANDS = ("CHANGELOG.md",)  # it tells of what was, too

@@ -40,7 +40,8 @@ OURS = [command for command in ALL if command.program == "informed-routing"]
 MAKE = [command for command in ALL if command.program == "make"]
 PYTHON = [command for command in ALL if command.program == "python"]
 PIP = [command for command in ALL if command.program == "pip"]
-CODE = [block for block in blocks() if block.language == "python"]
+GUIDES = "docs/how-to/"  # their code is for a copy of the repository: tests/test_house_how_to.py
+CODE = [block for block in blocks() if block.language == "python" and not block.place.startswith(GUIDES)]
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 
 
@@ -87,6 +88,12 @@ def test_options_of_a_part_of_a_command(command: Command) -> None:
         following = words[place + 1] if place + 1 < len(words) else ""
         if choices and following and not following.startswith("-"):
             assert following in choices
+
+
+@pytest.mark.parametrize("page", documents(), ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert not [link for link in links if ":" not in link and not (page.parent / link).exists()]
 
 
 # -- make ----------------------------------------------------------------------------------------------------

@@ -12,15 +12,16 @@ from tests.tiny import random_ids
 from informed_routing.config.folder import LatencyGains
 from informed_routing.errors import InputError
 from informed_routing.evaluation import latency
-from informed_routing.evaluation.speed import Timing
+from informed_routing.evaluation.timing import Timing
+from informed_routing.execution.choose import EngineChoice
 from informed_routing.routing.decision import Threshold
 from informed_routing.routing.target import BudgetMeter
 
 GAINS = LatencyGains(attention=0.2, ffn=0.5, overhead=0.02, seconds=1.0, tokens=8, engine="torch", cpu="x")
 
 
-@pytest.mark.parametrize("weights", [None, "float32"])
-def test_each_pattern_approximates_what_it_names(weights: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("obstacle", [None, "torch is asked for"])
+def test_each_pattern_approximates_what_it_names(obstacle: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_routed("llama")
     model.set_decision(Threshold(0.3))
     seen: dict[str, tuple[float, float]] = {}
@@ -35,8 +36,9 @@ def test_each_pattern_approximates_what_it_names(weights: str | None, monkeypatc
         return {name: Timing(value, value, value, 1) for name, value in seconds.items()}
 
     monkeypatch.setattr(latency, "measure", fake)
-    gains = latency.measure_latency(model, random_ids(1, 12), weights=weights)
+    gains = latency.measure_latency(model, random_ids(1, 12), choice=EngineChoice("float32", obstacle))
     assert seen == {"dense": (0, 0), "execute": (0, 0), "attention": (1, 0), "ffn": (0, 1)}
+    assert gains.engine == ("torch" if obstacle else "native float32")
     assert (gains.attention, gains.ffn, gains.overhead) == pytest.approx((0.2, 0.5, 0.05))
     assert model.routing_state.decision == Threshold(0.3)
     assert model.routing_state.execution == "sparse"

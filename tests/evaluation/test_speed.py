@@ -11,17 +11,16 @@ import torch
 from tests.tiny import make_tiny, random_ids
 
 from informed_routing.errors import InputError
-from informed_routing.evaluation import speed
-from informed_routing.evaluation.engines import Engine, RoutedEngine, make_engines
+from informed_routing.evaluation import timing
+from informed_routing.evaluation.engines import CompiledEngine, Engine, RoutedEngine, make_engines
 from informed_routing.evaluation.environment import check_threads, environment
 from informed_routing.evaluation.speed import (
-    Workload,
     benchmark_rows,
     decode_callable,
-    measure,
     prefill_callable,
     take_prompts,
 )
+from informed_routing.evaluation.timing import Workload, measure
 
 
 def test_measure_takes_turns() -> None:
@@ -43,10 +42,10 @@ def test_measure_reports_median_and_extremes_without_preparation(monkeypatch: py
         nonlocal now
         now += seconds
 
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
     work = Workload(run=lambda _: wait(next(costs)), prepare=lambda: wait(1000))
-    timing = measure({"x": work}, repeats=3, warmup=1)["x"]
-    assert (timing.median, timing.min, timing.max, timing.runs) == (3.0, 1.0, 5.0, 3)
+    found = measure({"x": work}, repeats=3, warmup=1)["x"]
+    assert (found.median, found.min, found.max, found.runs) == (3.0, 1.0, 5.0, 3)
 
 
 def test_nothing_to_time_is_refused() -> None:
@@ -161,3 +160,25 @@ def test_environment_names_no_machine_and_no_path() -> None:
 def test_thread_count_below_one() -> None:
     with pytest.raises(InputError, match="--threads 0"):
         check_threads(0)
+
+
+def test_the_compiled_engine_leaves_no_settings_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._inductor.config as inductor
+
+    before = inductor.freezing, torch._dynamo.config.recompile_limit  # type: ignore[attr-defined]
+    seen: list[bool] = []
+
+    def compiled(forward: Any, **_: Any) -> Any:
+        def run(**inputs: Any) -> Any:
+            seen.append(inductor.freezing)
+            return forward(**inputs)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    engine, ids = CompiledEngine(make_tiny("llama")), random_ids(1, 5)
+    engine.step(ids, engine.fresh_cache(1, 5))
+    with engine.fixed():
+        engine.step(ids, engine.fresh_cache(1, 5))
+    assert seen == [True, True]
+    assert (inductor.freezing, torch._dynamo.config.recompile_limit) == before  # type: ignore[attr-defined]

@@ -22,9 +22,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from informed_routing.execution.kernels import attention, matmul, route, tuning
+from informed_routing.execution.kernels import attention, matmul, route, tiles
 from informed_routing.execution.kernels.attention import Keys, Rotation
-from informed_routing.execution.kernels.matmul import ForecasterWeights, Matrix
+from informed_routing.execution.kernels.matrices import ForecasterWeights, Matrix
 from informed_routing.execution.kernels.route import RouterWeights, Selection
 
 
@@ -77,7 +77,7 @@ def compile_all(capability: int, dtype: torch.dtype = torch.bfloat16) -> list[di
         hidden, chosen = empty(rows, d, dtype=dtype), Selection.empty(1, rows, torch.device("cpu"))
         for router in (linear, mlp):
             route.route(hidden, norm, 1e-5, router, threshold, None, 1)
-        for shape in tuning.candidates(dtype, rows):
+        for shape in tiles.candidates(dtype, rows):
             for w in (plain, *scaled.values()):
                 z = empty(rows, rank, dtype=dtype)
                 matmul.project(hidden, chosen, w["q"], w["kv"], w["kv"], forecaster, shape)

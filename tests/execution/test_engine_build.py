@@ -16,8 +16,8 @@ import pytest
 
 from informed_routing.assets import cache
 from informed_routing.errors import InputError
-from informed_routing.execution.cpu import build, prices
-from informed_routing.execution.cpu.prices import ROWS, PriceTable
+from informed_routing.execution.cpu import build, price_table
+from informed_routing.execution.cpu.price_table import ROWS, PriceTable
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
 
@@ -147,15 +147,15 @@ def test_damaged_prices_are_measured_again(own_cache: Path, monkeypatch: pytest.
         measured.append(engine)
         return table
 
-    monkeypatch.setattr(prices, "measure", measure)
-    assert prices.price_table(Engine()) == table  # type: ignore[arg-type]
-    assert prices.price_table(Engine()) == table  # type: ignore[arg-type]
+    monkeypatch.setattr(price_table, "measure", measure)
+    assert price_table.price_table(Engine()) == table  # type: ignore[arg-type]
+    assert price_table.price_table(Engine()) == table  # type: ignore[arg-type]
     assert len(measured) == 1
     (path,) = (own_cache / "native").glob("prices-*.json")
     text = path.read_text()
     changed = {"cut": text[:-40], "digit": text.replace("64.0", "65.0", 1), "old": json.dumps(asdict(table))}
     path.write_text(changed.get(content, content))
-    assert prices.price_table(Engine()) == table  # type: ignore[arg-type]
+    assert price_table.price_table(Engine()) == table  # type: ignore[arg-type]
     assert len(measured) == 2
-    assert prices.price_table(Engine()) == table  # type: ignore[arg-type]
+    assert price_table.price_table(Engine()) == table  # type: ignore[arg-type]
     assert len(measured) == 2

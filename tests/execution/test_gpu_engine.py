@@ -18,13 +18,12 @@ from torch import Tensor
 
 from informed_routing.config.folder import ThresholdRow
 from informed_routing.errors import InputError
-from informed_routing.execution.architecture import FAMILIES
-from informed_routing.execution.engine_cache import is_packed
 from informed_routing.execution.gpu import tuner
 from informed_routing.execution.gpu.engine import GpuEngine
-from informed_routing.execution.gpu.prices import Price, PriceBook, executed_shares, rounds_up
-from informed_routing.execution.kernels import tuning
+from informed_routing.execution.gpu.price_book import Price, PriceBook, executed_shares, rounds_up
+from informed_routing.execution.kv_layers import is_packed
 from informed_routing.execution.native import NativeExecution
+from informed_routing.models.families import native_families
 from informed_routing.routing.decision import AlwaysExecute, Threshold
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,7 +34,7 @@ def gpu(model: Any, policy: Any = "exact", *, records: bool = True) -> GpuEngine
     holder = NativeExecution(policy=policy)
     holder.engine = GpuEngine(model.to(DEVICE), policy=policy)
     holder.engine.records = records
-    model.routing_state.native, model.routing_state.execution = holder, "native"
+    model.routing_state.choose(native=holder, execution="native")
     return holder.engine
 
 
@@ -55,7 +54,7 @@ def logits(model: Any, **inputs: Any) -> Tensor:
         return model(**inputs).logits.cpu()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", native_families("gpu"))
 def test_families_routers_and_padding(family: str) -> None:
     model, reference = pair(family, router="linear" if family in ("llama", "qwen3") else "mlp")
     gpu(model)
@@ -140,7 +139,7 @@ def test_given_selections_replace_the_routers() -> None:
     model.set_decision(Threshold(0.0))
     embeddings = model.decoder.embed_tokens(ids)
     rope = model.decoder.rotary_emb(embeddings, position_ids=torch.arange(19, device=DEVICE)[None])
-    from informed_routing.execution.call import Rows
+    from informed_routing.execution.rows import Rows
 
     rows = Rows(torch.zeros(2, dtype=torch.int32), None)
     with torch.inference_mode():
@@ -231,8 +230,7 @@ def test_torchao_weights_are_read_as_they_are(kind: str) -> None:
     torch.testing.assert_close(logits(model, input_ids=ids), logits(reference, input_ids=ids), rtol=2e-2, atol=2e-2)
 
 
-def test_tiles_are_timed_on_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_chosen", {})
+def test_tiles_are_timed_on_scratch() -> None:
     model, _ = pair()
     engine = gpu(model)
     before = [parameter.clone() for parameter in model.parameters()]

@@ -12,10 +12,11 @@ pytest.importorskip("triton")
 import torch
 from torch import Tensor
 
-from informed_routing.execution.kernels import attention, matmul, route, tuning
+from informed_routing.execution.kernels import attention, matmul, route
 from informed_routing.execution.kernels.attention import Keys, Rotation
-from informed_routing.execution.kernels.matmul import ForecasterWeights, Matrix
+from informed_routing.execution.kernels.matrices import ForecasterWeights, Matrix
 from informed_routing.execution.kernels.route import RouterWeights, Selection
+from informed_routing.execution.kernels.tiles import MANY, TileBook, Tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
@@ -246,15 +247,15 @@ def test_padding_that_executes_gives_zero_and_no_nan() -> None:
 # -- tile shapes ---------------------------------------------------------------------------------------------
 
 
-def test_all_tile_shapes_agree_and_the_fastest_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_chosen", {})
+def test_all_tile_shapes_agree_and_the_fastest_is_remembered(tmp_path: Path) -> None:
+    book = TileBook()
     x, chosen = randn(200, D, dtype=torch.bfloat16), route.select_reference(gate_of("half", 1, 200), 1)
     gate, up = (matrix(72, D, torch.bfloat16, seed) for seed in (1, 2))
     count = int(chosen.count)
     expected = matmul.gated_reference(x, chosen, gate, up, False, None)[0][:count]
-    tried: list[tuning.Tiles] = []
+    tried: list[Tiles] = []
 
-    def launch(shape: tuning.Tiles) -> None:
+    def launch(shape: Tiles) -> None:
         close(matmul.gated(x, chosen, gate, up, False, None, shape)[0][:count], expected, torch.bfloat16)
         tried.append(shape)
 
@@ -262,10 +263,10 @@ def test_all_tile_shapes_agree_and_the_fastest_is_remembered(tmp_path: Path, mon
         call()
         return -float(len(tried))
 
-    assert tuning.tune("gated", x, 72, D, launch, time) == tuning.MANY[-1]
-    assert len(tried) == len(tuning.MANY)
-    assert tuning.tiles("gated", x[:150], 72, D) == tuning.MANY[-1], "another count of the same power of two"
-    tuning.remember(tmp_path / "tiles.json")
-    monkeypatch.setattr(tuning, "_chosen", {})
-    tuning.recall(tmp_path / "tiles.json")
-    assert tuning.tiles("gated", x, 72, D) == tuning.MANY[-1]
+    assert book.tune("gated", x, 72, D, launch, time) == MANY[-1]
+    assert len(tried) == len(MANY)
+    assert book.find("gated", x[:150], 72, D) == MANY[-1], "another count of the same power of two"
+    book.remember(tmp_path / "tiles.json")
+    later = TileBook()
+    later.recall(tmp_path / "tiles.json")
+    assert later.find("gated", x, 72, D) == MANY[-1]

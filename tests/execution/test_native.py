@@ -14,22 +14,22 @@ from tests.tiny import random_ids
 from torch import Tensor, nn
 
 from informed_routing.errors import InputError
-from informed_routing.execution.architecture import FAMILIES
-from informed_routing.execution.call import Rows
 from informed_routing.execution.cpu import availability, build
 from informed_routing.execution.cpu import engine as cpu_engine
 from informed_routing.execution.cpu.engine import CpuEngine
-from informed_routing.execution.cpu.packing import FORMATS, Packer, Weights
-from informed_routing.execution.cpu.prices import ROWS, PriceTable
-from informed_routing.execution.engine_cache import is_packed
+from informed_routing.execution.cpu.packing import Packer
+from informed_routing.execution.cpu.price_table import ROWS, PriceTable
+from informed_routing.execution.formats import FORMATS, PACKED, Format, Packed
+from informed_routing.execution.kv_layers import is_packed
+from informed_routing.execution.rows import Rows
 from informed_routing.models.calls import cache_of, cached
+from informed_routing.models.families import native_families
 from informed_routing.routing.decision import AlwaysExecute, Threshold
-from informed_routing.routing.limits import STORAGE
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
 
 
-def tolerance(weights: Weights) -> float:
+def tolerance(weights: Packed) -> float:
     """Of logits with a standard deviation of about 0.8. Only float32 weights have a float32 cache, too, and only they
     are never multiplied by matrix instructions, which round the inputs to bfloat16."""
     if weights == "float32":
@@ -47,7 +47,7 @@ class Replay:
         return next(self.gates)
 
 
-def native(model: Any, weights: Weights = "float32", policy: Any = "exact") -> CpuEngine:
+def native(model: Any, weights: Packed = "float32", policy: Any = "exact") -> CpuEngine:
     model.set_execution("native", weights=weights, policy=policy)
     return cast(CpuEngine, model.routing_state.native.of(model))
 
@@ -60,12 +60,12 @@ def choose(model: Any, execution: str) -> None:
         model.set_execution(execution)
 
 
-def rounded(model: Any, weights: Weights) -> Any:
+def rounded(model: Any, weights: Packed) -> Any:
     """A copy of the model whose matrices hold what the packed format really stands for."""
     model = copy.deepcopy(model)
     packer = Packer(build.library(), weights, 1)
 
-    def replace(linear: nn.Linear, kind: int) -> None:
+    def replace(linear: nn.Linear, kind: Format) -> None:
         packed = packer.linear(linear.weight, None, kind)
         out = torch.empty(packed.n, packed.k)
         packer.library.ir_unpack(
@@ -84,8 +84,8 @@ def rounded(model: Any, weights: Weights) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("weights", list(FORMATS))
-def test_two_hundred_random_selections_agree_with_the_masked_reference(weights: Weights) -> None:
+@pytest.mark.parametrize("weights", PACKED)
+def test_two_hundred_random_selections_agree_with_the_masked_reference(weights: Packed) -> None:
     model = make_routed("llama", vocab_size=96, tie_word_embeddings=False)
     reference = rounded(model, weights)
     reference.set_execution("masked")
@@ -111,7 +111,7 @@ def test_two_hundred_random_selections_agree_with_the_masked_reference(weights: 
     assert worst < tolerance(weights)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", native_families("cpu"))
 @pytest.mark.parametrize("router", ["linear", "low-rank", "mlp"])
 def test_families_routers_and_padding(family: str, router: str) -> None:
     model = make_routed(family, router=router)
@@ -265,14 +265,14 @@ def test_policy_executes_whole_calls_where_skipping_costs_more() -> None:
 
 
 def test_measured_prices_are_kept(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from informed_routing.execution.cpu import prices
+    from informed_routing.execution.cpu import price_table
 
     model = make_routed("llama")
-    monkeypatch.setattr(prices, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(price_table, "cache_dir", lambda: tmp_path)
     first = native(model, policy="auto").table
     assert first is not None
     assert min(first.attention + first.ffn + first.forecaster) > 0
-    monkeypatch.setattr(prices, "measure", lambda engine: pytest.fail("measured twice"))
+    monkeypatch.setattr(price_table, "measure", lambda engine: pytest.fail("measured twice"))
     model.routing_state.native.engine = None
     assert native(model, policy="auto").table == first
     rows = first.per_row(first.ffn)
@@ -313,7 +313,7 @@ def test_without_a_compiler_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_failing_compiler_leaves_nothing_and_falls_back(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from informed_routing.execution.native import native_reason
+    from informed_routing.execution.choose import native_reason
 
     monkeypatch.setenv("INFORMED_ROUTING_CACHE", str(tmp_path))
     monkeypatch.setenv(build.FLAGS_VARIABLE, "--no-such-flag")
@@ -328,7 +328,7 @@ def test_a_failing_compiler_leaves_nothing_and_falls_back(tmp_path: Any, monkeyp
         build.library_path.cache_clear()
 
 
-def product(library: Any, weights: Weights, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def product(library: Any, weights: Packed, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """x W^T + bias by the engine, and the weights that the packed ones stand for."""
     packer = Packer(library, weights, 2)
     packed = packer.linear(weight, bias, packer.body)
@@ -339,7 +339,7 @@ def product(library: Any, weights: Weights, x: Tensor, weight: Tensor, bias: Ten
     return found, stands_for
 
 
-def check_product(library: Any, weights: Weights, rows: int, inputs: int) -> None:
+def check_product(library: Any, weights: Packed, rows: int, inputs: int) -> None:
     generator = torch.Generator().manual_seed(rows)
     weight, bias = torch.randn(70, inputs, generator=generator), torch.randn(70, generator=generator)
     x = torch.randn(rows, inputs, generator=generator)
@@ -354,16 +354,16 @@ def check_product(library: Any, weights: Weights, rows: int, inputs: int) -> Non
     assert (stands_for - weight).abs().max() <= step
 
 
-@pytest.mark.parametrize("weights", list(FORMATS))
+@pytest.mark.parametrize("weights", PACKED)
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 13, 200])
-def test_products_of_every_format_and_number_of_rows(weights: Weights, rows: int) -> None:
+def test_products_of_every_format_and_number_of_rows(weights: Packed, rows: int) -> None:
     check_product(build.library(), weights, rows, 96)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 40])
 @pytest.mark.parametrize("inputs", [33, 48, 95])
 def test_products_with_inputs_that_fill_no_group(rows: int, inputs: int) -> None:
-    for weights in FORMATS:
+    for weights in PACKED:
         if weights in ("float32", "bfloat16"):
             check_product(build.library(), weights, rows, inputs)
 
@@ -378,9 +378,9 @@ def plain_tiles(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return build.loaded(target)
 
 
-@pytest.mark.parametrize("weights", list(FORMATS))
+@pytest.mark.parametrize("weights", PACKED)
 @pytest.mark.parametrize(("rows", "inputs"), [(3, 96), (13, 96), (16, 64), (17, 320), (50, 96), (700, 96)])
-def test_products_by_matrix_instructions(plain_tiles: Any, weights: Weights, rows: int, inputs: int) -> None:
+def test_products_by_matrix_instructions(plain_tiles: Any, weights: Packed, rows: int, inputs: int) -> None:
     assert plain_tiles.ir_tiles()
     check_product(plain_tiles, weights, rows, inputs)
 
@@ -419,8 +419,9 @@ def test_bfloat16_cached_tokens_are_uncached_ones(
 
 
 def test_formats_take_the_bytes_that_limits_count() -> None:
-    for name, kind in FORMATS.items():
-        assert build.library().ir_packed_bytes(kind, 64, 96) == 64 * 96 * STORAGE[name].body
+    for name in PACKED:
+        kind = FORMATS[name]
+        assert build.library().ir_packed_bytes(kind.id, 64, 96) == 64 * 96 * kind.storage.body
 
 
 def test_four_bits_are_lossless_for_weights_that_have_four_bits() -> None:
@@ -437,9 +438,9 @@ def test_four_bits_are_lossless_for_weights_that_have_four_bits() -> None:
     torch.testing.assert_close(found, weight, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("weights", list(FORMATS))
+@pytest.mark.parametrize("weights", PACKED)
 @pytest.mark.parametrize("rows", [1, 12, 70])
-def test_losses_are_those_of_the_logits(weights: Weights, rows: int) -> None:
+def test_losses_are_those_of_the_logits(weights: Packed, rows: int) -> None:
     model = make_routed("llama", vocab_size=107, tie_word_embeddings=False)
     engine = native(model, weights)
     generator = torch.Generator().manual_seed(rows)
@@ -454,7 +455,7 @@ def test_losses_are_those_of_the_logits(weights: Weights, rows: int) -> None:
 @pytest.mark.parametrize("window", [None, 70])
 @pytest.mark.parametrize("tiles", ["of the machine", "plain"])
 def test_long_prompts_below_float32_agree_with_the_reference(
-    weights: Weights, window: int | None, tiles: str, plain_tiles: Any, monkeypatch: pytest.MonkeyPatch
+    weights: Packed, window: int | None, tiles: str, plain_tiles: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several blocks of keys, windows and padding; attention by matrix instructions, or by what stands in for them."""
     if tiles == "plain":

@@ -15,10 +15,12 @@ from transformers import DynamicCache
 
 from informed_routing import RoutedModelForCausalLM
 from informed_routing.errors import InputError
-from informed_routing.execution import architecture, self_check, sparse
+from informed_routing.execution import self_check, sparse
 from informed_routing.execution.cpu import build
 from informed_routing.execution.cpu.packing import Packer
+from informed_routing.execution.formats import Format
 from informed_routing.models import calls
+from informed_routing.models.families import Family, native_families
 
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
 
@@ -40,7 +42,7 @@ def test_an_argument_of_an_unknown_name_is_found_by_its_type_or_left_to_the_base
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_passes(family: str, tmp_path: Path) -> None:
     model = make_routed(family)
-    if family in architecture.FAMILIES and build.compiler():
+    if family in native_families("cpu") and build.compiler():
         model.set_execution("native")
     assert len(list((tmp_path / "self-checks").iterdir())) == 1 + (model.routing_state.native is not None)
 
@@ -80,8 +82,10 @@ def test_a_renamed_argument_is_an_error_that_names_the_versions(monkeypatch: pyt
 def test_a_wrong_mask_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     attend = sparse.attend_causal
 
-    def one_more(attention: Any, q: Tensor, keys: Tensor, values: Tensor, last: Tensor, block: int) -> Tensor:
-        return attend(attention, q, keys, values, (last + 1).clamp(max=keys.shape[-2] - 1), block)
+    def one_more(
+        family: Family, attention: Any, q: Tensor, keys: Tensor, values: Tensor, last: Tensor, block: int
+    ) -> Tensor:
+        return attend(family, attention, q, keys, values, (last + 1).clamp(max=keys.shape[-2] - 1), block)
 
     monkeypatch.setattr(sparse, "attend_causal", one_more)
     _refused(make_tiny("llama"), "skipping is not the masked reference")
@@ -100,7 +104,7 @@ def test_a_stale_packed_weight_is_caught(monkeypatch: pytest.MonkeyPatch) -> Non
     model = make_routed("llama")
     pack = Packer.linear
 
-    def stale(self: Packer, weight: Tensor, bias: Any, kind: int) -> Any:
+    def stale(self: Packer, weight: Tensor, bias: Any, kind: Format) -> Any:
         return pack(self, 1.01 * weight if weight.shape == (64, 128) else weight, bias, kind)
 
     monkeypatch.setattr(Packer, "linear", stale)
@@ -116,7 +120,7 @@ def test_the_check_leaves_statistics_and_settings_alone() -> None:
     assert model.routing_stats()["tokens"] == 0
     assert model.routing_state.dense
     assert model.routing_state.execution == "sparse"
-    assert not model.routing_state.gates
+    assert not model.routing_state.forward.gates
     assert make_tiny("llama").train().training
     assert RoutedModelForCausalLM.attach(make_tiny("llama").train()).training
 
@@ -129,3 +133,13 @@ def test_a_model_whose_forwards_were_replaced_is_refused() -> None:
     assert "remove_hook_from_module" in _refused(model, "LlamaDecoderLayer has a forward of its own")
     remove_hook_from_module(model, recurse=True)
     RoutedModelForCausalLM.attach(model)
+
+
+@needs_compiler
+def test_a_model_without_finite_numbers_is_not_taken_for_a_wrong_version() -> None:
+    base = make_tiny("llama")
+    with torch.no_grad():
+        base.model.layers[0].mlp.down_proj.weight.fill_(torch.inf)
+    model = RoutedModelForCausalLM.attach(base)
+    model.set_execution("native")
+    assert model.routing_state.execution == "native"

@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from informed_routing.errors import InputError
-from informed_routing.execution.engine_cache import is_packed
+from informed_routing.execution.kv_layers import is_packed
 from informed_routing.models import calls
 from informed_routing.routing.decision import Threshold
 
@@ -168,7 +168,7 @@ def test_ways_of_decoding_give_the_greedy_text(how: str, family: str, execution:
     model = make_routed(family, eos_token_id=None)
     model.set_decision(Threshold(0.0))
     execute(model, execution)
-    model.routing_state.kv = kv  # type: ignore[assignment]
+    model.routing_state.choose(kv=kv)
     ids = torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6]])
     settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
     if how == "beams":  # another text than the greedy one: with a cache as without
@@ -193,7 +193,7 @@ def test_a_cropped_cache_goes_on_as_if_the_tokens_had_never_been(execution: str,
     model = make_routed("llama")
     model.set_decision(Threshold(0.0))
     execute(model, execution)
-    model.routing_state.kv = kv  # type: ignore[assignment]
+    model.routing_state.choose(kv=kv)
     ids, other = IDS[:batch], random_ids(batch, 6, seed=9)
     wanted = outputs(model, {"input_ids": torch.cat([ids[:, :10], other], 1), "use_cache": False})[0][:, 10:]
     cache = DynamicCache(config=model.config)

@@ -155,10 +155,10 @@ def test_options_of_the_hub(on_disk: Callable[..., Path], monkeypatch: pytest.Mo
 
 
 def test_the_token_is_for_both(on_disk: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from informed_routing import assets
+    from informed_routing.assets import models
 
     folder, seen = on_disk(), {}
-    real = assets.load_model
+    real = models.load_model
 
     def load_model(ref: str, **options: Any) -> Any:
         seen["base"] = options.pop("token", None)
@@ -169,7 +169,7 @@ def test_the_token_is_for_both(on_disk: Callable[..., Path], monkeypatch: pytest
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.setattr(assets, "load_model", load_model)
+    monkeypatch.setattr(models, "load_model", load_model)
     load("me/routing", token="secret")
     assert seen == {"base": "secret", "routing": "secret"}
 
@@ -228,7 +228,7 @@ def test_a_relative_name_of_an_earlier_version(
     def none(ref: str, **_: object) -> None:
         raise InputError(f"no {ref} on the Hub")
 
-    monkeypatch.setattr("informed_routing.assets.load_model", none)  # which may take a minute to find out
+    monkeypatch.setattr("informed_routing.assets.models.load_model", none)  # which may take a minute to find out
     with pytest.raises(InputError, match="--base MODEL"):
         load(folder)
 

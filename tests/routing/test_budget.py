@@ -42,7 +42,7 @@ def test_stats_count_macs_by_hand() -> None:
     model.set_decision(Threshold(0.0))
     with torch.no_grad():
         model(random_ids(1, 11))
-    gates = [model.routing_state.gates[i][0] for i in range(len(model.units))]
+    gates = [model.routing_state.forward.gates[i][0] for i in range(len(model.units))]
     places = torch.arange(1, 12)
     dense = routed = 0.0
     for cost, gate in zip(model.costs, gates, strict=True):

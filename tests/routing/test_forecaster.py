@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from informed_routing.routing.forecaster import Forecaster, Moments, solve
+from informed_routing.routing.closed_form import Moments, solve
+from informed_routing.routing.fallbacks.forecaster import Forecaster
 
 
 def _data(rows: int = 4000, width: int = 12, rank: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,7 +35,7 @@ def test_closed_form_predicts_its_own_explained_variance(rank: int) -> None:
     x, y = _data()
     found = solve(_moments(x, y), ridge=0.0)
     forecaster = Forecaster(12, rank)
-    found.write_to(forecaster)
+    forecaster.take(found)
     assert _explained(forecaster, x, y) == pytest.approx(float(found.explained[rank - 1]), abs=1e-4)
 
 
@@ -54,7 +55,7 @@ def test_no_other_map_of_the_rank_does_better() -> None:
 def test_gradient_descent_does_not_beat_the_closed_form() -> None:
     x, y = _data(rows=600)
     closed = Forecaster(12, 2)
-    solve(_moments(x, y), ridge=0.0).write_to(closed)
+    closed.take(solve(_moments(x, y), ridge=0.0))
     torch.manual_seed(0)
     trained = Forecaster(12, 2)
     optimizer = torch.optim.Adam(trained.parameters(), lr=3e-2)

@@ -7,8 +7,9 @@ import torch
 from tests.routed import make_routed
 from tests.tiny import random_ids
 
+from informed_routing.execution.formats import FORMATS
 from informed_routing.routing.decision import Threshold
-from informed_routing.routing.limits import STORAGE, Balance, limit_speedup, work_of
+from informed_routing.routing.limits import Balance, limit_speedup, work_of
 
 MEMORY_BOUND, ARITHMETIC_BOUND = Balance(1.0, 1e30), Balance(1e30, 1.0)
 
@@ -22,13 +23,13 @@ def _step(batch: int = 1) -> tuple[object, list[torch.Tensor]]:
         cache = model(ids[:, :7], use_cache=True).past_key_values
         model.reset_routing_stats()
         model(ids[:, 7:], past_key_values=cache)
-    return model, [model.routing_state.gates[i].reshape(-1) for i in range(len(model.units))]
+    return model, [model.routing_state.forward.gates[i].reshape(-1) for i in range(len(model.units))]
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_bytes_of_a_decode_step_by_hand(batch: int) -> None:
     model, gates = _step(batch)
-    storage, head = STORAGE["int4"], 128 * 64
+    storage, head = FORMATS["int4"].storage, 128 * 64
     dense = routed = head * storage.head
     for cost, gate in zip(model.costs, gates, strict=True):  # type: ignore[attr-defined]
         executed = int(gate.sum())
@@ -52,6 +53,6 @@ def test_arithmetic_bound_limit_is_that_of_the_macs() -> None:
         model(random_ids(2, 30))
     head = 128 * 64
     expected = model.stats.limit_speedup(2 * head)
-    found = limit_speedup(model.stats, STORAGE["float32"], ARITHMETIC_BOUND, head, 2, decode=False)
+    found = limit_speedup(model.stats, FORMATS["float32"].storage, ARITHMETIC_BOUND, head, 2, decode=False)
     assert found == pytest.approx(expected)
     assert found > 1

@@ -8,7 +8,8 @@ import torch
 from informed_routing.config.parts import RouterConfig
 from informed_routing.errors import InputError
 from informed_routing.routing.decision import AlwaysExecute, GumbelSample, Threshold
-from informed_routing.routing.router import Router, router_width
+from informed_routing.routing.router import make_router
+from informed_routing.routing.routers.mlp import MlpRouter
 
 
 @pytest.mark.parametrize(
@@ -16,32 +17,32 @@ from informed_routing.routing.router import Router, router_width
     [(4096, 100, 824), (3072, 100, 568), (576, 32, 80), (576, 100, 144), (64, 64, 16)],
 )
 def test_paper_width_or_the_baselines_where_nothing_is_left(hidden: int, rank: int, width: int) -> None:
-    assert router_width(RouterConfig(kind="mlp"), hidden, rank) == width
+    assert MlpRouter.width_for(RouterConfig(kind="mlp"), hidden, rank) == width
 
 
 def test_parameter_counts_of_the_paper() -> None:
-    """268.54 M for 64 units of Llama 3.1 8B, biases not counted (fact sheet 1.3)."""
+    """268.54 M for 64 units of Llama 3.1 8B, biases not counted."""
     router = 4096 * 824 + 824 * 2
     assert 64 * (router + 2 * 4096 * 100) == pytest.approx(268.54e6, rel=1e-4)
-    made = Router(RouterConfig(kind="mlp"), 256, 8)
+    made = make_router(RouterConfig(kind="mlp"), 256, 8)
     assert sum(p.numel() for n, p in made.named_parameters() if n.endswith("weight")) == 256 * 48 + 48 * 2
 
 
 def test_width_above_the_hidden_size_is_refused() -> None:
     with pytest.raises(InputError, match="router width 100 is above"):
-        router_width(RouterConfig(width=100), 64, 8)
+        make_router(RouterConfig(kind="mlp", width=100), 64, 8)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "linear", "low-rank"])
 def test_fresh_routers_favour_executing(kind: str) -> None:
     torch.manual_seed(0)
-    margins = Router(RouterConfig(kind=kind), 64, 8).margin(torch.randn(500, 64))  # type: ignore[arg-type]
+    margins = make_router(RouterConfig(kind=kind), 64, 8).margin(torch.randn(500, 64))
     assert margins.dtype == torch.float32
     assert float(margins.mean()) == pytest.approx(1.0, abs=0.3)
 
 
 def test_half_precision_input_gives_float32_logits() -> None:
-    router = Router(RouterConfig(kind="mlp"), 64, 8).to(torch.bfloat16)
+    router = make_router(RouterConfig(kind="mlp"), 64, 8).to(torch.bfloat16)
     assert router(torch.randn(3, 64, dtype=torch.bfloat16)).dtype == torch.float32
 
 

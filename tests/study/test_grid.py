@@ -16,7 +16,7 @@ from informed_routing.errors import InputError
 from informed_routing.study.grid import Grid, built_in_grids, load_grid
 from informed_routing.study.identity import content_id
 from informed_routing.study.plan import expand, matching
-from informed_routing.study.stages import text_read
+from informed_routing.training.stages import text_read
 
 NAMES = (
     *("control", "equal-cost", "figure1", "figure3"),

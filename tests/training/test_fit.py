@@ -370,7 +370,7 @@ def test_latency_budget_measures_once_and_keeps_its_table(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from informed_routing.config.folder import LatencyGains
-    from informed_routing.training import fit as module
+    from informed_routing.training import targets as module
 
     measured = []
     table = {"attention": 0.2, "ffn": 0.5, "overhead": 0.01, "seconds": 1.0, "tokens": 32, "engine": "e", "cpu": "c"}
@@ -401,7 +401,7 @@ def test_other_budgets_have_no_latency_table(recipe: Recipe, whole: dict[str, An
         model.set_sparsity(0.2, "latency")
 
 
-def test_api_of_the_contract(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_the_documented_python_api(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     import informed_routing as ir
 
     ir.fit(

@@ -12,16 +12,18 @@ from tests.tiny import FAMILIES, make_tiny, random_ids
 from torch.nn import functional as F
 
 from informed_routing.config.recipe import LoraStage, ObjectiveConfig, RouteStage, StageConfig
+from informed_routing.models.head import lm_head
 from informed_routing.models.units import Unit
 from informed_routing.routing.decision import Threshold
+from informed_routing.routing.fallbacks.forecaster import Forecaster
 from informed_routing.routing.state import KeyValues
 from informed_routing.routing.target import BudgetMeter
 from informed_routing.training import objectives
-from informed_routing.training.fit import enable_checkpointing
 from informed_routing.training.lora import LoraObjective, add_lora
-from informed_routing.training.objectives import lm_head, next_token_loss
+from informed_routing.training.objectives import next_token_loss
 from informed_routing.training.route import RouteObjective, freeze_all_but, learning_rates, router_parameters
 from informed_routing.training.schedule import Batches, learning_rate, linear
+from informed_routing.training.setup import enable_checkpointing
 from informed_routing.training.warm_start import warm_start
 
 
@@ -154,11 +156,11 @@ def test_warm_start_sets_the_sampled_share(kind: str) -> None:
     assert isinstance(losses, list)
     assert 0 < explained["miss_attention"] <= 1
     assert len(losses) == 2
-    model.routing_state.record_margins = True
+    model.routing_state.choose(record_margins=True)
     model.set_decision(Threshold(float("-inf")))
     with torch.no_grad():
         model(random_ids(8, 32, seed=9))
-    margins = torch.stack([model.routing_state.margins[i].reshape(-1) for i in range(6)])
+    margins = torch.stack([model.routing_state.forward.margins[i].reshape(-1) for i in range(6)])
     assert float(1 - torch.sigmoid(margins).mean()) == pytest.approx(0.3, abs=0.05)
 
 
@@ -170,23 +172,23 @@ def test_warm_start_orders_units_by_what_approximating_them_costs() -> None:
         layer.mlp.down_proj.weight.mul_(1e-3)
     meter = BudgetMeter(model.costs, [u.kind for u in model.units], "units", 16)
     warm_start(model, [random_ids(24, 32)], meter, 0.3)
-    model.routing_state.record_margins = True
+    model.routing_state.choose(record_margins=True)
     model.set_decision(Threshold(float("-inf")))
     with torch.no_grad():
         model(random_ids(8, 32, seed=9))
-    means = [float(model.routing_state.margins[i].mean()) for i in range(6)]
+    means = [float(model.routing_state.forward.margins[i].mean()) for i in range(6)]
     assert means.index(min(means)) == 3
 
 
 def test_sweeps_solve_the_forecasters_for_the_tokens_that_are_approximated() -> None:
     model = make_routed("llama")
     meter = BudgetMeter(model.costs, [u.kind for u in model.units], "units", 16)
-    before = [u.forecaster.inner.weight.clone() for u in model.units if u.forecaster is not None]
+    before = [u.forecaster.inner.weight.clone() for u in model.units if isinstance(u.forecaster, Forecaster)]
     warm_start(model, [random_ids(8, 32)], meter, 0.3, refit_ridge=1e-3)
-    after_dense = [u.forecaster.inner.weight.clone() for u in model.units if u.forecaster is not None]
+    after_dense = [u.forecaster.inner.weight.clone() for u in model.units if isinstance(u.forecaster, Forecaster)]
     assert all(torch.equal(a, b) for a, b in zip(before, after_dense, strict=True))
     warm_start(model, [random_ids(8, 32), random_ids(8, 32, seed=3)], meter, 0.3, refit_ridge=1e-3)
-    after = [u.forecaster.inner.weight for u in model.units if u.forecaster is not None]
+    after = [u.forecaster.inner.weight for u in model.units if isinstance(u.forecaster, Forecaster)]
     assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 

@@ -17,7 +17,7 @@ from informed_routing.errors import InputError
 from informed_routing.files.folders import only_writer
 from informed_routing.progress import NullProgress
 from informed_routing.routed_model import RoutedModelForCausalLM
-from informed_routing.training import fit as fit_module
+from informed_routing.training import result, targets
 from informed_routing.training.fit import fit
 
 
@@ -80,7 +80,7 @@ def test_a_failure_while_the_result_is_written_leaves_the_old_one(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(fit_module, "save", killed)
+        patched.setattr(result, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             fit(short, old, overwrite=True)
     assert {path.name: path.read_bytes() for path in old.iterdir() if path.is_file()} == before
@@ -218,7 +218,7 @@ def test_a_damaged_latency_table_is_named(short: Recipe, tmp_path: Path, monkeyp
     from informed_routing.config.folder import LatencyGains
 
     table = {"attention": 0.2, "ffn": 0.5, "overhead": 0.01, "seconds": 1.0, "tokens": 32, "engine": "e", "cpu": "c"}
-    monkeypatch.setattr(fit_module, "measure_latency", lambda *_, **__: LatencyGains.model_validate(table))
+    monkeypatch.setattr(targets, "measure_latency", lambda *_, **__: LatencyGains.model_validate(table))
     timed, out = short.with_overrides({"route.budget": "latency"}), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         fit(timed, out, progress=StopAt("route", 2))

@@ -6,37 +6,19 @@ Importing this package is cheap: torch and transformers are imported by the func
 from __future__ import annotations
 
 from informed_routing.assets.cache import cache_dir
-from informed_routing.assets.models import (
-    DEMO_MODEL,
-    ModelSource,
-    check_device,
-    default_dtype,
-    load_model,
-    load_tokenizer,
-    resolve_dtype,
-    resolve_model,
-)
+from informed_routing.assets.models import DEMO_MODEL, ModelSource, load_model, load_tokenizer, resolve_model
 from informed_routing.assets.packing import pack
-from informed_routing.assets.soundness import check_ids, check_vocabulary
 from informed_routing.assets.text import DEMO_TEXTS, Split, load_texts
-from informed_routing.assets.wheels import WheelFile, fetch_wheel_file
 
 __all__ = [
     "DEMO_MODEL",
     "DEMO_TEXTS",
     "ModelSource",
     "Split",
-    "WheelFile",
     "cache_dir",
-    "check_device",
-    "check_ids",
-    "check_vocabulary",
-    "default_dtype",
-    "fetch_wheel_file",
     "load_model",
     "load_texts",
     "load_tokenizer",
     "pack",
-    "resolve_dtype",
     "resolve_model",
 ]

@@ -9,6 +9,8 @@ from ..errors import InputError
 from ..recipes import packaged_recipes
 from ..routed_model import RoutedModelForCausalLM
 
+__all__ = ["RECIPES", "attach", "recipe_of"]
+
 RECIPES = ("skipgpt", "skipgpt-faithful", "mod", "mod-block", "dllm")
 """Packaged recipes. The first two differ as the method's re-run in our paper differs from its own."""
 

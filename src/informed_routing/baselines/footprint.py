@@ -33,15 +33,15 @@ class Footprint(BaseModel):
 def footprint(model: Any, context: float) -> Footprint:
     """Count a causal language model without live adapters. A sequence of n tokens has the mean context (n + 1) / 2."""
     layers = model.model.layers
-    attention_name = family_of(model.config.model_type).attention
+    family = family_of(model.config.model_type)
     macs, kv = 0.0, 0
     for index, layer in enumerate(layers):
-        attention = getattr(layer, attention_name, None)
+        attention = getattr(layer, family.attention, None)
         per_key = 0
         if attention is not None:
             per_key = 2 * model.config.num_attention_heads * attention.head_dim
             kv += 2 * model.config.num_key_value_heads * attention.head_dim
-        cost = UnitCost(0, _linear_weights(layer), per_key, 0, 0, _window(model.config, index))
+        cost = UnitCost(0, _linear_weights(layer), per_key, 0, 0, family.window(model.config, index))
         macs += cost.dense(context)
     return Footprint(
         parameters=_parameters(model),
@@ -58,11 +58,3 @@ def _parameters(module: nn.Module) -> int:
 
 def _linear_weights(module: nn.Module) -> int:
     return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
-
-
-def _window(config: Any, layer: int) -> int | None:
-    """Keys that a layer attends to at most; None without a sliding window."""
-    kinds = getattr(config, "layer_types", None)
-    sliding = kinds is None or "sliding" in kinds[layer]
-    window = getattr(config, "sliding_window", None)
-    return int(window) if window and sliding else None

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from ..assets import load_model, load_tokenizer, resolve_dtype
+from ..assets import load_model, load_tokenizer
+from ..assets.models import resolve_dtype
 from ..errors import InputError
 from ..models.facts import config_facts
 from ..persistence.adapter_folder import check_numbers

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ..config.recipe import LoraStage
 from ..errors import InputError
+from ..models.head import lm_head
 from ..progress import NullProgress, Progress
 from ..training.loop import run_stage
 from ..training.lora import add_lora, merge_lora
-from ..training.objectives import lm_head, next_token_loss
+from ..training.objectives import next_token_loss
 from ..training.route import freeze_all_but
 from ..training.schedule import seed_of
 

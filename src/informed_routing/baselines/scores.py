@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from ..config.recipe import ObjectiveConfig
 from ..evaluation.perplexity import token_perplexity
+from ..models.head import lm_head
 from ..models.units import Unit
 from ..progress import Progress
-from ..training.objectives import lm_head, next_token_loss
+from ..training.objectives import next_token_loss
 from .dropping import observing, running
 from .remaining import UnitName
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from ..errors import InputError
 from ..models.units import UnitKind
 from ..routed_model import RoutedModelForCausalLM
-from ..routing.router import APPROXIMATE, EXECUTE
+from ..routing.margins import APPROXIMATE, EXECUTE
+
+__all__ = ["load_released"]
 
 _NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.*\.)?router_(attention|mlp)\.(?:.*\.)?(weight|bias)$")
 _KINDS: dict[str, UnitKind] = {"attention": "attention", "mlp": "ffn"}

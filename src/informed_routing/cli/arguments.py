@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin
 
 from informed_routing.config.types import LARGEST_NUMBER
 from informed_routing.errors import InputError
-from informed_routing.files.user_files import check_plain, parse_yaml, shown, user_path
+from informed_routing.files.user_files import check_plain, shown, user_path
 
 LARGEST_INTEGER = 2**32 - 1  # of an option; --seed has it for its bound
 MOST_THREADS = 256  # more crash OpenMP where processes may not start as many; machines with more cores may use these
@@ -115,6 +115,7 @@ def method_settings(method: str, given: Sequence[str]) -> dict[str, Any]:
 
     from informed_routing.baselines.static import METHODS
     from informed_routing.config.types import describe
+    from informed_routing.files.bounded_yaml import parse_yaml
 
     found = named_values(given, "--set", "keep_first=4")
     if method not in METHODS:

@@ -15,6 +15,7 @@ from .loading import PolicyOption
 
 if TYPE_CHECKING:
     from informed_routing.config.folder import RoutingConfig
+    from informed_routing.execution.choose import EngineChoice
 
 DEFAULT_SHARES = (0.25, 0.4)
 _NATIVE_ONLY = "no engine of the benchmark is native"
@@ -95,8 +96,9 @@ def benchmark(
         from informed_routing.evaluation.engines import check_names, make_engines
         from informed_routing.evaluation.environment import environment
         from informed_routing.evaluation.speed import benchmark_rows
+        from informed_routing.execution.choose import choose_engine
 
-        from .loading import check_routed, check_shares, load_base_of, load_routed, say_engine
+        from .loading import check_routed, check_shares, load_base_of, load_routed, refuse_idle, say_engine
         from .tables import phase_table, speed_table
 
         check_routed(folder)
@@ -112,14 +114,16 @@ def benchmark(
             )
         documents = _documents(run, folder, data or ["demo:wiki"])
         loaded = load_routed(folder, run, base)
-        kv_used = kv or config.kv
-        loaded.model.set_execution("sparse", kv=kv_used)
-        names, reason = _runnable(run, loaded.model, folder, names, kv_used, explicit=engine is not None)
+        loaded.model.set_execution("sparse", kv=kv or config.kv)
+        choice = choose_engine(loaded.model, progress=run.progress) if "native" in names else None
+        names, reason = _runnable(choice, folder, names, explicit=engine is not None)
         if "native" not in names:
             _refuse_native_options(reason, policy, weights, profile)
-        formats = list(dict.fromkeys(weights or [_own_format(loaded.model)]))
+        formats = list(dict.fromkeys(weights or ([choice.weights] if choice else [])))
         dense = load_base_of(loaded, run) if {"transformers", "compiled"} & set(names) else None
         engines = make_engines(dense, loaded.model, names, formats, policy or "exact")
+        if profile and not any(one.native and one.native.phases for one in engines):
+            refuse_idle("the engine of this device has no phases to time", "Leave it out", profile=profile)
         first = next((one for one in engines if one.routes), engines[0])
         described = {"name": first.name, "reason": reason}
         if "native" in names:
@@ -174,12 +178,6 @@ def default_shares(config: RoutingConfig, budget: str | None) -> list[float]:
     return list(dict.fromkeys(found))
 
 
-def _own_format(model: Any) -> str:
-    """What the native engine computes with by itself: on a GPU the model's own weights."""
-    dtype = dtype_name(model)
-    return dtype if model.device.type != "cpu" or dtype == "bfloat16" else "float32"
-
-
 def _highest(config: RoutingConfig, budget: str | None) -> float:
     return max(getattr(row, budget or config.budget) for row in config.thresholds)
 
@@ -215,20 +213,15 @@ def _refuse_native_options(reason: str, policy: str | None, weights: list[str] |
     refuse_idle(reason, "Leave it out, or add --engine native", policy=only_auto, weights=weights, profile=profile)
 
 
-def _runnable(
-    run: Session, model: Any, folder: str, names: list[str], kv: str, *, explicit: bool
-) -> tuple[list[str], str]:
+def _runnable(choice: EngineChoice | None, folder: str, names: list[str], *, explicit: bool) -> tuple[list[str], str]:
     """The engines that can run, and why the native one does or does not. InputError where it was asked for."""
-    from .loading import native_obstacle
-
-    if "native" not in names:
+    if choice is None:
         return names, "--engine leaves the native one out"
-    obstacle = native_obstacle(run, model, kv)
-    if obstacle is None:
-        return names, "--engine asks for it" if explicit else "it runs this model on this machine"
+    if choice.native:
+        return names, "--engine asks for it" if explicit else choice.reason
     if explicit:
-        raise InputError(f"the native engine cannot run {folder}: {obstacle}", "Leave out --engine native")
-    return [name for name in names if name != "native"], f"not native: {obstacle}"
+        raise InputError(f"the native engine cannot run {folder}: {choice.obstacle}", "Leave out --engine native")
+    return [name for name in names if name != "native"], choice.reason
 
 
 def _documents(run: Session, folder: str, refs: Sequence[str]) -> list[str]:

@@ -15,6 +15,7 @@ import typer
 
 from informed_routing.config.types import LARGEST_SEED
 from informed_routing.errors import InputError, WorkError
+from informed_routing.execution.formats import Packed
 
 from .arguments import check_device, check_threads, check_values, labels
 from .streams import check_stdout, to_stdout
@@ -111,7 +112,6 @@ def with_common(command: Callable[..., None]) -> Callable[..., None]:
 
 
 Execution = Literal["auto", "native", "sparse", "masked"]
-Weights = Literal["float32", "bfloat16", "int8", "int4"]
 ExecutionOption = Annotated[
     Execution,
     typer.Option(
@@ -121,7 +121,7 @@ ExecutionOption = Annotated[
     ),
 ]
 WeightsOption = Annotated[
-    Weights | None,
+    Packed | None,
     typer.Option("--weights", help="Format of the native engine's copy of the base weights [default: as loaded]."),
 ]
 

@@ -158,13 +158,13 @@ def _speed(run: Session, loaded: Loaded, targets: Sequence[float], repeats: int)
     """Prefill at 512 tokens and batch-1 decode; the decode starts from a shorter prompt."""
     from informed_routing.evaluation.engines import make_engines
     from informed_routing.evaluation.speed import benchmark_rows, prompt_text
-    from informed_routing.execution.native import native_reason
+    from informed_routing.execution.choose import choose_engine
 
     from .loading import load_base_of
 
-    names = ["torch" if native_reason(loaded.model, run.progress) else "native", "transformers"]
-    weights = "bfloat16" if dtype_name(loaded.model) == "bfloat16" else "float32"
-    engines = make_engines(load_base_of(loaded, run), loaded.model, names, [weights])
+    choice = choose_engine(loaded.model, progress=run.progress)
+    names = ["native" if choice.native else "torch", "transformers"]
+    engines = make_engines(load_base_of(loaded, run), loaded.model, names, [choice.weights])
     text = prompt_text(PROMPT_TEXTS, loaded.tokenizer, _PREFILL)
     rows: list[dict[str, Any]] = []
     for length, new, phase in ((_PREFILL, 0, "prefill"), (_DECODE_PROMPT, _DECODE, "decode")):

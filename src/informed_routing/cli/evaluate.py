@@ -238,7 +238,7 @@ def evaluate_runs(
     batch_size: int,
     options: TaskOptions | None = None,
 ) -> list[dict[str, Any]]:
-    """`result.runs` of the contract. InputError when a dense model is asked for sparsity, and for a name twice."""
+    """`result.runs` of `--json`. Raises InputError when a dense model is asked for sparsity, and for a name twice."""
     from informed_routing.evaluation.perplexity import merge_stats, sparsity_record
 
     if not loaded.routed and any(targets):

@@ -183,17 +183,11 @@ def in_stages(key: str, value: Any, stages: tuple[str, ...] = ("forecast", "rout
 
 def show_report(console: Console, report: Mapping[str, Any], out: Path) -> None:
     """A line per stage and the next command."""
+    from informed_routing.training.report import seconds_of
+
     for name, stage in dict(report.get("stages", {})).items():
-        console.print(f"{name}: {total_seconds(stage):.1f} s{_speed_of(stage)}")
+        console.print(f"{name}: {seconds_of(stage):.1f} s{_speed_of(stage)}")
     console.print(f"The routing folder is {out}. Next: informed-routing evaluate {out}", soft_wrap=True, markup=False)
-
-
-def total_seconds(report: Any) -> float:
-    """Seconds of a stage, over all of its parts."""
-    if not isinstance(report, Mapping):
-        return 0.0
-    own = report.get("seconds")
-    return float(own) if own is not None else sum(total_seconds(part) for part in report.values())
 
 
 def _speed_of(stage: Any) -> str:

@@ -16,6 +16,7 @@ from informed_routing.extras import need
 if TYPE_CHECKING:
     from informed_routing.config.folder import RoutingConfig
     from informed_routing.evaluation.parts import Fitted
+    from informed_routing.execution.engine import NativeEngine
 
     from .common import Session
 
@@ -66,7 +67,8 @@ def load_any(ref: str, run: Session, base: str | None = None) -> Loaded:
 
 def load_routed(ref: str, run: Session, base: str | None = None) -> Loaded:
     """A routed model; InputError when `ref` is a dense model or nothing at all."""
-    from informed_routing.assets import check_vocabulary, load_tokenizer
+    from informed_routing.assets import load_tokenizer
+    from informed_routing.assets.soundness import check_vocabulary
     from informed_routing.routed_model import RoutedModelForCausalLM
 
     check_routed(ref)
@@ -159,12 +161,15 @@ def choose_execution(
     explains a choice that the user did not make. Raises InputError where an engine cannot do what was asked for, and
     for options of the native engine where another one runs.
     """
+    from informed_routing.execution.choose import choose_engine
+
     kv = kv or model.routing_config.kv
     reason = why or f"--execution {execution} asks for it"
     if execution in ("auto", "native"):
-        obstacle = native_obstacle(run, model, kv, decision)
+        choice = choose_engine(model, kv=kv, decision=decision, progress=run.progress)
+        obstacle = choice.obstacle
         if obstacle is None and execution == "auto":
-            reason = "it runs this model on this machine"
+            reason = choice.reason
         if obstacle is not None:
             if weights:
                 raise InputError(
@@ -172,7 +177,7 @@ def choose_execution(
                 )
             if execution == "native":
                 raise InputError(f"the native engine cannot run: {obstacle}", "Leave out --execution native")
-            reason = f"not native: {obstacle}"
+            reason = choice.reason
         execution = "native" if obstacle is None else "sparse"
     if execution != "native":
         if weights:
@@ -187,24 +192,13 @@ def choose_execution(
     model.set_execution(execution, kv, weights=weights, **only_native)
     if execution != "native":
         return {"name": f"torch {execution}", "reason": reason}
-    engine = model.routing_state.native.of(model)
-    if getattr(engine, "torch_prefill", False):
+    engine: NativeEngine = model.routing_state.native.of(model)
+    if engine.torch_prefill:
         reason += "; long prompts go to torch, whose matrix products are faster here"
     return {"name": native_name(model, engine), "reason": reason, "policy": policy}
 
 
-def native_obstacle(run: Session, model: Any, kv: str, decision: str = "threshold") -> str | None:
-    """Why the native engine cannot do what is asked of a model; None when it can."""
-    from informed_routing.execution.native import native_reason
-
-    if kv == "drop":
-        return "kv='drop' needs a torch engine"
-    if decision == "top-k":
-        return "the top-k of a sequence needs a torch engine"
-    return native_reason(model, run.progress)
-
-
-def native_name(model: Any, engine: Any) -> str:
+def native_name(model: Any, engine: NativeEngine) -> str:
     """`native float32`, as rows of a benchmark call it; `native gpu` on one."""
     return f"native {engine.weights}" if model.device.type == "cpu" else "native gpu"
 

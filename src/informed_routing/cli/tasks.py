@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness for `evaluate`: what was asked for, and results as the contract's JSON has them."""
+"""Tasks of lm-evaluation-harness for `evaluate`: what was asked for, and results as `--json` has them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class TaskOptions:
 def run_tasks(
     loaded: Loaded, options: TaskOptions, batch_size: int, target: float, progress: Progress
 ) -> tuple[dict[str, Any], Sequence[dict[str, Any]]]:
-    """(`tasks` of the contract, routing statistics of each) for a model as it is set now."""
+    """(`tasks` of a run in `--json`, routing statistics of each) for a model as it is set now."""
     from informed_routing.evaluation.harness import evaluate_tasks
     from informed_routing.evaluation.perplexity import sparsity_record
 

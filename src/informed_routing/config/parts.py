@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from .kinds import check_kind
 from .types import Frozen, Size
 
 UnitKind = Literal["attention", "ffn"]
 Budget = Literal["units", "macs", "latency"]
-Decision = Literal["threshold", "top-k"]
+Decision = str
+"""Name of a decision rule (routing/rules)."""
+
+RouterKind = Annotated[str, AfterValidator(lambda name: check_kind("routers", name))]
+Rule = Annotated[Decision, AfterValidator(lambda name: check_kind("rules", name))]
+Fallback = Annotated[str, AfterValidator(lambda name: check_kind("fallbacks", name))]
 
 KINDS: tuple[UnitKind, UnitKind] = ("attention", "ffn")
 
@@ -18,7 +24,7 @@ KINDS: tuple[UnitKind, UnitKind] = ("attention", "ffn")
 class ForecasterConfig(Frozen):
     """The Lightweight Feature Forecaster W2 (W1 x + b1) + b2 of paper Eq. 6 and how it is fitted (stage 1)."""
 
-    fallback: Literal["forecaster", "zero"] = Field(
+    fallback: Fallback = Field(
         "forecaster", description="what an approximated token gets; zero is greedy routing (SkipGPT)"
     )
     rank: Size = Field(64, description="bottleneck width r (paper: 100 at d = 4096)")
@@ -54,7 +60,7 @@ class ForecasterConfig(Frozen):
 class RouterConfig(Frozen):
     """The per-token classifier of a unit (paper Eq. 7, two cheaper forms, and those of other methods)."""
 
-    kind: Literal["mlp", "linear", "low-rank", "normed-mlp", "ranking"] = Field(
+    kind: RouterKind = Field(
         "linear",
         description="mlp is the paper's; a linear router is the cheapest, and the closed form's own shape; "
         "normed-mlp is D-LLM's; ranking is MoD's scalar score with a causal predictor of who is chosen",
@@ -87,7 +93,7 @@ class SelectionConfig(Frozen):
     first_layer: int = Field(0, ge=0, description="layers before it always execute (D-LLM: 2)")
     every: int = Field(1, ge=1, description="one in so many layers is routed, from first_layer on (MoD's best: 2)")
     first_tokens: int = Field(0, ge=0, description="tokens at the start of a sequence that always execute (D-LLM: 2)")
-    decision: Decision = Field(
+    decision: Rule = Field(
         "threshold", description="threshold on the margin; top-k of each sequence and unit (MoD), which is not causal"
     )
 

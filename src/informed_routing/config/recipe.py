@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from ..errors import InputError
-from ..files.user_files import read_yaml
+from .kinds import stages_in_order
 from .parts import Budget, ForecasterConfig, RouterConfig, SelectionConfig, check_parts
 from .types import LARGEST_SIZE, Frozen, Label, Reference, Seed, Size, describe
 
-StageName = Literal["forecast", "route", "joint", "lora", "calibrate"]
+
+def _is_stage(name: Any) -> Any:
+    *others, last = map(repr, known := stages_in_order())
+    if name not in known:
+        raise ValueError(f"input should be {', '.join(others)} or {last}")
+    return name
+
+
+StageName = Annotated[str, BeforeValidator(_is_stage)]
+"""Name of a stage (training/stages)."""
 
 
 class StageConfig(Frozen):
@@ -139,7 +148,7 @@ class Recipe(Frozen):
     @field_validator("stages")
     @classmethod
     def _stages_in_order(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        order = [name for name in ("forecast", "route", "joint", "lora", "calibrate") if name in value]
+        order = [name for name in stages_in_order() if name in value]
         if len(order) != len(value) or not value:
             raise ValueError("stages must be some of forecast, route, lora, each once, or calibrate alone")
         if "joint" in value and {"route", "lora"} & set(value):
@@ -188,6 +197,8 @@ class Recipe(Frozen):
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
         """Read a recipe file. Raises InputError when it is missing, is no YAML mapping, or breaks a bound."""
+        from ..files.bounded_yaml import read_yaml  # with PyYAML, which the command line starts without
+
         data = read_yaml(path, "recipe")
         if not isinstance(data, dict):
             raise InputError(f"recipe {path} is not a mapping of settings", "Start from one in recipes/")

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from informed_routing.errors import InputError
+from informed_routing.evaluation.timing import measure
+from informed_routing.execution.engine import NativeEngine, Policy
+from informed_routing.execution.formats import FORMATS, Weights
 from informed_routing.models.calls import cached
-from informed_routing.routing.limits import STORAGE, Balance, Storage
+from informed_routing.routing.limits import Balance
+from informed_routing.routing.storage import Storage
+
+if TYPE_CHECKING:
+    from informed_routing.execution.native import NativeExecution
 
 EngineName = Literal["native", "torch", "transformers", "compiled"]
 ENGINES: tuple[EngineName, ...] = ("native", "torch", "transformers", "compiled")
 _SHORT = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_AS_LARGE = {"float16": "bfloat16"}  # what a format costs to read
 
 
 class Engine:
@@ -31,11 +37,16 @@ class Engine:
 
     @property
     def storage(self) -> Storage:
-        return STORAGE[_AS_LARGE.get(self.weights, self.weights)]
+        return FORMATS[self.weights].storage
 
     @property
     def balance(self) -> Balance:
         return torch_balance(self.model.dtype, self.model.device.type)
+
+    @property
+    def native(self) -> NativeEngine | None:
+        """The native engine that does the steps; None where PyTorch does."""
+        return None
 
     def fixed(self) -> AbstractContextManager[None]:
         """For loops of steps, between which the model's weights do not change."""
@@ -59,11 +70,10 @@ class CompiledEngine(Engine):
 
     def __init__(self, model: Any, name: str = "compiled") -> None:
         super().__init__(model, name)
-        import torch._inductor.config as inductor
-
-        inductor.freezing = True
-        torch._dynamo.config.recompile_limit = 64
         self._forward = torch.compile(model.forward, dynamic=False)
+
+    def fixed(self) -> AbstractContextManager[None]:
+        return _freezing()
 
     def fresh_cache(self, batch: int, length: int) -> Any:
         from transformers import StaticCache
@@ -71,8 +81,23 @@ class CompiledEngine(Engine):
         return StaticCache(config=self.model.config, max_cache_len=-(-length // 64) * 64)
 
     def step(self, ids: Tensor, cache: Any) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), _freezing():
             return self._forward(input_ids=ids, **cached(self.model, cache), use_cache=True, logits_to_keep=1).logits
+
+
+def _freezing() -> AbstractContextManager[None]:
+    """Compile with weights as constants, for as many shapes as a benchmark has; then with what was set before."""
+    import torch._inductor.config as inductor
+
+    return nullcontext() if inductor.freezing else _set_freezing()  # setting it takes as long as a small model's step
+
+
+@contextmanager
+def _set_freezing() -> Iterator[None]:
+    import torch._inductor.config as inductor
+
+    with inductor.patch(freezing=True), torch._dynamo.config.patch(recompile_limit=64):  # type: ignore[attr-defined]
+        yield
 
 
 class RoutedEngine(Engine):
@@ -80,43 +105,50 @@ class RoutedEngine(Engine):
 
     routes = True
 
-    def __init__(self, model: Any, weights: str | None = None, policy: str = "exact") -> None:
+    def __init__(self, model: Any, weights: str | None = None, policy: Policy = "exact") -> None:
         super().__init__(model, "torch" if weights is None else f"native {weights}")
-        self.holder: Any = None
+        self.holder: NativeExecution | None = None
         if weights is not None:
             from informed_routing.execution.native import NativeExecution
             from informed_routing.execution.self_check import check_engine
 
             self.weights = weights
-            self.holder = NativeExecution(weights, policy=policy)  # type: ignore[arg-type]
+            self.holder = NativeExecution(cast(Weights, weights), policy=policy)
             check_engine(model, self.holder)
 
     @property
+    def native(self) -> NativeEngine | None:
+        return None if self.holder is None else self.holder.of(self.model)
+
+    @property
     def balance(self) -> Balance:
-        own = None if self.holder is None else self.holder.of(self.model).balance
+        native = self.native
+        own = None if native is None else native.balance
         return super().balance if own is None else own
 
     def fixed(self) -> AbstractContextManager[None]:
-        return super().fixed() if self.holder is None else self.holder.fixed()  # type: ignore[no-any-return]
+        return super().fixed() if self.holder is None else self.holder.fixed()
+
+    def place(self) -> None:
+        """Let the model run in this engine from now on."""
+        state = self.model.routing_state
+        state.choose(native=self.holder, execution="native" if self.holder else "sparse")
 
     def use(self, sparsity: float, budget: str | None) -> None:
-        state = self.model.routing_state
-        state.native, state.execution = self.holder, "native" if self.holder else "sparse"
+        self.place()
         self.model.set_sparsity(sparsity, budget, "threshold")  # the rule that can generate
 
 
 def check_names(names: Sequence[str], weights: Sequence[str]) -> None:
     """Raise InputError for engines and formats of weights that are not known."""
-    from informed_routing.execution.cpu.packing import FORMATS
-
-    for kind, given, known in (("engine", names, ENGINES), ("weights", weights, (*FORMATS, "float16"))):
+    for kind, given, known in (("engine", names, ENGINES), ("weights", weights, tuple(FORMATS))):
         for one in given:
             if one not in known:
                 raise InputError(f"--{kind} {one} is not known", f"Choose some of {', '.join(known)}")
 
 
 def make_engines(
-    dense: Any, routed: Any, names: Sequence[str], weights: Sequence[str], policy: str = "exact"
+    dense: Any, routed: Any, names: Sequence[str], weights: Sequence[str], policy: Policy = "exact"
 ) -> list[Engine]:
     """Engines by name; `native` once for each format in `weights`, with `policy`. Raises InputError for unknown names.
 
@@ -137,8 +169,6 @@ def make_engines(
 @functools.cache
 def torch_balance(dtype: torch.dtype, device: str) -> Balance:
     """Rates of torch's own products: bytes per second of a vector times many matrices, MACs per second of many rows."""
-    from informed_routing.evaluation.speed import measure
-
     n, layers = 1024, 16 if device == "cpu" else 64
     weights = [torch.zeros(2 * n, n, dtype=dtype, device=device) for _ in range(layers)]
     rows = {count: torch.zeros(count, n, dtype=dtype, device=device) for count in (1, 256)}

@@ -13,19 +13,23 @@ import math
 import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from informed_routing.errors import InputError, WorkError
 from informed_routing.progress import NullProgress, Progress
-from informed_routing.routing.decision import GumbelSample
 
 from .harness_results import ResultFolder, TaskResult, model_key
 from .harness_tasks import FEWSHOT_SEED, LocalFiles, load_task, local_files, quiet_harness, require_harness
 from .perplexity import page_perplexity
 from .tasks import WIKITEXT, TaskSpec, subset
+
+if TYPE_CHECKING:
+    from informed_routing.execution.native import NativeExecution
+
+__all__ = ["TaskResult", "evaluate_tasks"]
 
 
 def evaluate_tasks(
@@ -164,17 +168,14 @@ def _as_decided(model: Any) -> Iterator[None]:
     Otherwise numbers would depend on the machine and on how sequences happen to be batched.
     """
     state, was_training = getattr(model, "routing_state", None), model.training
-    if state is not None and isinstance(state.decision, GumbelSample):
+    if state is not None and state.decision.random:
         raise InputError("the model samples its decisions", "Call set_sparsity, which decides by threshold")
-    native = getattr(state, "native", None)
+    native: NativeExecution | None = getattr(state, "native", None)
     model.eval()
-    if state is not None and native is not None and native.policy != "exact":
-        state.native = type(native)(native.weights, native.threads, policy="exact")
     try:
-        yield
+        with nullcontext() if native is None else native.exactly():
+            yield
     finally:
-        if state is not None:
-            state.native = native
         model.train(was_training)
 
 

@@ -23,7 +23,6 @@ from informed_routing.evaluation.numbers import not_finite
 from informed_routing.execution.changes import unchanging
 from informed_routing.models.calls import cached
 from informed_routing.progress import NullProgress, Progress
-from informed_routing.routing.decision import AlwaysExecute, Threshold
 
 LEAST_SAVED = 64
 """Tokens that a shared prefix must save: one more call costs about as much as computing these."""
@@ -94,7 +93,7 @@ def may_share(model: Any) -> bool:
     state = getattr(model, "routing_state", None)
     if state is None:
         return not getattr(model, "_is_stateful", False)
-    return state.kv == "keep" and type(state.decision) in (AlwaysExecute, Threshold)
+    return state.kv == "keep" and state.decision.threshold is not None
 
 
 def _score(scores: Tensor, continuation: list[int]) -> tuple[float, bool]:

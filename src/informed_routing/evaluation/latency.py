@@ -9,61 +9,49 @@ from torch import Tensor
 
 from informed_routing.config.folder import LatencyGains
 from informed_routing.evaluation.environment import environment
-from informed_routing.evaluation.speed import measure
+from informed_routing.evaluation.timing import measure
+from informed_routing.execution.choose import EngineChoice, choose_engine, make_engine
+from informed_routing.execution.native import forced_states
 from informed_routing.progress import Progress
-from informed_routing.routing.decision import AlwaysExecute, DecisionRule
+from informed_routing.routing.decision import AlwaysExecute, DecisionRule, Threshold
+from informed_routing.routing.rules.base import ByKind
 
 _PATTERNS = {"dense": None, "execute": (True, True), "attention": (False, True), "ffn": (True, False)}
 
 
-class _ByKind:
-    """The same choice for all attention units and for all FFN units; units decide in turns, attention first."""
-
-    def __init__(self, attention: bool, ffn: bool) -> None:
-        self.choices, self.turn = (attention, ffn), 0
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        choice = self.choices[self.turn % 2]
-        self.turn += 1
-        return torch.full(logits.shape[:-1], choice, dtype=torch.bool, device=logits.device)
-
-
 def measure_latency(
-    model: Any, ids: Tensor, *, weights: str | None = None, repeats: int = 7, progress: Progress | None = None
+    model: Any, ids: Tensor, *, choice: EngineChoice | None = None, repeats: int = 7, progress: Progress | None = None
 ) -> LatencyGains:
     """Time forwards of `ids` int64 [B, N] through the body: dense, deciding but executing all, and with all attention
     or all FFN units approximated.
 
-    `weights` names the native engine's format; None times the torch back end. Routers need not be trained: choices
-    are given. The model is left as it was.
+    In the engine that `choose_engine` gives for the model, unless a `choice` is given. Routers need not be trained:
+    choices are given. The model is left as it was.
     """
     state = model.routing_state
-    before = state.decision, state.execution, state.native
-    engine: Any = None
-    if weights is not None:
-        from informed_routing.execution.cpu.engine import CpuEngine
-
-        engine = CpuEngine(model, weights, policy="exact")  # type: ignore[arg-type]
+    choice = choose_engine(model, progress=progress) if choice is None else choice
+    engine = make_engine(model, choice.weights, None, "exact") if choice.native else None
 
     def forward(pattern: tuple[bool, bool] | None) -> None:
-        rule: DecisionRule = AlwaysExecute() if pattern is None else _ByKind(*pattern)
-        state.decision = rule
+        rule: DecisionRule = AlwaysExecute()
+        if pattern is not None:  # an engine is told what executes: any rule that it understands will do
+            rule = ByKind(*pattern) if engine is None else Threshold(0.0)
+        state.choose(decision=rule)
         if engine is None:
             model.hidden_states(ids)
         else:
-            engine.forced_forward(model, ids, None if pattern is None else torch.tensor(pattern))
+            forced_states(model, engine, ids, None if pattern is None else torch.tensor(pattern))
 
     was_training = model.training
     model.eval()
-    state.execution, state.native = "sparse", None
     try:
         if progress is not None:
             progress.stage("measure latency", repeats + 1)
-        with torch.inference_mode():
+        own = state.using(decision=state.decision, execution="sparse", native=None)
+        with own, torch.inference_mode():
             work = {name: (lambda pattern=pattern: forward(pattern)) for name, pattern in _PATTERNS.items()}
             seconds = {name: timing.median for name, timing in measure(work, repeats, 1, progress).items()}  # type: ignore[arg-type]
     finally:
-        state.decision, state.execution, state.native = before
         model.train(was_training)
         model.reset_routing_stats()
     return LatencyGains(
@@ -72,6 +60,6 @@ def measure_latency(
         overhead=max(seconds["execute"] / seconds["dense"] - 1, 0.0),
         seconds=seconds["dense"],
         tokens=ids.numel(),
-        engine="torch" if weights is None else f"native {weights}",
+        engine=f"native {choice.weights}" if choice.native else "torch",
         cpu=str(environment()["cpu"] if model.device.type == "cpu" else environment()["accelerator"]),
     )

@@ -7,6 +7,7 @@ reads a loss or chooses a token looks first, and stops here.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -75,18 +76,15 @@ def _origin(model: Any, inputs: Tensor) -> str | None:
     handles = [layer.register_forward_hook(look(number)) for number, layer in enumerate(layers)]
     state = getattr(model, "routing_state", None)
     native = getattr(state, "native", None)
-    if native is not None:
-        state.native = None  # type: ignore[union-attr]  # an engine of ours shows no layers
+    unseen = nullcontext() if state is None else state.using(native=None)  # an engine of ours shows no layers
     try:
-        with torch.inference_mode():
+        with unseen, torch.inference_mode():
             logits = model(input_ids=inputs.to(model.device), use_cache=False).logits
     except Exception:  # this only looks for a reason: whatever fails here, the error to report is the other one
         return None
     finally:
         for handle in handles:
             handle.remove()
-        if native is not None:
-            state.native = native  # type: ignore[union-attr]
     if bad:
         return f"first in layer {bad[0]} of {len(layers)}"
     if native is not None and bool(logits.isfinite().all()):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -21,10 +21,13 @@ from torch import Tensor
 from informed_routing.errors import InputError
 from informed_routing.evaluation.numbers import exponential, not_finite
 from informed_routing.execution.changes import unchanging
+from informed_routing.execution.engine import NO_TARGET, NativeEngine
+from informed_routing.models.head import base_logits
 from informed_routing.progress import NullProgress, Progress
 
+__all__ = ["PagePerplexityResult", "PerplexityResult", "page_perplexity", "token_perplexity"]
+
 HEAD_ROWS = 256  # positions whose logits are held at once: 256 x 49,152 float32 is 50 MB
-_IGNORED = -100
 _LARGEST = 700.0  # nats: e to this is still a float
 
 
@@ -70,7 +73,7 @@ def token_perplexity(
     """
     if rows.ndim != 2 or rows.shape[0] == 0 or rows.shape[1] < 2:
         raise InputError(f"rows of shape {tuple(rows.shape)} hold nothing to predict", "Give [n, L] with L >= 2")
-    targets = torch.full_like(rows, _IGNORED)
+    targets = torch.full_like(rows, NO_TARGET)
     targets[:, :-1] = rows[:, 1:]
     pairs = ((rows[i : i + batch_size], targets[i : i + batch_size]) for i in range(0, len(rows), batch_size))
     total, tokens, seconds, stats = _score(model, pairs, -(-len(rows) // batch_size), progress)
@@ -135,7 +138,7 @@ def page_windows(ids: Sequence[int], prefix: int, max_length: int) -> Iterator[t
     for start in range(0, len(ids), max_length):
         end = min(start + max_length, len(ids))
         first = max(end - max_length, 0)
-        yield list(shifted[first:end]), [_IGNORED] * (start - first) + list(ids[start:end])
+        yield list(shifted[first:end]), [NO_TARGET] * (start - first) + list(ids[start:end])
 
 
 def wikitext_detokenize(page: str) -> str:
@@ -223,7 +226,7 @@ def _score(
                     raise _at_fault(model, inputs, targets, sequences)
                 total += loss
                 sequences += len(inputs)
-                tokens += int((targets != _IGNORED).sum())
+                tokens += int((targets != NO_TARGET).sum())
                 progress.advance(number, loss=total / tokens)
     finally:
         model.train(was_training)
@@ -257,22 +260,22 @@ def _batch_loss(model: torch.nn.Module, inputs: Tensor, targets: Tensor) -> floa
         return _summed(logits, targets)
     flat = hidden.flatten(0, 1)
     chunks = range(0, len(flat), HEAD_ROWS)
-    losses = _engine_losses(wrapped)
-    if losses is not None:
-        return sum(float(losses(flat[i : i + HEAD_ROWS], targets[i : i + HEAD_ROWS]).double().sum()) for i in chunks)
+    if engine := _engine(wrapped):  # without storing logits, where it can
+        parts = (engine.losses(flat[i : i + HEAD_ROWS], targets[i : i + HEAD_ROWS]) for i in chunks)
+        return sum(float(losses.double().sum()) for losses in parts)
     return sum(_summed(_head(wrapped, flat[i : i + HEAD_ROWS]), targets[i : i + HEAD_ROWS]) for i in chunks)
 
 
 def _summed(logits: Tensor, targets: Tensor) -> float:
-    losses = F.cross_entropy(logits.float(), targets, ignore_index=_IGNORED, reduction="none")
+    losses = F.cross_entropy(logits.float(), targets, ignore_index=NO_TARGET, reduction="none")
     return float(losses.double().sum())
 
 
-def _engine_losses(model: Any) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """How a native engine computes losses without storing logits, where the model's engine can."""
+def _engine(model: Any) -> NativeEngine | None:
+    """The native engine that does the model's forwards now; None where PyTorch does."""
     if not getattr(model, "runs_native", False):
         return None
-    return getattr(model.routing_state.native.of(model), "losses", None)
+    return cast(NativeEngine, model.routing_state.native.of(model))
 
 
 def _hidden_states(model: Any, inputs: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -298,9 +301,7 @@ def _hidden_states(model: Any, inputs: Tensor) -> tuple[Tensor | None, Tensor]:
 
 
 def _head(model: Any, hidden: Tensor) -> Tensor:
-    """Logits of hidden states `[rows, d]`, with Gemma 2's soft cap (other tails are found by comparison)."""
-    if getattr(model, "runs_native", False):
-        return cast(Tensor, model.routing_state.native.of(model).head(hidden))
-    logits: Tensor = model.get_output_embeddings()(hidden)
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    return torch.tanh(logits / cap) * cap if cap else logits
+    """Logits of hidden states `[rows, d]` (what a family that we do not know does to them is found by comparison)."""
+    if engine := _engine(model):
+        return engine.head(hidden)
+    return base_logits(model, hidden)

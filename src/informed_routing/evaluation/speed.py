@@ -1,17 +1,14 @@
-"""Wall-clock speed, routed against dense. Every second that a user sees is measured here.
+"""Wall-clock speed, routed against dense.
 
-Engines take turns (round robin), so that a machine that slows down slows all of them; the numbers are medians
-with their extremes. Every engine runs dense too, and a speed-up is stated against the fastest dense one with the same
-weights, so that a slow dense engine cannot flatter it.
+Every engine runs dense too, and a speed-up is stated against the fastest dense one with the same weights, so that a
+slow dense engine cannot flatter it.
 """
 
 from __future__ import annotations
 
 import functools
-import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -24,58 +21,9 @@ from informed_routing.errors import InputError
 from informed_routing.evaluation.engines import Engine
 from informed_routing.evaluation.numbers import not_finite
 from informed_routing.evaluation.perplexity import sparsity_record
+from informed_routing.evaluation.timing import Workload, measure
 from informed_routing.progress import NullProgress, Progress
 from informed_routing.routing.limits import limit_speedup
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one engine: median, extremes, and how many runs they come from."""
-
-    median: float
-    min: float
-    max: float
-    runs: int
-
-
-@dataclass
-class Workload:
-    """Something to time. `prepare` runs outside the clock before each `run`, which gets what it returned."""
-
-    run: Callable[[Any], Any]
-    prepare: Callable[[], Any] = lambda: None
-
-    def __call__(self) -> Any:
-        return self.run(self.prepare())
-
-
-def measure(
-    workloads: Mapping[str, Callable[[], Any]],
-    repeats: int = 5,
-    warmup: int = 1,
-    progress: Progress | None = None,
-) -> dict[str, Timing]:
-    """Time callables in turns: `warmup` unrecorded rounds, then `repeats` rounds of one run of each.
-
-    Each round starts with another engine, so that none is always first. CUDA work is waited for. Raises
-    InputError when there is nothing to time.
-    """
-    if not workloads or repeats < 1 or warmup < 0:
-        raise InputError(f"{len(workloads)} engines, {repeats} repeats: nothing to time", "Give --repeats 1 or more")
-    progress = progress or NullProgress()
-    names = list(workloads)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(warmup + repeats):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            elapsed = _timed(workloads[name])
-            if turn >= warmup:
-                seconds[name].append(elapsed)
-        progress.advance(turn + 1)
-    return {
-        name: Timing(statistics.median(values), min(values), max(values), len(values))
-        for name, values in seconds.items()
-    }
 
 
 def prefill_callable(engine: Engine, ids: Tensor, before: Callable[[], Any] = lambda: None) -> Workload:
@@ -131,13 +79,13 @@ def benchmark_rows(
     profile: bool = False,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of the contract's `benchmark` result, for every combination of the settings.
+    """Rows of `benchmark --json`, for every combination of the settings.
 
     `engines` hold the same base model on one device; those that route run dense and at every sparsity. `text` int64
     `[tokens]` is real text, since what is approximated depends on it (it is repeated when too short). Prefill is
     measured once per batch and prompt length; a `new_tokens` of 0 gives no decode rows. Decode rows carry
-    `new_tokens`, all rows `weights`, and with `profile` those of the native engine `phase_seconds`, besides the
-    contract's fields. Speed-ups are against the fastest dense engine with the same weights; limits are the roofline
+    `new_tokens`, all rows `weights`, and with `profile` those of an engine with `phases` `phase_seconds`, besides the
+    fields that all have. Speed-ups are against the fastest dense engine with the same weights; limits are the roofline
     of the row's own engine. Weights do not change meanwhile: engines compare them once, as `generate` does for each
     text. Raises InputError for settings that cannot be measured, WorkError where an engine's logits
     are not finite.
@@ -263,10 +211,9 @@ def _realised(engine: Engine, workload: Workload, case: _Case, sparsity: float, 
     state = workload.prepare()
     model = engine.model
     model.reset_routing_stats()
-    native = None if getattr(engine, "holder", None) is None else engine.holder.of(model)  # type: ignore[attr-defined]
-    if profile and native is not None:
-        native.profile()
-    workload.run(state)
+    native = engine.native if profile else None
+    with nullcontext({}) if native is None else native.profiled() as phases:
+        workload.run(state)
     stats = model.stats
     limit = 1.0
     if sparsity:
@@ -278,27 +225,9 @@ def _realised(engine: Engine, workload: Workload, case: _Case, sparsity: float, 
     }
     if stats.routed:
         found["rounded_up"] = float(stats.calls[:, 3].sum() / stats.calls.sum().clamp(min=1))
-    if profile and native is not None:
-        found["phase_seconds"] = native.phase_seconds()
-        native.seconds = None
+    if phases:
+        found["phase_seconds"] = dict(phases)
     return found
-
-
-def _timed(workload: Callable[[], Any]) -> float:
-    state = workload.prepare() if isinstance(workload, Workload) else None
-    _wait()
-    start = time.perf_counter()
-    if isinstance(workload, Workload):
-        workload.run(state)
-    else:
-        workload()
-    _wait()
-    return time.perf_counter() - start
-
-
-def _wait() -> None:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 def _check_settings(

@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args
 
 from informed_routing.errors import InputError
 
+__all__ = ["TaskSpec", "parse_tasks", "preset_tasks"]
+
 WIKITEXT = "wikitext"
 HEADLINES = {
     "boolq": "acc",

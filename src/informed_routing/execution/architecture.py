@@ -7,18 +7,27 @@ from typing import Any
 from torch import nn
 
 from ..models.calls import is_watched
+from ..models.families import Family, NativeName, family_of, native_families
+from ..models.head import PLAIN, logit_scaling
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3")
-"""Families whose decoder is: embed, then pre-norm layers with gated FFNs, then a norm and a plain head."""
+_SILU, _GELU = ("silu", "swish"), ("gelu_pytorch_tanh",)
 
 
-def unknown(model: Any) -> str | None:
-    """What of a routed model no native engine knows; None when they know all of it."""
-    config = model.config
-    if config.model_type not in FAMILIES:
-        return f"model family {config.model_type!r} is not one of {', '.join(FAMILIES)}"
-    if config.hidden_act not in ("silu", "swish", "gelu_pytorch_tanh"):
-        return f"activation {config.hidden_act!r}"
+def is_gelu(family: Family, config: Any) -> bool:
+    """Whether the FFN's activation is GELU by the tanh formula; if not, it is SiLU."""
+    return getattr(config, family.activation) in _GELU
+
+
+def unknown(model: Any, engine: NativeName) -> str | None:
+    """What of a routed model a native engine does not know; None when it knows all of it."""
+    config, known = model.config, native_families(engine)
+    if config.model_type not in known:
+        return f"model family {config.model_type!r} is not one of {', '.join(known)}"
+    family = family_of(config.model_type)
+    if (activation := getattr(config, family.activation)) not in (*_SILU, *_GELU):
+        return f"activation {activation!r}"
+    if logit_scaling(family, config) != PLAIN:
+        return "logits that are scaled or capped"
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         return "rotary embeddings cover only part of a head"
@@ -26,7 +35,7 @@ def unknown(model: Any) -> str | None:
         return reason
     if getattr(config, "is_causal", True) is False:
         return "attention that is not causal"
-    if reason := _unlike(model):
+    if reason := _unlike(model, family):
         return reason
     for place, layer in enumerate(model.decoder.layers):
         if layer.attention_routing.index != 2 * place:
@@ -44,10 +53,10 @@ def unknown(model: Any) -> str | None:
     return None
 
 
-def _unlike(model: Any) -> str | None:
+def _unlike(model: Any, family: Family) -> str | None:
     """Settings that differ between layers where the engines have one for all."""
     attentions = [layer.attention_routing.unit.module(layer) for layer in model.decoder.layers]
-    for name in ("scaling", "head_dim"):
+    for name in (family.attention_scale, "head_dim"):
         if len({getattr(attention, name) for attention in attentions}) > 1:
             return f"attentions of different {name}"
     epsilons: dict[bool, set[float]] = {True: set(), False: set()}
@@ -61,7 +70,7 @@ def _unlike(model: Any) -> str | None:
 def _unknown_routing(model: Any) -> str | None:
     """What of the routing itself the engines do not know: they have plain routers that read their own unit's input."""
     router, selection = model.routing_config.router, model.routing_config.selection
-    if router.kind not in ("linear", "low-rank", "mlp"):
+    if any(unit.router is not None and unit.router.form() is None for unit in model.units):
         return f"{router.kind} routers"
     if router.input == "layer":
         return "routers that read the layer's input (router.input = layer)"
@@ -69,4 +78,4 @@ def _unknown_routing(model: Any) -> str | None:
         return "one decision for a whole layer (selection.granularity = layer)"
     if selection.first_tokens or selection.first_layer or selection.every > 1:
         return "tokens or layers that always execute (selection)"
-    return None
+    return next((reason for unit in model.units if (reason := unit.unknown_to_engines())), None)

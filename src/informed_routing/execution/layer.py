@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..models import calls
 from ..models.runtime_classes import made_by
 from ..routing.routed_unit import RoutedUnit
-from ..routing.state import RoutingState
+from ..routing.state import Forward, RoutingState
 from ..routing.stats import RoutingStats
 from . import masked, sparse
 from .cache import ExecutedKeysLayer, keep_executed_only
@@ -33,7 +33,7 @@ def _run_layer(self: Any, hidden: Tensor, call: calls.Call) -> Tensor:
     attention, ffn = self.attention_routing, self.ffn_routing
     skips = state.skips(self.training)
     run = sparse.run if skips else masked.run
-    state.layer_input = hidden
+    state.forward.layer_input = hidden
     if not attention.joins:
         between = _weighted(attention, state, hidden, run(attention, state, self, hidden, call))
         after = _weighted(ffn, state, between, run(ffn, state, self, between, calls.NOTHING))
@@ -43,13 +43,13 @@ def _run_layer(self: Any, hidden: Tensor, call: calls.Call) -> Tensor:
     else:
         after = masked.run_joined(attention, ffn, state, self, hidden, call)
         after = _weighted(attention, state, hidden, after)
-    state.layer_input = None
+    state.forward.layer_input = None
     return after
 
 
 def _weighted(routed: RoutedUnit, state: RoutingState, before: Tensor, after: Tensor) -> Tensor:
     """The stream with its update since `before` multiplied by what a ranking router gives it, if there is one (MoD)."""
-    weight = state.weights.get(routed.index)
+    weight = state.forward.weights.get(routed.index)
     return after if weight is None else before + weight.unsqueeze(-1).to(after.dtype) * (after - before)
 
 
@@ -74,8 +74,11 @@ def routed_decoder_class(base: type[nn.Module]) -> type[nn.Module]:
         call = calls.read(given)
         state: RoutingState = self.routing_state
         contexts = _contexts(call)
-        state.begin(None if call.mask is None or bool((contexts > 0).all()) else contexts > 0, contexts)
-        state.modules_whole = "output_attentions" in calls.records(self, call.options)
+        state.forward = Forward(
+            valid=None if call.mask is None or bool((contexts > 0).all()) else contexts > 0,
+            contexts=contexts,
+            modules_whole="output_attentions" in calls.records(self, call.options),
+        )
         if state.ranks and call.cache is not None and call.cache.get_seq_length():
             raise InputError(*NOT_CAUSAL)
         if state.kv == "drop" and not state.dense and state.skips(self.training):

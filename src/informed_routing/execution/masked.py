@@ -95,7 +95,7 @@ def _without_approximated_keys(
     own = torch.eye(length, dtype=torch.bool, device=gate.device)  # no row may be empty
     executed = gate.detach() > 0.5
     allowed = allowed & executed[:, None, None, :]
-    state.keys_read[routed.index] = (allowed & executed[:, None, :, None]).sum()
+    state.forward.keys_read[routed.index] = (allowed & executed[:, None, :, None]).sum()
     allowed = allowed | own
     if attention.config._attn_implementation == "eager":
         low = torch.finfo(dtype).min

@@ -1,4 +1,4 @@
-"""When a native engine does a forward, which one, and when it is left to the torch back ends."""
+"""The native engine that a model holds, and when it does a forward that is else left to the torch back ends."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,24 +16,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..errors import InputError
 from ..models import calls
 from ..models.calls import Call
-from ..progress import Progress
-from ..routing.decision import AlwaysExecute, Threshold
 from ..routing.state import RoutingState
-from .call import NativeEngine, Policy, Rows
 from .changes import identity
-from .engine_cache import accepts, is_packed, use_plain
-
-Weights = Literal["float32", "bfloat16", "float16", "int8", "int4"]
-"""Formats of an engine's weights: the CPU engine packs its own (not float16), the GPU engine takes the model's."""
-
-
-def native_reason(model: Any, progress: Progress | None = None) -> str | None:
-    """Why there is no native engine for a model where it is; None when there is. Compiles it if need be, saying so."""
-    if model.device.type == "cpu":
-        from .cpu.availability import native_reason as reason
-    else:
-        from .gpu.availability import native_reason as reason
-    return reason(model, progress)
+from .choose import make_engine
+from .engine import NativeEngine, Policy
+from .formats import Weights
+from .kv_layers import accepts, is_packed, use_plain
+from .rows import Rows
 
 
 class NativeExecution:
@@ -43,8 +32,9 @@ class NativeExecution:
     """
 
     def __init__(self, weights: Weights | None = None, threads: int | None = None, policy: Policy = "exact") -> None:
-        self.weights, self.threads, self.policy = weights, threads, policy
-        self.engine: Any = None
+        self.weights, self.threads = weights, threads
+        self.engine: NativeEngine | None = None
+        self._policy: Policy = policy
         self._refused: int | None = None
         self._fixed, self._compared = 0, False
 
@@ -54,7 +44,28 @@ class NativeExecution:
     def __reduce__(self) -> Any:
         return NativeExecution, (self.weights, self.threads, self.policy)  # so does one in another process
 
-    def of(self, model: Any) -> Any:
+    @property
+    def policy(self) -> Policy:
+        """Of the engine, made already or not; setting it packs nothing again."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self._policy = policy
+        if self.engine is not None:
+            self.engine.policy = policy
+
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Do what the routers say, and no more, within."""
+        before = self.policy
+        self.policy = "exact"
+        try:
+            yield
+        finally:
+            self.policy = before
+
+    def of(self, model: Any) -> NativeEngine:
         """The engine of `model` as it is now. Raises InputError when there is none that can run it."""
         return self._made(model, identity(model), sample=False)
 
@@ -65,12 +76,12 @@ class NativeExecution:
         `fixed` once.
         """
         if self._fixed and self._compared and self.engine is not None:
-            return self.engine  # type: ignore[no-any-return]
+            return self.engine
         seen = identity(model)
         if self._refused == seen:
             return None
         try:
-            engine: NativeEngine = self._made(model, seen, sample=further)
+            engine = self._made(model, seen, sample=further)
         except InputError as error:
             self._refused = seen
             warnings.warn(f"{error.what}: PyTorch computes, with the same results", RuntimeWarning, stacklevel=2)
@@ -78,18 +89,10 @@ class NativeExecution:
         self._compared = True
         return engine
 
-    def _made(self, model: Any, seen: int, *, sample: bool) -> Any:
+    def _made(self, model: Any, seen: int, *, sample: bool) -> NativeEngine:
         if self.engine is None or self.engine.identity != seen or not self.engine.is_of(model, sample=sample):
             self.engine = None  # first free the old copy
-            if model.device.type == "cpu":
-                from .cpu.engine import CpuEngine
-
-                default: Weights = "bfloat16" if model.dtype == torch.bfloat16 else "float32"
-                self.engine = CpuEngine(model, self.weights or default, self.threads, self.policy)  # type: ignore[arg-type]
-            else:
-                from .gpu.engine import GpuEngine
-
-                self.engine = GpuEngine(model, self.weights, self.policy)
+            self.engine = make_engine(model, self.weights, self.threads, self.policy)
         return self.engine
 
     @contextmanager
@@ -142,7 +145,7 @@ def may_run(model: Any) -> bool:
         return False
     if state.observer is not None or state.record_margins or state.kv != "keep":
         return False
-    return type(state.decision) in (AlwaysExecute, Threshold)
+    return state.decision.threshold is not None
 
 
 @dataclass
@@ -167,6 +170,16 @@ class Plan:
         )
         stats.add_tokens(length, past, self.rows.start, self.rows.valid, routed=not state.dense)
         return output
+
+
+def forced_states(model: Any, engine: NativeEngine, ids: Tensor, choices: Tensor | None) -> Tensor:
+    """Normed hidden states [B, N, d] of ids [B, N] with the same choices bool [2] (attention, ffn) in all layers.
+
+    No choices: as the decision rule says.
+    """
+    forced = None if choices is None else choices.repeat(engine.units // 2)[:, None, None].expand(-1, *ids.shape)
+    rows = Rows(torch.zeros(len(ids), dtype=torch.int32), None)
+    return Plan(engine, model.decoder.embed_tokens(ids), rows, None, None).run(model, forced=forced)
 
 
 def plan(model: Any, call: Call) -> Plan | None:

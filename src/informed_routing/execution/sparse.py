@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..models.calls import NOTHING, Call
+from ..models.families import Family
 from ..models.units import attend, attend_causal, keys_values, only_whole, queries
 from ..routing.routed_unit import RoutedUnit
 from ..routing.state import RoutingState
@@ -46,7 +47,7 @@ def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tenso
         if count == total and state.kv == "keep":
             return hidden + routed.unit.update(layer, routed.unit.run(layer, x, call))
         if state.kv == "drop":
-            output, state.keys_read[routed.index] = _drop_attention(routed, layer, x, gate, executed, call)
+            output, state.forward.keys_read[routed.index] = _drop_attention(routed, layer, x, gate, executed, call)
         else:
             output = _keep_attention(routed, layer, x, gate, executed, call)
     elif count == total:
@@ -90,28 +91,30 @@ def _keep_attention(
             x, keys, values = x[executed], keys[executed], values[executed]
             mask = mask[executed] if mask is not None and mask.shape[0] > 1 else mask
             rope = _take_batch(rope, executed)
-        return attend(attention, queries(family, attention, x, rope), keys, values, mask).transpose(0, 1)
+        return attend(family, attention, queries(family, attention, x, rope), keys, values, mask).transpose(0, 1)
     # The place of the call's first token among the keys, which matters without a mask: behind the call's own tokens a
     # static cache has room for later ones, and a sliding one has dropped early ones.
     first = min(keys.shape[-2] - length, past)
     if batch == 1:
         q = queries(family, attention, x[:, executed], _take(rope, executed))
         rows = None if mask is None else mask[:, :, executed]
-        return _attend(attention, q, keys, values, rows, executed[None] + first)
+        return _attend(family, attention, q, keys, values, rows, executed[None] + first)
     places, filled = _ragged(gate)
     spread = places.unsqueeze(-1)
     q = queries(family, attention, x.gather(1, spread.expand(-1, -1, x.shape[-1])), _take_ragged(rope, places))
     rows = None if mask is None else _mask_ragged(mask, places)
-    return _attend(attention, q, keys, values, rows, places + first)[filled].unsqueeze(0)
+    return _attend(family, attention, q, keys, values, rows, places + first)[filled].unsqueeze(0)
 
 
-def _attend(attention: Any, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, last: Tensor) -> Tensor:
+def _attend(
+    family: Family, attention: Any, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, last: Tensor
+) -> Tensor:
     """Outputs [B, Q, d]. Without mask rows the base model relies on causality: queries see keys up to `last` [B, Q]."""
     if mask is not None:
-        return attend(attention, q, keys, values, mask)
+        return attend(family, attention, q, keys, values, mask)
     # On a GPU every further block would cost a wait for the host.
     block = QUERY_BLOCK if q.device.type == "cpu" else q.shape[2]
-    return attend_causal(attention, q, keys, values, last, block)
+    return attend_causal(family, attention, q, keys, values, last, block)
 
 
 def _drop_attention(
@@ -145,7 +148,7 @@ def _drop_attention(
     # Filler queries are thrown away below; they only must not be empty rows.
     allowed = allowed | ~filled[:, None, :, None]
     q = queries(family, attention, rows, rope)
-    return attend(attention, q, keys, values, allowed)[filled].unsqueeze(0), read
+    return attend(family, attention, q, keys, values, allowed)[filled].unsqueeze(0), read
 
 
 # ---------------------------------------------------------------------------------------------------------

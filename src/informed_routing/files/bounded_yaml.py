@@ -1,4 +1,4 @@
-"""YAML within bounds: of depth, size and kinds of value. `user_files.parse_yaml` is the way in.
+"""YAML within bounds: of depth, size and kinds of value.
 
 The events of a document are counted before anything is built of it, so that neither nesting nor aliases of aliases can
 cost more than the bounds; then PyYAML's safe loader builds plain values, stricter than it is by itself.
@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
 
 from ..errors import InputError
-from .user_files import shown
+from .user_files import read_text, shown
 
+LARGEST_FILE = 4 * 2**20  # bytes
 DEEPEST = 32  # mappings and lists in one another; settings need about ten
 MOST_VALUES = 200_000  # scalars, mappings and lists, aliases counted as what they stand for
 LARGEST_INTEGER = 2**63 - 1
@@ -26,8 +28,21 @@ _REMEDY = "Correct this line"
 _BASE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same values, some ten times faster
 
 
-def load(text: str, where: str) -> Any:
-    """See `user_files.parse_yaml`."""
+def read_yaml(path: str | Path, what: str = "file") -> Any:
+    """The content of a YAML file: `parse_yaml` of at most 4 MiB of UTF-8 text; `what` is the file's role in messages.
+
+    Raises InputError when it is missing, no regular text, or not within the bounds.
+    """
+    return parse_yaml(read_text(path, what, LARGEST_FILE, "Give the path of a YAML file"), f"{what} {path}")
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Plain values (mappings, lists, strings, finite numbers, booleans, null) of one YAML document.
+
+    Raises InputError naming `where` and the line: for what is no YAML, a key given twice, a number that cannot be read
+    or is not finite, tags of other types, and more depth or values (aliases count as what they stand for) than any
+    settings need.
+    """
     try:
         _check_size(text, where)
         return yaml.load(text, Loader=_Loader)

@@ -1,4 +1,4 @@
-"""What a user wrote or named, read within bounds: YAML and JSON files, paths, and names that become files.
+"""What a user wrote or named, read within bounds: files of text and JSON, paths, and names that become files.
 
 Everything here raises InputError naming the file (and line) or the value; no other exception comes from bad content.
 """
@@ -12,35 +12,38 @@ from typing import Any
 
 from ..errors import InputError
 
-LARGEST_YAML = 4 * 2**20  # bytes
-LARGEST_JSON = 256 * 2**20
+LARGEST_JSON = 256 * 2**20  # bytes
 LONGEST_NAME = 200  # bytes of a name that becomes a file's: file systems take 255, with suffixes and temporary prefixes
 _SHOWN = 60  # characters of a value in a message
 
 
-def read_yaml(path: str | Path, what: str = "file") -> Any:
-    """The content of a YAML file: `parse_yaml` of at most 4 MiB of UTF-8 text; `what` is the file's role in messages.
+def read_text(path: str | Path, what: str, largest: int, remedy: str) -> str:
+    """The UTF-8 text of a file of at most `largest` bytes; `remedy` is for one that is missing.
 
-    Raises InputError when it is missing, no regular text, or not within the bounds.
+    Raises InputError when it is missing, a folder, larger, no UTF-8, or cannot be read.
     """
-    return parse_yaml(_text(path, what, LARGEST_YAML, "Give the path of a YAML file"), f"{what} {path}")
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Plain values (mappings, lists, strings, finite numbers, booleans, null) of one YAML document.
-
-    Raises InputError naming `where` and the line: for what is no YAML, a key given twice, a number that cannot be read
-    or is not finite, tags of other types, and more depth or values (aliases count as what they stand for) than any
-    settings need.
-    """
-    from .bounded_yaml import load
-
-    return load(text, where)
+    place = user_path(path, what)
+    try:
+        with place.open("rb") as file:
+            content = file.read(largest + 1)
+    except FileNotFoundError:
+        raise InputError(f"{what} {path} does not exist", remedy) from None
+    except IsADirectoryError:
+        raise InputError(f"{what} {path} is a folder", remedy) from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"{what} {shown(path)} cannot be read: {reason}", "Check its name and permissions") from None
+    if len(content) > largest:
+        raise InputError(f"{what} {path} has more than {largest:,} bytes", "Leave out what is not needed")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{what} {path} is not UTF-8 text (byte {error.start})", "Convert it to UTF-8") from None
 
 
 def read_json(path: str | Path, what: str = "file") -> Any:
     """The content of a JSON file. Raises InputError when it is missing, damaged or nested too deeply."""
-    text = _text(path, what, LARGEST_JSON, "Check the folder")
+    text = read_text(path, what, LARGEST_JSON, "Check the folder")
     try:
         return json.loads(text)
     except RecursionError:
@@ -97,23 +100,3 @@ def shown(value: Any) -> str:
     text = repr(str(value)) if isinstance(value, (str, Path)) else repr(value)
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 12]}...{text[-8:]}"
-
-
-def _text(path: str | Path, what: str, largest: int, remedy: str) -> str:
-    place = user_path(path, what)
-    try:
-        with place.open("rb") as file:
-            content = file.read(largest + 1)
-    except FileNotFoundError:
-        raise InputError(f"{what} {path} does not exist", remedy) from None
-    except IsADirectoryError:
-        raise InputError(f"{what} {path} is a folder", remedy) from None
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"{what} {shown(path)} cannot be read: {reason}", "Check its name and permissions") from None
-    if len(content) > largest:
-        raise InputError(f"{what} {path} has more than {largest:,} bytes", "Leave out what is not needed")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{what} {path} is not UTF-8 text (byte {error.start})", "Convert it to UTF-8") from None

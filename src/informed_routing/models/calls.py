@@ -10,14 +10,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..errors import InputError
 
 Word = Literal["tokens", "embeddings", "mask", "positions", "cache", "rope", "use_cache"]
 Rope = tuple[Tensor, Tensor]
@@ -251,6 +253,18 @@ def has_own_forward(module: Any) -> bool:
     """Whether a module's `forward` is another than its class's. (Removed hooks leave the class's own on the module.)"""
     own = vars(module).get("forward")
     return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
+def check_own_forwards(modules: Iterable[nn.Module]) -> None:
+    """Raises InputError for modules whose `forward` was replaced: it would be called instead of the routed class's."""
+    for module in modules:
+        if has_own_forward(module):
+            raise InputError(
+                f"the model's {type(module).__name__} has a forward of its own (hooks of accelerate, or a patch)",
+                "Load it without device_map, or take hooks off: "
+                "accelerate.hooks.remove_hook_from_module(model, recurse=True)",
+            )
+        vars(module).pop("forward", None)  # the class's own: it would stand before the routed class's
 
 
 def is_watched(module: Any) -> bool:

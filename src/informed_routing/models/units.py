@@ -18,6 +18,7 @@ from ..config.parts import UnitKind
 from . import calls
 from .calls import Call
 from .families import Family
+from .projections import projections
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,13 @@ class Unit:
         """The unit itself: the attention or FFN module of the base model."""
         return getattr(layer, getattr(self.family, self.kind))
 
+    def input_norm(self, layer: nn.Module) -> Any:
+        """The norm before the unit; None in post-norm families."""
+        return self._part(layer, "in_norm")
+
     def normed(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """What the unit reads: [..., d] after the input norm, or `hidden` itself in post-norm families."""
-        norm = self._part(layer, "in_norm")
+        norm = self.input_norm(layer)
         return hidden if norm is None else norm(hidden)
 
     def run(self, layer: nn.Module, x: Tensor, call: Call) -> Tensor:
@@ -94,65 +99,49 @@ def _heads(x: Tensor, head_dim: int) -> Tensor:
     return x.view(*x.shape[:-1], -1, head_dim).transpose(1, 2)
 
 
-def _rotate(attention: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+def _rotate(family: Family, attention: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
     """Apply the family's own rotary embedding to [B, heads, N, head_dim]."""
-    if rope is None or not getattr(attention, "use_rope", True):
+    if rope is None or not family.has_rope(attention):
         return x
     apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     nothing = x[:, :0]  # the function rotates a pair; an empty partner costs nothing
     return apply(x, nothing, *rope)[0]
 
 
-def _fused_rows(attention: Any, part: str) -> slice:
-    queries = attention.config.num_attention_heads * attention.head_dim
-    keys = attention.num_key_value_heads * attention.head_dim
-    return {"q": slice(0, queries), "kv": slice(queries, queries + 2 * keys)}[part]
-
-
-def _fused(attention: Any, x: Tensor, part: str) -> Tensor:
-    rows = _fused_rows(attention, part)
-    linear = attention.qkv_proj
-    if type(linear) is nn.Linear:
-        bias = None if linear.bias is None else linear.bias[rows]
-        return nn.functional.linear(x, linear.weight[rows], bias)
-    return linear(x)[..., rows]  # an adapter or a quantised layer: run it whole
-
-
 def keys_values(family: Family, attention: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     """Keys and values [B, kv_heads, N, head_dim] of the normed input [B, N, d], keys rotated."""
-    if family.projections == "fused":
-        keys, values = _fused(attention, x, "kv").chunk(2, dim=-1)
-    else:
-        keys, values = attention.k_proj(x), attention.v_proj(x)
+    keys, values = projections(family, attention).keys_values(x)
     if family.qk_norm == "whole":
         keys = attention.k_norm(keys)
     keys, values = _heads(keys, attention.head_dim), _heads(values, attention.head_dim)
     if family.qk_norm == "head":
         keys = attention.k_norm(keys)
-    return _rotate(attention, keys, rope), values
+    return _rotate(family, attention, keys, rope), values
 
 
 def queries(family: Family, attention: Any, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
     """Rotated queries [B, heads, Q, head_dim] of the selected normed rows [B, Q, d]."""
-    q = _fused(attention, x, "q") if family.projections == "fused" else attention.q_proj(x)
+    q = projections(family, attention).q(x)
     if family.qk_norm == "whole":
         q = attention.q_norm(q)
     q = _heads(q, attention.head_dim)
     if family.qk_norm == "head":
         q = attention.q_norm(q)
-    return _rotate(attention, q, rope)
+    return _rotate(family, attention, q, rope)
 
 
-def attend(attention: Any, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+def attend(family: Family, attention: Any, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     """The family's attention function and output projection: [B, Q, d].
 
     `mask` [B or 1, 1, Q, K] is boolean (True = may attend) or additive; None lets every query see every key.
     """
-    out = _attention_function(attention, q, keys, values, mask)
+    out = _attention_function(family, attention, q, keys, values, mask)
     return attention.o_proj(out.reshape(*out.shape[:2], -1))
 
 
-def attend_causal(attention: Any, q: Tensor, keys: Tensor, values: Tensor, last: Tensor, block: int) -> Tensor:
+def attend_causal(
+    family: Family, attention: Any, q: Tensor, keys: Tensor, values: Tensor, last: Tensor, block: int
+) -> Tensor:
     """As `attend`, for queries of which each sees the keys up to its `last` [B, Q]: [B, Q, d].
 
     Done in blocks of queries, each with no more keys than its queries see: one mask over all would compute every score
@@ -163,23 +152,24 @@ def attend_causal(attention: Any, q: Tensor, keys: Tensor, values: Tensor, last:
         rows = slice(start, start + block)
         seen = int(last[:, rows].max()) + 1
         mask = torch.arange(seen, device=last.device) <= last[:, None, rows, None]
-        parts.append(_attention_function(attention, q[:, :, rows], keys[:, :, :seen], values[:, :, :seen], mask))
+        seen_keys, seen_values = keys[:, :, :seen], values[:, :, :seen]
+        parts.append(_attention_function(family, attention, q[:, :, rows], seen_keys, seen_values, mask))
     out = torch.cat(parts, dim=1)
     return attention.o_proj(out.reshape(*out.shape[:2], -1))
 
 
-def _attention_function(attention: Any, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+def _attention_function(
+    family: Family, attention: Any, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+) -> Tensor:
     """[B, Q, heads, head_dim]."""
     implementation = attention.config._attn_implementation
     module = sys.modules[type(attention).__module__]
     interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, module.eager_attention_forward)
-    extra: dict[str, Any] = {}
-    if getattr(attention, "attn_logit_softcapping", None) is not None:
-        extra["softcap"] = attention.attn_logit_softcapping
+    softcap = family.softcap(attention)
+    extra: dict[str, Any] = {} if softcap is None else {"softcap": softcap}
     if mask is not None and mask.dtype == torch.bool and implementation == "eager":
         mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, torch.finfo(q.dtype).min)
     dropout = attention.attention_dropout if attention.training else 0.0
-    out, _ = interface(
-        attention, q, keys, values, mask, dropout=dropout, scaling=attention.scaling, is_causal=False, **extra
-    )
+    scaling = family.scale(attention)
+    out, _ = interface(attention, q, keys, values, mask, dropout=dropout, scaling=scaling, is_causal=False, **extra)
     return out

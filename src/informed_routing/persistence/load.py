@@ -128,7 +128,7 @@ def _load_base(
     hub: HubOptions,
 ) -> tuple[Any, RoutingConfig]:
     """The base model of a folder, and the configuration with where it really was."""
-    from ..assets import load_model, resolve_dtype
+    from ..assets.models import load_model, resolve_dtype
 
     recorded = settings.base_model
     name, revision = (str(base), None) if base is not None else (find_base(folder, recorded), recorded.revision)

@@ -7,6 +7,8 @@ from pathlib import Path
 from ..errors import InputError
 from ..files.user_files import shown, user_path
 
+__all__ = ["packaged_recipes", "recipe_path"]
+
 
 def packaged_recipes() -> dict[str, Path]:
     """Recipes inside the package, by name."""

@@ -61,10 +61,7 @@ def unit_costs(layers: Sequence[nn.Module], units: Sequence[RoutedUnit]) -> list
         config = module.config
         width, d = config.num_attention_heads * module.head_dim, config.hidden_size
         kv = 2 * d * config.num_key_value_heads * module.head_dim
-        window = None
-        kinds = getattr(config, "layer_types", None)
-        if getattr(config, "sliding_window", None) and (kinds is None or "sliding" in kinds[routed.index // 2]):
-            window = int(config.sliding_window)
+        window = routed.unit.family.window(config, routed.index // 2)
         heads = 2 * config.num_key_value_heads * module.head_dim
         costs.append(UnitCost(kv, 2 * d * width, 2 * width, router, forecaster, window, heads, 4 * d))
     return costs

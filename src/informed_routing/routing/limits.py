@@ -11,28 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .counts import ALL, NONE, ROUNDED_UP, SOME
 from .stats import RoutingStats
-
-
-@dataclass(frozen=True)
-class Storage:
-    """Bytes that one element of each kind occupies where an engine reads it."""
-
-    body: float
-    forecaster: float
-    head: float
-    kv: float
-    router: float = 4.0
-    stream: float = 4.0
-
-
-_GROUP = 32  # quantised formats: half-precision scale (int8) or scale and minimum (int4) for 32 weights
-STORAGE = {
-    "float32": Storage(4, 4, 4, 4),
-    "bfloat16": Storage(2, 2, 2, 2),
-    "int8": Storage(1 + 2 / _GROUP, 2, 1 + 2 / _GROUP, 2),
-    "int4": Storage(0.5 + 4 / _GROUP, 2, 1 + 2 / _GROUP, 2),
-}
+from .storage import Storage
 
 
 @dataclass(frozen=True)
@@ -70,22 +51,15 @@ def work_of(
     `head_rows`: positions whose logits were made. In `decode` every query reads its keys from memory; in prefill
     queries share them, and what is read is small beside the arithmetic.
     """
-    costs = stats.costs
-
-    def column(name: str) -> Tensor:
-        return torch.tensor([getattr(cost, name) for cost in costs], dtype=torch.float64)
-
-    always, execute, per_key, kv = (column(name) for name in ("always", "execute", "per_key", "kv"))
-    router, forecaster, stream = (column(name) for name in ("router", "forecaster", "stream"))
+    always, execute, kv = (stats.column(name) for name in ("always", "execute", "kv"))
+    router, forecaster, stream = (stats.column(name) for name in ("router", "forecaster", "stream"))
     calls = stats.calls.sum(1)
-    executed = torch.full_like(stats.executed, stats.tokens) if dense else stats.executed
     keys = stats.keys if dense else stats.executed_keys
-    run = calls if dense else stats.calls[:, 0] + stats.calls[:, 1] + stats.calls[:, 3]
-    forecast = torch.zeros_like(calls) if dense else stats.calls[:, 1] + stats.calls[:, 2]
+    run = calls if dense else stats.calls[:, [ALL, SOME, ROUNDED_UP]].sum(1)
+    forecast = torch.zeros_like(calls) if dense else stats.calls[:, [SOME, NONE]].sum(1)
     decided = 0.0 if dense or not stats.routed else 1.0
-    evicted = torch.zeros_like(executed) if dense else stats.evicted
-    macs = (stats.tokens - evicted) * always + executed * execute + keys * per_key
-    macs = macs + decided * (stats.tokens * router + (stats.tokens - executed) * forecaster)
+    evicted = torch.zeros_like(stats.evicted) if dense else stats.evicted
+    macs = stats.unit_macs(dense=dense)
     projected = torch.where(evicted > 0, run, calls)  # keys and values of nobody need no weights
     moved = (projected * always + run * execute) * storage.body + (keys * kv * storage.kv if decode else 0.0)
     moved = moved + forecast * forecaster * storage.forecaster + decided * calls * router * storage.router

@@ -6,11 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..config.kinds import kind as kind_of
 from ..config.parts import ForecasterConfig, RouterConfig, SelectionConfig, UnitKind
+from ..errors import InputError
 from ..models.families import Family
 from ..models.units import Unit
-from .forecaster import Forecaster
-from .router import APPROXIMATE, EXECUTE, RankingRouter, make_router
+from .fallbacks.base import Fallback, LowRankForm
+from .margins import margin_of
+from .router import make_router
+from .routers.base import Router, RouterForm
 from .state import Observation, RoutingState
 
 
@@ -39,15 +43,12 @@ class RoutedUnit(nn.Module):
         self.predicts_raw = forecaster.target == "raw"
         self.hidden_size = hidden_size
         self.first_tokens = selection.first_tokens
-        self.forecaster: Forecaster | None = None
-        rank = 0
-        if forecaster.fallback == "forecaster":
-            rank = forecaster.rank
-            self.forecaster = Forecaster(hidden_size, rank, forecaster.activation)
+        self.forecaster: Fallback | None = kind_of("fallbacks", forecaster.fallback).make(forecaster, hidden_size)
+        rank = 0 if self.forecaster is None else self.forecaster.rank
         self.is_routed = selection.routes(index // 2)
         self.joins = self.is_routed and selection.granularity == "layer"
         decides = self.is_routed and not (self.joins and kind == "ffn")
-        self.router = make_router(router, hidden_size, rank) if decides else None
+        self.router: Router | None = make_router(router, hidden_size, rank) if decides else None
 
     @property
     def kind(self) -> UnitKind:
@@ -56,6 +57,28 @@ class RoutedUnit(nn.Module):
     @property
     def reads_residual(self) -> bool:
         return self.reads == "residual"
+
+    def unknown_to_engines(self) -> str | None:
+        """What of this unit's parts no engine computes; None where `forms` has them all."""
+        if self.router is None:
+            return "tokens or layers that always execute (selection)"
+        if self.router.form() is None:
+            return f"a {type(self.router).__name__}"
+        if self.forecaster is not None and self.forecaster.form() is None:
+            return f"a {type(self.forecaster).__name__}"
+        return None
+
+    def forms(self) -> tuple[RouterForm, LowRankForm | None]:
+        """Router and forecaster as engines compute them; no forecaster gives an update of zero.
+
+        Raises InputError where there is no such form (`unknown_to_engines`).
+        """
+        if reason := self.unknown_to_engines():
+            raise InputError(f"no engine computes {reason}", "Use execution='sparse'")
+        assert self.router is not None
+        router = self.router.form()
+        assert router is not None
+        return router, None if self.forecaster is None else self.forecaster.form()
 
     def features(self, hidden: Tensor, x: Tensor) -> Tensor:
         """What forecaster and router read: the unit's normed input, or an own RMS norm where a family has none."""
@@ -74,46 +97,46 @@ class RoutedUnit(nn.Module):
         """The gate [B, N] of this forward, recorded in the state. Padding is never worth executing."""
         if self.router is None:
             return self._decided(state, hidden)
-        read = {"normed": features, "residual": hidden, "layer": state.layer_input}[self.reads]
+        read = {"normed": features, "residual": hidden, "layer": state.forward.layer_input}[self.reads]
         assert read is not None
         logits = self.router(read)
-        if isinstance(self.router, RankingRouter):
+        if self.router.ranks:
             logits = self._ranked(state, self.router.score(read), logits)
-        if self.first_tokens and state.contexts is not None:
-            first = (state.contexts > 0) & (state.contexts <= self.first_tokens)
+        if self.first_tokens and state.forward.contexts is not None:
+            first = (state.forward.contexts > 0) & (state.forward.contexts <= self.first_tokens)
             logits = _with_margin(logits, first, torch.inf)
-        if state.ranks and state.valid is not None:
-            logits = _with_margin(logits, ~state.valid, -torch.inf)
-        gate = state.decision(logits)
-        if state.valid is not None:
-            gate = gate & state.valid if gate.dtype == torch.bool else gate * state.valid
-        state.gates[self.index] = gate
+        if state.ranks and state.forward.valid is not None:
+            logits = _with_margin(logits, ~state.forward.valid, -torch.inf)
+        gate = state.decision.decide(logits, self.index)
+        if state.forward.valid is not None:
+            gate = gate & state.forward.valid if gate.dtype == torch.bool else gate * state.forward.valid
+        state.forward.gates[self.index] = gate
         if state.record_margins:
-            state.margins[self.index] = (logits[..., EXECUTE] - logits[..., APPROXIMATE]).detach()
+            state.forward.margins[self.index] = margin_of(logits).detach()
         return gate
 
     def _decided(self, state: RoutingState, hidden: Tensor) -> Tensor:
         """The gate of a unit without a router: that of its layer's attention, or everything."""
         first = self.index - 1
         if self.joins:
-            gate = state.gates[first]
-        elif state.valid is not None:
-            gate = state.valid
+            gate = state.forward.gates[first]
+        elif state.forward.valid is not None:
+            gate = state.forward.valid
         else:
             gate = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
-        state.gates[self.index] = gate
+        state.forward.gates[self.index] = gate
         if state.record_margins:
             everything = torch.full(gate.shape, torch.inf, device=gate.device)
-            state.margins[self.index] = state.margins[first] if self.joins else everything
+            state.forward.margins[self.index] = state.forward.margins[first] if self.joins else everything
         return gate
 
     def _ranked(self, state: RoutingState, score: Tensor, predicted: Tensor) -> Tensor:
         """The logits of a ranking router that the current rule takes, and what else the state keeps of it."""
-        state.weights[self.index] = torch.sigmoid(score)
+        state.forward.weights[self.index] = torch.sigmoid(score)
         if not state.ranks:
             return predicted
         if self.training:
-            state.predictions[self.index] = predicted[..., EXECUTE] - predicted[..., APPROXIMATE]
+            state.forward.predictions[self.index] = margin_of(predicted)
         return torch.stack([torch.zeros_like(score), score], dim=-1)
 
     def observe(

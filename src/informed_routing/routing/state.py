@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections import UserDict
-from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
-from .decision import AlwaysExecute, DecisionRule, Threshold, TopK
+from .decision import AlwaysExecute, DecisionRule
+from .rules.base import as_rule
 
 Execution = Literal["masked", "sparse", "native"]
 KeyValues = Literal["keep", "drop"]
@@ -57,9 +59,9 @@ class GateBlock(UserDict[int, Tensor]):
         return dict(enumerate(self.block.unbind()))
 
 
-@dataclass
-class RoutingState:
-    """What the routed layers of one model share during a forward. Not a module: it holds no weights."""
+@dataclass(frozen=True)
+class Settings:
+    """How a model routes until somebody chooses otherwise."""
 
     decision: DecisionRule = field(default_factory=AlwaysExecute)
     execution: Execution = "sparse"
@@ -68,15 +70,22 @@ class RoutingState:
     """The native engine's holder (execution/native.py) where execution is `native`."""
     observer: Observer | None = None
     record_margins: bool = False
-    modules_whole: bool = False
-    """Whether the current forward must call the base model's attentions as they are, for what they also return."""
+
+
+@dataclass
+class Forward:
+    """What one forward has decided so far, and what its layers must know of it."""
+
     valid: Tensor | None = None
-    """[B, N] bool of the current forward; None when no token is padding."""
+    """[B, N] bool; None when no token is padding."""
     contexts: Tensor | None = None
-    """[B, N] of the current forward: keys visible to each token, itself included; 0 for padding."""
+    """[B, N]: keys visible to each token, itself included; 0 for padding."""
+    modules_whole: bool = False
+    """Whether it must call the base model's attentions as they are, for what they also return."""
     layer_input: Tensor | None = None
     """[B, N, d]: the residual stream as it entered the current layer."""
     gates: MutableMapping[int, Tensor] = field(default_factory=dict)
+    """[B, N] by unit. Keyed, not appended: recomputation under checkpointing overwrites."""
     margins: dict[int, Tensor] = field(default_factory=dict)
     weights: dict[int, Tensor] = field(default_factory=dict)
     """[B, N] float32, of units with a ranking router: what the updates of chosen tokens are multiplied by."""
@@ -85,25 +94,70 @@ class RoutingState:
     keys_read: dict[int, Tensor] = field(default_factory=dict)
     """With kv='drop', of attention units: how many keys all executed queries attended to."""
 
-    def begin(self, valid: Tensor | None, contexts: Tensor) -> None:
-        """Forget the last forward."""
-        self.valid, self.contexts = valid, contexts
-        self.gates, self.margins = {}, {}
-        self.weights, self.predictions, self.keys_read = {}, {}, {}
+
+class RoutingState:
+    """What the routed layers of one model share: its settings, and the record of the last forward.
+
+    Not a module: it holds no weights. Settings are read here, and change by `choose` (what a user asks for, to stay) or
+    for the length of a block by `using`.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = Settings(**settings)
+        self.forward = Forward()
+
+    def choose(self, **settings: Any) -> None:
+        """Change settings, by name, until somebody chooses again."""
+        if "decision" in settings:
+            settings["decision"] = as_rule(settings["decision"])
+        self.settings = replace(self.settings, **settings)
+
+    @contextmanager
+    def using(self, **settings: Any) -> Iterator[None]:
+        """Change settings for the length of a block; they are as before after it, whatever was chosen within."""
+        before = {name: getattr(self.settings, name) for name in settings}
+        self.choose(**settings)
+        try:
+            yield
+        finally:
+            self.choose(**before)
+
+    @property
+    def decision(self) -> DecisionRule:
+        return self.settings.decision
+
+    @property
+    def execution(self) -> Execution:
+        return self.settings.execution
+
+    @property
+    def kv(self) -> KeyValues:
+        return self.settings.kv
+
+    @property
+    def native(self) -> Any:
+        return self.settings.native
+
+    @property
+    def observer(self) -> Observer | None:
+        return self.settings.observer
+
+    @property
+    def record_margins(self) -> bool:
+        return self.settings.record_margins
 
     @property
     def dense(self) -> bool:
-        return isinstance(self.decision, AlwaysExecute)
+        return self.decision.dense
 
     @property
     def ranks(self) -> bool:
         """Whether decisions depend on later tokens."""
-        return isinstance(self.decision, TopK)
+        return not self.decision.causal
 
     def skips(self, training: bool) -> bool:
         """Whether layers run the sparse back end.
 
         A sampled decision has a gradient, which takes both branches; a hard one trains as it will run (stage 3).
         """
-        hard = isinstance(self.decision, (AlwaysExecute, Threshold, TopK))
-        return self.execution != "masked" and not self.modules_whole and (hard or not training)
+        return self.execution != "masked" and not self.forward.modules_whole and (self.decision.hard or not training)

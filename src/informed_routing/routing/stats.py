@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from .costs import UnitCost
+from .counts import ALL, OUTCOMES, ROUNDED_UP, count, visible, windows_of
 from .state import RoutingState
-
-OUTCOMES = ("all", "some", "none", "rounded up")
 
 
 @dataclass
@@ -50,38 +49,27 @@ class RoutingStats:
 
     def add(self, state: RoutingState, contexts: Tensor) -> None:
         """Count one forward. `contexts` [B, N]: keys visible to each token, 0 for padding."""
-        flat = contexts.reshape(-1).double()
-        real = (flat > 0).double()
-        windows = torch.tensor([c.window or torch.inf for c in self.costs], dtype=torch.float64)
-        tokens = float(real.sum())
+        flat = contexts.reshape(-1).long()
+        windows = windows_of(self.costs, flat.device)
+        tokens, keys = int((flat > 0).sum()), visible(flat, windows).sum(1).cpu()
         self.tokens += tokens
-        whole = flat.sum().cpu()
-        limited = {
-            w: torch.minimum(flat, torch.tensor(w, dtype=torch.float64, device=flat.device))
-            for w in set(windows.tolist())
-            if w != torch.inf
-        }
-        keys = torch.stack([whole if w == torch.inf else limited[w].sum().cpu() for w in windows.tolist()])
         self.keys += keys
         if state.dense:
             self.executed += tokens
             self.executed_keys += keys
-            self.calls[:, 0] += 1
+            self.calls[:, ALL] += 1
             return
         self.routed = True
-        gates = torch.stack([state.gates[i].detach().reshape(-1) for i in range(len(self.costs))]).double()
-        executed = (gates @ real).cpu()
-        self.executed += executed
-        outcome = torch.where(executed >= tokens, 0, torch.where(executed > 0, 1, 2))
-        self.calls += torch.nn.functional.one_hot(outcome, len(OUTCOMES))
-        counts = (gates @ flat).cpu()
-        for window, column in limited.items():
-            counts = torch.where(windows == window, (gates @ column).cpu(), counts)
+        gates = torch.stack([state.forward.gates[i].detach().reshape(-1) for i in range(len(self.costs))]) > 0.5
+        found = count(gates, flat, windows)
+        executed, read = found.executed.cpu(), found.keys.cpu()
         if state.kv == "drop":
             self.evicted += tokens - executed
-            for index, read in state.keys_read.items():
-                counts[index] = float(read)
-        self.executed_keys += counts
+            for index, number in state.forward.keys_read.items():
+                read[index] = int(number)
+        self.executed += executed
+        self.executed_keys += read
+        self.calls += found.calls.cpu()
 
     def add_tokens(self, length: int, past: int, start: Tensor, valid: Tensor | None, *, routed: bool) -> None:
         """Count the tokens of a forward whose executed ones the native engine has counted already.
@@ -113,17 +101,24 @@ class RoutingStats:
             return 0.0
         return 1.0 - float(self.executed[picked].sum()) / (self.tokens * int(picked.sum()))
 
+    def unit_macs(self, *, dense: bool) -> Tensor:
+        """[units] float64: MACs of the counted tokens, or what they had been had all of them been executed."""
+        always, execute, per_key = (self.column(name) for name in ("always", "execute", "per_key"))
+        if dense:
+            return self.tokens * (always + execute) + self.keys * per_key
+        found = (self.tokens - self.evicted) * always + self.executed * execute + self.executed_keys * per_key
+        if self.routed:
+            router, forecaster = self.column("router"), self.column("forecaster")
+            found = found + self.tokens * router + (self.tokens - self.executed) * forecaster
+        return found
+
+    def column(self, name: str) -> Tensor:
+        """[units] float64: one field of all costs."""
+        return torch.tensor([getattr(cost, name) for cost in self.costs], dtype=torch.float64)
+
     def macs(self) -> tuple[float, float]:
         """(dense, routed) MACs of the decoder body."""
-        dense = routed = 0.0
-        for i, cost in enumerate(self.costs):
-            executed, tokens = float(self.executed[i]), self.tokens
-            dense += tokens * (cost.always + cost.execute) + float(self.keys[i]) * cost.per_key
-            routed += (tokens - float(self.evicted[i])) * cost.always + executed * cost.execute
-            routed += float(self.executed_keys[i]) * cost.per_key
-            if self.routed:
-                routed += tokens * cost.router + (tokens - executed) * cost.forecaster
-        return dense, routed
+        return float(self.unit_macs(dense=True).sum()), float(self.unit_macs(dense=False).sum())
 
     def saved(self) -> float:
         """Share of the body's MACs really saved; negative when routers cost more than they save."""
@@ -149,7 +144,7 @@ class RoutingStats:
                 "layer": i // 2 if layers else 0,
                 "kind": self.kinds[i],
                 "executed": float(self.executed[i]) / self.tokens if self.tokens else 1.0,
-                "rounded_up": float(self.calls[i, 3] / self.calls[i].sum().clamp(min=1)),
+                "rounded_up": float(self.calls[i, ROUNDED_UP] / self.calls[i].sum().clamp(min=1)),
             }
             for i in range(len(self.costs))
         ]

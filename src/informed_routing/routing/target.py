@@ -1,4 +1,4 @@
-"""What training and top-k are held to: a share of units, of MACs or of measured time."""
+"""What training is held to: a share of units, of MACs or of measured time."""
 
 from __future__ import annotations
 
@@ -11,21 +11,7 @@ from ..config.folder import LatencyGains
 from ..config.parts import Budget
 from ..errors import InputError
 from .costs import UnitCost
-from .routed_unit import RoutedUnit
 from .state import KeyValues
-
-
-def capacity_for(units: Sequence[RoutedUnit], sparsity: float) -> float:
-    """The share of tokens that each routed unit executes when `sparsity` of all (token, unit) pairs is approximated.
-
-    Raises InputError when the routed units are too few for that.
-    """
-    routed = sum(unit.is_routed for unit in units) / len(units)
-    if sparsity >= routed:
-        raise InputError(
-            f"sparsity {sparsity} cannot be reached: only {routed:.2f} of the units are routed", "Choose a lower one"
-        )
-    return 1 - sparsity / routed
 
 
 class BudgetMeter:

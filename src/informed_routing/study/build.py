@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..assets import load_model
+from ..assets import Split, load_model
 from ..config.recipe import Recipe
+from ..files.folders import CHECKPOINTS
 from ..files.user_files import read_json
 from ..persistence.folder import is_routing_folder
 from ..progress import Progress
-from ..training.folder import CHECKPOINTS, RECIPE_FILE
+from ..training.folder import RECIPE_FILE
 from ..training.texts import Texts
 from .plan import Cell
 from .stages import Stage
@@ -50,7 +51,7 @@ def load(cell: Cell, store: Store, *, device: str) -> tuple[Any, Any]:
 
 
 def text_rows(
-    data: list[str], split: str, tokenizer: Any, length: int, tokens: int | None, seed: int, name: str
+    data: list[str], split: Split, tokenizer: Any, length: int, tokens: int | None, seed: int, name: str
 ) -> Tensor:
     """Packed text [n, length] of a split: all of it, or a seeded choice of rows worth `tokens` tokens."""
     text = Texts(data, tokenizer, seed)
@@ -110,12 +111,8 @@ def _rows(stage: Stage, tokenizer: Any, tokens: int | None, name: str) -> Tensor
 
 
 def _seconds(report: dict[str, Any]) -> dict[str, float]:
-    """Seconds of each part of a fit; what the parts of a stage took is added up."""
+    """Seconds of each stage of a fit."""
 
-    def total(part: Any) -> float:
-        if not isinstance(part, dict):
-            return 0.0
-        own = part.get("seconds")
-        return float(own) if own is not None else sum(total(inner) for inner in part.values())
+    from ..training.report import seconds_of
 
-    return {name: round(total(part), 2) for name, part in report.items()}
+    return {name: round(seconds_of(part), 2) for name, part in report.items()}

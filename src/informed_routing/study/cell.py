@@ -20,10 +20,10 @@ from ..finite import json_values
 from ..progress import Progress
 from .accounting import accounting
 from .build import ensure, load, text_rows
-from .decide import decide, engage_native
+from .decide import decide, engage_native, engine_name
 from .features import feature_similarity
 from .plan import Cell
-from .store import Record, Store
+from .store import Record, Store, stage_seconds
 
 SHARES = ("units", "attention", "ffn", "macs", "kv")
 
@@ -34,7 +34,7 @@ def run_cell(cell: Cell, store: Store, *, device: str, progress: Progress) -> Re
     reports = [ensure(stage, store, device=device, progress=progress) for stage in cell.stages]
     made = time.perf_counter()
     record = judge(cell, store, device=device, progress=progress)
-    seconds = sum(sum(report["seconds"].values()) for report in reports)
+    seconds = sum(stage_seconds(report) for report in reports)
     whole = {
         "format": 1,
         "key": cell.key,
@@ -86,7 +86,8 @@ def _judged(cell: Cell, store: Store, device: str, progress: Progress) -> Record
     engine = "torch" if hasattr(model, "routing_config") else "transformers"
     costs = accounting(model)
     if settings.native:
-        model, engine = engage_native(model, progress, settings.precision)
+        model, choice = engage_native(model, progress, settings.precision)
+        engine = engine_name(choice)
     found: Record = {"engine": engine}
     length = text["sequence_length"]
     if cell.kind == "dynamic":

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..evaluation.precision import Precision
-from ..execution.native import Weights, native_reason
+from ..execution.choose import EngineChoice, choose_engine
 from ..models.families import FAMILIES
 from ..progress import Progress
 from ..routing.decision import Threshold
@@ -47,8 +46,8 @@ def decide(model: Any, cell: Cell, rows: Tensor, progress: Progress) -> dict[str
     return {**best, "tokens": rows.numel()}
 
 
-def engage_native(model: Any, progress: Progress, precision: Precision) -> tuple[Any, str]:
-    """The model in the native engine where that can run it, else as it is; and the name of what runs it.
+def engage_native(model: Any, progress: Progress, precision: Precision) -> tuple[Any, EngineChoice | None]:
+    """The model in the native engine where that can run it, else as it is; and what runs it (None: transformers).
 
     Dense and depth-pruned models run in it as routed models that execute every token.
     """
@@ -57,16 +56,18 @@ def engage_native(model: Any, progress: Progress, precision: Precision) -> tuple
     if not hasattr(model, "routing_config") and _is_ordinary(model):
         model = RoutedModelForCausalLM.attach(model).eval()
     if not hasattr(model, "routing_config"):
-        return model, "transformers"
-    if model.routing_state.kv != "keep" or native_reason(model, progress) is not None:
-        return model, "torch"
-    model.set_execution("native", weights=native_weights(model, precision), policy="exact")
-    return model, "native"
+        return model, None
+    choice = choose_engine(model, factors=precision, progress=progress)
+    if choice.native:
+        model.set_execution("native", weights=choice.weights, policy="exact")
+    return model, choice
 
 
-def native_weights(model: Any, precision: Precision) -> Weights:
-    """The native engine's format: the model's own, or that of the factors where they are below it."""
-    return "bfloat16" if precision == "bfloat16" or model.dtype == torch.bfloat16 else "float32"
+def engine_name(choice: EngineChoice | None) -> str:
+    """What runs a model, in a cell's record."""
+    if choice is None:
+        return "transformers"
+    return "native" if choice.native else "torch"
 
 
 def _is_ordinary(model: Any) -> bool:

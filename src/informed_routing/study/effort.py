@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .results import Entry
+from .store import stage_seconds
 
 
 def effort(found: Iterable[Entry]) -> str:
@@ -14,7 +15,7 @@ def effort(found: Iterable[Entry]) -> str:
     if not records:
         return ""
     tokens = sum(stage["tokens"] for stage in stages.values())
-    training = sum(sum(stage["seconds"].values()) for stage in stages.values())
+    training = sum(stage_seconds(stage) for stage in stages.values())
     evaluation = sum(record["wall_seconds"]["evaluation"] for record in records.values())
     threads = sorted({record["threads"] for record in records.values()})
     return (

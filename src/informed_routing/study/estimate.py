@@ -8,7 +8,7 @@ from typing import Any
 
 from .plan import Cell
 from .stages import Stage
-from .store import Store
+from .store import Store, stage_seconds
 
 
 def listing(cells: Sequence[Cell], store: Store) -> list[dict[str, Any]]:
@@ -53,7 +53,7 @@ def _measured(cells: Sequence[Cell], store: Store) -> tuple[dict[str, float], di
         report = store.stage_report(stage)
         if report is not None and stage.tokens:
             for kind in (_kind(stage), "any"):
-                rates.setdefault(kind, []).append(sum(report["seconds"].values()) / stage.tokens)
+                rates.setdefault(kind, []).append(stage_seconds(report) / stage.tokens)
     evaluations: dict[str, list[float]] = {}
     for cell in cells:
         record = store.record(cell)

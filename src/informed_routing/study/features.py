@@ -27,10 +27,10 @@ def feature_similarity(model: Any, rows: Tensor, batch_size: int) -> dict[str, A
     layers = model.decoder.layers
     sums, above = torch.zeros(len(layers), dtype=torch.float64), torch.zeros(len(layers), dtype=torch.float64)
     counts = torch.zeros(len(EDGES) - 1, dtype=torch.float64)
-    tokens, native = 0, model.routing_state.native
-    model.routing_state.native = None  # engines do not show layers one by one
+    tokens = 0
     try:
-        with torch.inference_mode():
+        # Engines do not show layers one by one.
+        with model.routing_state.using(native=None), torch.inference_mode():
             for start in range(0, len(rows), batch_size):
                 ids = rows[start : start + batch_size].to(model.device)
                 routed = _streams(model, ids)
@@ -44,7 +44,6 @@ def feature_similarity(model: Any, rows: Tensor, batch_size: int) -> dict[str, A
                     places = torch.bucketize(cosine.clamp(0, 1), EDGES, right=True).clamp(1, len(EDGES) - 1) - 1
                     counts += torch.bincount(places, minlength=len(counts)).double()
     finally:
-        model.routing_state.native = native
         model.reset_routing_stats()
     return {
         "tokens": tokens,

@@ -16,7 +16,8 @@ from ..config.types import LARGEST_SIZE, Frozen, Label, Reference, Seed, Size, d
 from ..errors import InputError
 from ..evaluation.precision import Precision
 from ..evaluation.tasks import TaskSpec, parse_tasks
-from ..files.user_files import file_name, read_yaml, shown
+from ..files.bounded_yaml import read_yaml
+from ..files.user_files import file_name, shown
 from ..recipes import built_in_or_file
 
 Layout = Literal["accuracy", "split", "loss", "columns", "curve", "allocation", "trade_off"]

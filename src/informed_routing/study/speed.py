@@ -18,11 +18,12 @@ from ..assets import load_model
 from ..evaluation.engines import Engine, RoutedEngine
 from ..evaluation.environment import environment
 from ..evaluation.precision import Precision, factors_in
-from ..evaluation.speed import Timing, Workload, decode_callable, measure, prefill_callable, prompt_text, take_prompts
+from ..evaluation.speed import decode_callable, prefill_callable, prompt_text, take_prompts
+from ..evaluation.timing import Timing, Workload, measure
 from ..progress import NullProgress, Progress
 from ..routing.decision import AlwaysExecute, Threshold
 from .build import load
-from .decide import engage_native, native_weights
+from .decide import engage_native
 from .grid import Speed
 from .plan import Cell
 from .store import Record, Store
@@ -103,9 +104,8 @@ class _Placed(RoutedEngine):
         self.rule = rule
 
     def use(self, sparsity: float, budget: str | None) -> None:
-        state = self.model.routing_state
-        state.native, state.execution = self.holder, "native" if self.holder else "sparse"
-        state.decision = self.rule
+        self.place()
+        self.model.routing_state.choose(decision=self.rule)
 
 
 def _engines(model: Any, record: Record | None, precision: Precision, progress: Progress) -> Iterator[Engine]:
@@ -113,12 +113,12 @@ def _engines(model: Any, record: Record | None, precision: Precision, progress: 
     routed = hasattr(model, "routing_config")
     if not routed:
         yield Engine(_unattached(model))
-    model, engine = engage_native(model, progress, precision)
+    model, choice = engage_native(model, progress, precision)
     threshold = (record or {}).get("threshold")
     if routed:
         yield _Placed(model, None, _rule(model, threshold))
-    if engine == "native":
-        yield _Placed(model, native_weights(model, precision), _rule(model, threshold))
+    if choice is not None and choice.native:
+        yield _Placed(model, choice.weights, _rule(model, threshold))
 
 
 def _unattached(model: Any) -> Any:

@@ -17,6 +17,8 @@ from ..config.types import describe
 from ..errors import InputError
 from ..files.user_files import shown
 from ..recipes import recipe_path
+from ..training.reading import Reading, tokens_a_step
+from ..training.stages import text_read
 from .grid import Grid, Method
 from .identity import content_id, digest
 
@@ -108,18 +110,10 @@ def last_stage(variant: Variant) -> Stage | None:
 
 def _fitted(variant: Variant) -> Stage:
     """A recipe as a chain of fits: each is a routing folder that others can start from."""
-    recipe = _recipe(variant)
-    parts: list[tuple[str, ...]] = []
-    for name in recipe.stages:
-        # Closed forms of the routers and the forecasters solve for one another: one fit.
-        closed = recipe.router.warm_start or recipe.forecaster.refit
-        if name == "route" and parts and parts[-1] == ("forecast",) and closed:
-            parts[-1] = ("forecast", "route")
-        else:
-            parts.append((name,))
-    recipe = _with_steps(variant, recipe)
+    recipe = _with_steps(variant, _recipe(variant))
+    read = _text_read(recipe)
     stage: Stage | None = None
-    for names in parts:
+    for names in _fits(recipe):
         settings = recipe.model_dump(mode="json") | {"stages": list(names)}
         # What means nothing here shall not tell keys apart.
         if names == ("forecast",):
@@ -131,10 +125,22 @@ def _fitted(variant: Variant) -> Stage:
         elif names == ("lora",):
             settings["lora"]["sparsity"] = variant.sparsity
             settings["calibration"]["targets"] = [variant.sparsity]
-        tokens = sum(text_read(recipe)[name] for name in names)
-        stage = Stage("fit", settings, tokens, stage)
+        stage = Stage("fit", settings, sum(read[name] for name in names), stage)
     assert stage is not None
     return stage
+
+
+def _fits(recipe: Recipe) -> list[tuple[str, ...]]:
+    """The stages of each fit in a recipe's chain."""
+    found: list[tuple[str, ...]] = []
+    for name in recipe.stages:
+        # Closed forms of the routers and the forecasters solve for one another: one fit.
+        closed = recipe.router.warm_start or recipe.forecaster.refit
+        if name == "route" and found and found[-1] == ("forecast",) and closed:
+            found[-1] = ("forecast", "route")
+        else:
+            found.append((name,))
+    return found
 
 
 def _recipe(variant: Variant) -> Recipe:
@@ -198,7 +204,7 @@ def _with_steps(variant: Variant, recipe: Recipe) -> Recipe:
         recipe = recipe.with_overrides({main: _affordable(variant, recipe, "route", first or 0)})
     if "lora" in recipe.stages and "lora.steps" not in own and "steps" not in training.recovery:
         # A method that sets its own steps gets recovery all the same; whether texts are equal is checked for all cells.
-        before = sum(read for name, read in text_read(recipe).items() if name != "lora")
+        before = sum(read for name, read in _text_read(recipe).items() if name != "lora")
         budget = max(variant.budget or 0, before + (training.recovery_tokens or 0))
         recipe = recipe.with_overrides({"lora.steps": _affordable(variant, recipe, "lora", budget)})
     return recipe
@@ -207,10 +213,10 @@ def _with_steps(variant: Variant, recipe: Recipe) -> Recipe:
 def _affordable(variant: Variant, recipe: Recipe, stage: str, budget: int) -> int:
     """Steps of a stage that the text still allows after the stages before it."""
     config: StageConfig = getattr(recipe, stage)
-    read = text_read(recipe.with_overrides({f"{stage}.steps": 1}))
+    read = _text_read(recipe.with_overrides({f"{stage}.steps": 1}))
     names: list[str] = list(recipe.stages)
     place = names.index("joint" if "joint" in names and stage == "route" else stage)
-    step = config.batch_size * config.gradient_accumulation * config.sequence_length
+    step = tokens_a_step(config)
     before = sum(read[name] for name in names[: place + 1]) - step
     steps = (budget - before) // step
     if steps < 1:
@@ -221,34 +227,12 @@ def _affordable(variant: Variant, recipe: Recipe, stage: str, budget: int) -> in
     return steps
 
 
-def text_read(recipe: Recipe) -> dict[str, int]:
-    """Tokens that each stage of a recipe reads to set weights, with and without gradients."""
-
-    def trained(config: StageConfig) -> int:
-        return config.steps * config.batch_size * config.gradient_accumulation * config.sequence_length
-
-    def rows(tokens: int, length: int) -> int:
-        return max(tokens // length, 1) * length
-
-    found: dict[str, int] = dict.fromkeys(recipe.stages, 0)
-    forecaster, router, route = recipe.forecaster, recipe.router, recipe.route
-    closed = rows(forecaster.tokens, recipe.forecast.sequence_length)
-    if "forecast" in found and forecaster.fallback == "forecaster":
-        if forecaster.fit == "closed-form" or forecaster.start == "closed-form":
-            found["forecast"] += closed
-        if forecaster.fit == "gradient":
-            found["forecast"] += trained(recipe.forecast)
-    for name in ("route", "joint"):
-        if name in found:
-            found[name] += trained(route)
-            if router.warm_start and recipe.start is None:
-                found[name] += rows(router.warm_start_tokens, route.sequence_length)
-                found[name] += router.sweeps * rows(router.sweep_tokens, route.sequence_length)
-    refits = forecaster.refit and forecaster.fit == "closed-form" and forecaster.fallback == "forecaster"
-    if "route" in found and refits and not route.train_forecasters:
-        found["route"] += closed
-    if "lora" in found:
-        found["lora"] += trained(recipe.lora)
+def _text_read(recipe: Recipe) -> dict[str, int]:
+    """Tokens that set weights in each stage of a recipe, as the fits of its chain will read them."""
+    found: dict[str, int] = {}
+    for names in _fits(recipe):
+        start = "the fit before" if found else None
+        found |= text_read(recipe.model_copy(update={"stages": names, "start": start}))
     return found
 
 
@@ -270,7 +254,7 @@ def _pruned(variant: Variant) -> Stage:
     training, method = variant.grid.training, variant.method
     _check_pruning(method)
     wanted = method.prune_tokens or training.prune_tokens
-    tokens = max(wanted // training.sequence_length, 1) * training.sequence_length
+    tokens = Reading.once("train", training.sequence_length, wanted, "pruning").tokens
     settings = {
         **_shared(variant),
         "method": method.prune,
@@ -302,7 +286,7 @@ def _recovered(variant: Variant, parent: Stage | None) -> Stage:
         **training.recovery,
     }
     config = Recipe.from_mapping({"lora": settings}).lora
-    step = config.batch_size * config.gradient_accumulation * config.sequence_length
+    step = tokens_a_step(config)
     if variant.budget is not None and "steps" not in training.recovery:
         read = parent.total_tokens if parent else 0
         config = config.model_copy(update={"steps": max((variant.budget - read) // step, 1)})

@@ -104,6 +104,11 @@ class Store:
             lock.release()
 
 
+def stage_seconds(report: Record) -> float:
+    """Seconds of a finished stage, over all of its parts."""
+    return float(sum(report["seconds"].values()))
+
+
 def _read(path: Path) -> Record | None:
     """A JSON mapping; None when it is missing or damaged (files here are whole or absent): it is made again."""
     try:

@@ -188,16 +188,12 @@ def _measure(model: RoutedModelForCausalLM, rows: Tensor, threshold: float, batc
     state = model.routing_state
     model.eval()
     model.reset_routing_stats()
-    state.record_margins = True
     collected: list[Tensor] = []
-    try:
-        with model.deciding(Threshold(threshold)), torch.inference_mode():
-            for start in range(0, len(rows), batch_size):
-                model.hidden_states(rows[start : start + batch_size].to(model.device))
-                collected.append(torch.stack([m.reshape(-1) for _, m in sorted(state.margins.items())]).cpu())
-    finally:
-        state.record_margins = False
-        state.margins.clear()
+    with state.using(record_margins=True), model.deciding(Threshold(threshold)), torch.inference_mode():
+        for start in range(0, len(rows), batch_size):
+            model.hidden_states(rows[start : start + batch_size].to(model.device))
+            collected.append(torch.stack([m.reshape(-1) for _, m in sorted(state.forward.margins.items())]).cpu())
+    state.forward.margins.clear()
     margins = torch.cat(collected, dim=1)
     if bool(margins.isnan().any()):  # infinite ones are tokens that always execute
         unit = model.units[int(margins.isnan().any(1).nonzero()[0])]

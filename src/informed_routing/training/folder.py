@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..files.atomic import is_scratch
 from ..files.folders import CHECKPOINTS, LOCK_IN_FOLDER
 from ..persistence.folder import CONFIG_FILE, LORA_FOLDER, TENSOR_FILE, is_routing_folder
+from .stages import STAGES, stages_of
 
 RECIPE_FILE = "recipe.json"
 LATENCY_FILE = "latency.json"
@@ -43,22 +44,13 @@ _PLAIN = {"fit.json", "README.md", "generation_config.json", "modeling_informed_
 _RESULT = {*LAST, TENSOR_FILE, LORA_FOLDER, *_PLAIN, *_TOKENIZER}
 _ADAPTER = {"adapter_model.safetensors", "adapter_config.json", "README.md"}
 
-PHASES = {
-    "forecast": ("forecast", "forecast-gradient", "forecast-quality"),
-    "route": ("warm-start", "route", "refit"),
-    "joint": ("warm-start", "joint"),
-    "lora": ("lora-threshold", "lora"),
-    "calibrate": ("calibrate",),
-}
-"""The checkpoints that each stage leaves."""
-
-_OWN_PART = {"forecast": "forecast", "route": "route", "joint": "route", "lora": "lora", "calibrate": "calibration"}
 _SETS_NO_WEIGHTS = ("checkpoint_every", "activation_checkpointing")
 
 
 def in_checkpoints(name: str) -> bool:
     """Whether a fit may have written a file of that name into its checkpoints."""
-    known = {RECIPE_FILE, LATENCY_FILE, INPUTS_FILE} | {f"{p}.safetensors" for parts in PHASES.values() for p in parts}
+    parts = {f"{part}.safetensors" for stage in STAGES for part in stage.checkpoints}
+    known = {RECIPE_FILE, LATENCY_FILE, INPUTS_FILE} | parts
     return name in known or is_temporary(name, known)
 
 
@@ -147,13 +139,13 @@ def _stored_recipe(out: Path, again: str) -> Recipe:
 
 def _changed(out: Path, stored: Recipe, recipe: Recipe) -> str | None:
     """The first setting that a stage which has begun was given otherwise."""
-    for stage in (*stored.stages, *(() if "calibrate" in stored.stages else ("calibrate",))):
-        if not any((out / CHECKPOINTS / f"{phase}.safetensors").exists() for phase in PHASES[stage]):
+    for stage in stages_of(stored):
+        if not any((out / CHECKPOINTS / f"{part}.safetensors").exists() for part in stage.checkpoints):
             continue
-        before, now = what_decides(stored, stage), what_decides(recipe, stage)
+        before, now = what_decides(stored, stage.name), what_decides(recipe, stage.name)
         for key in dict.fromkeys((*before, *now)):
             if before.get(key) != now.get(key):
-                return f"{key} {before.get(key)}, now {now.get(key)}; its {stage} stage has begun"
+                return f"{key} {before.get(key)}, now {now.get(key)}; its {stage.name} stage has begun"
     if is_routing_folder(out) and stored != recipe and _is_result_of(out, stored):
         return "it is finished"
     return None
@@ -163,22 +155,23 @@ def what_decides(recipe: Recipe, stage: str) -> dict[str, Any]:
     """The settings that what a stage computes depends on, by their dotted names."""
     stages = list(recipe.stages)
     place = stages.index(stage) + 1 if stage in stages else len(stages)
-    read = {_OWN_PART[name] for name in (*stages[:place], stage) if name in _OWN_PART}
-    if {"joint", "lora"} & {*stages[:place], stage}:
-        read.add("lora")
+    settings = {one.name: one.settings for one in STAGES}
+    owned = {setting.split(".")[0] for own in settings.values() for setting in own}
+    read = {setting for name in (*stages[:place], stage) for setting in settings[name]}
+
+    def decides(section: str, key: str) -> bool:
+        if section not in owned:
+            return True
+        return key not in _SETS_NO_WEIGHTS and bool({section, f"{section}.{key}"} & read)
+
     found: dict[str, Any] = {}
     for name, value in recipe.model_dump(mode="json").items():
         if name == "stages":
             found[name] = stages[:place] if stage in stages or stage == "calibrate" else stages
-        elif name in ("forecast", "route", "lora", "calibration"):
-            if name in read:
-                found |= {f"{name}.{key}": one for key, one in value.items() if key not in _SETS_NO_WEIGHTS}
         elif isinstance(value, dict):
-            found |= {f"{name}.{key}": one for key, one in value.items()}
+            found |= {f"{name}.{key}": one for key, one in value.items() if decides(name, key)}
         elif name not in _SETS_NO_WEIGHTS:
             found[name] = value
-    if stage == "lora":  # its threshold is found on this text
-        found["calibration.sequence_length"] = recipe.calibration.sequence_length
     return found
 
 

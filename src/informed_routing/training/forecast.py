@@ -15,8 +15,8 @@ from ..config.parts import ForecasterConfig
 from ..evaluation.numbers import not_finite
 from ..progress import Progress
 from ..routed_model import RoutedModelForCausalLM
+from ..routing.closed_form import Moments, solve
 from ..routing.decision import AlwaysExecute, DecisionRule
-from ..routing.forecaster import Moments, solve
 from ..routing.state import Observation, Observer
 from .objectives import forecast_loss
 
@@ -34,17 +34,12 @@ def observe(
     progress: Progress | None = None,
 ) -> None:
     """Run rows [n, L] through the model without gradients and show every unit's input and output."""
-    state = model.routing_state
     model.eval()
-    state.observer = observer
-    try:
-        with model.deciding(decision), torch.no_grad():
-            for start in range(0, len(rows), batch_size):
-                model.hidden_states(rows[start : start + batch_size].to(model.device))
-                if progress is not None:
-                    progress.advance(min(start + batch_size, len(rows)))
-    finally:
-        state.observer = None
+    with model.routing_state.using(observer=observer), model.deciding(decision), torch.no_grad():
+        for start in range(0, len(rows), batch_size):
+            model.hidden_states(rows[start : start + batch_size].to(model.device))
+            if progress is not None:
+                progress.advance(min(start + batch_size, len(rows)))
 
 
 def token_weights(seen: Observation, relative: bool, executed: float = REFIT_EXECUTED_WEIGHT) -> Tensor | None:
@@ -143,7 +138,7 @@ def fit_closed_form(
             if not bool(found.xx.isfinite().all() and found.xy.isfinite().all()):
                 what = f"an input or output of the {unit.kind} unit of layer {unit.index // 2}"
                 raise not_finite(what, model, rows[:1])
-            solve(found, config.ridge).write_to(unit.forecaster)
+            unit.forecaster.take(solve(found, config.ridge))
     return passed - started, time.perf_counter() - passed
 
 
@@ -209,13 +204,9 @@ class ForecastObjective(nn.Module):
                 scale = self.scales[seen.index] if self.scales is not None else 1.0
                 losses.append(forecast_loss(self.config.loss, predicted / scale, y / scale))
 
-        state = self.model.routing_state
-        state.observer = observer
-        try:
-            with self.model.deciding(AlwaysExecute()), torch.no_grad():
-                self.model.hidden_states(input_ids)
-        finally:
-            state.observer = None
+        using = self.model.routing_state.using(observer=observer)
+        with using, self.model.deciding(AlwaysExecute()), torch.no_grad():
+            self.model.hidden_states(input_ids)
         return {"loss": torch.stack(losses).sum()}
 
 

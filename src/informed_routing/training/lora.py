@@ -15,10 +15,12 @@ from ..config.recipe import LoraStage
 from ..errors import InputError
 from ..files.atomic import write_json, write_tensors
 from ..models.families import family_of
+from ..models.head import lm_head
 from ..routed_model import RoutedModelForCausalLM
 from ..routing.decision import DecisionRule
-from .objectives import lm_head, next_token_loss
+from .objectives import next_token_loss
 from .route import original_hidden
+from .schedule import seed_of
 
 ADAPTER = "default"
 
@@ -33,6 +35,12 @@ def add_lora(model: Any, config: LoraStage) -> dict[str, nn.Parameter]:
             parameter.data = parameter.data.float()
             trainable[name] = parameter
     return trainable
+
+
+def new_lora(model: Any, config: LoraStage, seed: int) -> dict[str, nn.Parameter]:
+    """Adapters for a stage of a fit: their first weights are a function of the recipe's seed alone."""
+    torch.manual_seed(seed_of(seed, "lora"))
+    return add_lora(model, config)
 
 
 def lora_targets(model: Any, config: LoraStage) -> tuple[str, ...]:
@@ -119,10 +127,10 @@ class LoraObjective(nn.Module):
 
     def forward(self, input_ids: Tensor, step: int) -> dict[str, Tensor]:
         teacher = original_hidden(self.model, input_ids) if self.config.objective.kind != "lm" else None
-        self.model.routing_state.decision = self.decision  # also for recomputation in the backward
+        self.model.routing_state.choose(decision=self.decision)  # also for recomputation in the backward
         hidden = self.model.hidden_states(input_ids)
         loss = next_token_loss(hidden, input_ids, self.head, self.config.objective, teacher)
-        gates = self.model.routing_state.gates
+        gates = self.model.routing_state.forward.gates
         found = {"loss": loss, "task": loss.detach()}
         if gates:
             found["approximated"] = 1 - torch.stack([g.float().mean() for g in gates.values()]).mean()

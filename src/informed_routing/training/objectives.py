@@ -10,27 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config.recipe import ObjectiveConfig
-from ..models.families import family_of
+from ..models.head import Head
 
 CHUNK = 256
 """Rows per chunk: 50 MB of float32 logits at a vocabulary of 50k."""
-
-Head = Callable[[Tensor], Tensor]
-
-
-def lm_head(model: Any) -> Head:
-    """The map from hidden states [n, d] to logits [n, V], float32, with the family's scaling and soft cap."""
-    divisor = family_of(model.config.model_type).logits_divisor
-    scale = getattr(model.config, divisor) if divisor else 1.0
-    cap = getattr(model.config, "final_logit_softcapping", None)
-
-    def apply(hidden: Tensor) -> Tensor:
-        logits = cast(Tensor, model.lm_head(hidden)).float()
-        if scale != 1:  # a pass over [n, V] saved
-            logits = logits / scale
-        return cap * torch.tanh(logits / cap) if cap else logits
-
-    return apply
 
 
 class _ChunkedSum(torch.autograd.Function):

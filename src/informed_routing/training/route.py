@@ -14,10 +14,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..config.recipe import RouteStage
+from ..models.head import lm_head
 from ..routed_model import RoutedModelForCausalLM
 from ..routing.decision import AlwaysExecute, DecisionRule, GumbelSample
 from ..routing.target import BudgetMeter
-from .objectives import lm_head, next_token_loss
+from .objectives import next_token_loss
 from .schedule import linear
 
 
@@ -33,11 +34,11 @@ class RouteObjective(nn.Module):
         config, model = self.config, self.model
         teacher = original_hidden(model, input_ids, attention_mask) if config.objective.kind != "lm" else None
         # Left in place after the forward: activation checkpointing decides again in the backward.
-        model.routing_state.decision = self.rule(step)
+        model.routing_state.choose(decision=self.rule(step))
         hidden = model.hidden_states(input_ids, attention_mask)
         valid = None if attention_mask is None else attention_mask.bool()
         task = next_token_loss(hidden, input_ids, self.head, config.objective, teacher, valid)
-        approximated = approximated_shares(model.routing_state.gates, valid)
+        approximated = approximated_shares(model.routing_state.forward.gates, valid)
         shared = across_processes(approximated)
         return {
             "loss": task + self.penalty(step, shared, valid),

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..assets import load_texts, pack
+from ..assets import Split, load_texts, pack
+from .reading import Reading
 from .schedule import seed_of
 
 
@@ -17,24 +18,30 @@ class Texts:
 
     def __init__(self, data: Sequence[str], tokenizer: Any, seed: int) -> None:
         self.data, self.tokenizer, self.seed = data, tokenizer, seed
-        self._rows: dict[tuple[str, int], Tensor] = {}
+        self._rows: dict[tuple[Split, int], Tensor] = {}
 
-    def rows(self, split: str, length: int) -> Tensor:
-        """All of a split: int64 [n, length].
+    def rows(self, split: Split, length: int) -> Tensor:
+        """All of a split: int64 [n, length]. Raises InputError for a text that is shorter than one row.
 
         A text that `data` names twice has twice the weight in training; elsewhere it would only be read twice.
         """
         if (split, length) not in self._rows:
             data = self.data if split == "train" else dict.fromkeys(self.data)
-            self._rows[split, length] = pack(load_texts(list(data), split), self.tokenizer, length)  # type: ignore[arg-type]
+            self._rows[split, length] = pack(load_texts(list(data), split), self.tokenizer, length)
         return self._rows[split, length]
 
-    def packed(self) -> list[tuple[tuple[str, int], Tensor]]:
+    def packed(self) -> list[tuple[tuple[Split, int], Tensor]]:
         """What has been read so far: (split, length) and its rows, in a fixed order."""
         return sorted(self._rows.items(), key=lambda item: item[0])
 
-    def some(self, split: str, length: int, tokens: int, name: str) -> Tensor:
-        """A random choice of rows worth `tokens` tokens; `name` and the seed decide which."""
-        rows = self.rows(split, length)
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed_of(self.seed, name)))
-        return rows[order[: max(tokens // length, 1)]]
+    def read(self, reading: Reading) -> Tensor:
+        """The rows that a stage reads, int64 [n, length]: as many as it chooses, in its order."""
+        rows = self.rows(reading.split, reading.length)
+        if not reading.order:
+            return rows[: reading.rows]
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed_of(self.seed, reading.order)))
+        return rows[order[: reading.rows]]
+
+    def some(self, split: Split, length: int, tokens: int, name: str) -> Tensor:
+        """A random choice of rows worth `tokens` tokens, one at least; `name` and the seed decide which."""
+        return self.read(Reading.once(split, length, tokens, name))

@@ -20,9 +20,9 @@ class TokenTargetObjective(RouteObjective):
 
     def penalty(self, step: int, approximated: Tensor, valid: Tensor | None) -> Tensor:
         state, config = self.model.routing_state, self.config
-        depth = torch.stack([gate.float() for gate in state.gates.values()]).mean(0)
-        assert state.contexts is not None
-        counted = (state.contexts > self.model.routing_config.selection.first_tokens).float()
+        depth = torch.stack([gate.float() for gate in state.forward.gates.values()]).mean(0)
+        assert state.forward.contexts is not None
+        counted = (state.forward.contexts > self.model.routing_config.selection.first_tokens).float()
         miss = (depth - (1 - config.sparsity)).abs()
         weight = config.coefficient * math.sin(math.pi / 2 * linear(0.0, 1.0, step, config.steps))
         return weight * (miss * counted).sum() / counted.sum().clamp(min=1)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..routing.decision import DecisionRule, TopK
-from ..routing.target import capacity_for
+from ..routing.rules.top_k import capacity_for
 from .route import RouteObjective
 
 PREDICTOR_WEIGHT = 0.1
@@ -26,8 +26,8 @@ class TopKObjective(RouteObjective):
     def penalty(self, step: int, approximated: Tensor, valid: Tensor | None) -> Tensor:
         state = self.model.routing_state
         losses = []
-        for index, margin in state.predictions.items():
-            chosen = state.gates[index].float()
+        for index, margin in state.forward.predictions.items():
+            chosen = state.forward.gates[index].float()
             loss = F.binary_cross_entropy_with_logits(margin, chosen, reduction="none")
             losses.append(loss.mean() if valid is None else (loss * valid).sum() / valid.sum().clamp(min=1))
         return PREDICTOR_WEIGHT * torch.stack(losses).mean()

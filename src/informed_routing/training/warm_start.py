@@ -20,18 +20,19 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config.recipe import ObjectiveConfig
+from ..models.head import lm_head
 from ..progress import NullProgress, Progress
 from ..routed_model import RoutedModelForCausalLM
+from ..routing.closed_form import Moments, solve
 from ..routing.decision import AlwaysExecute, DecisionRule, Threshold
-from ..routing.forecaster import Moments, solve
 from ..routing.state import Observation
 from ..routing.target import BudgetMeter
 from .calibrate import threshold_at
 from .forecast import REFIT_EXECUTED_WEIGHT, token_weights
-from .objectives import lm_head, next_token_loss
+from .objectives import next_token_loss
 
 MARGIN_SCALE = 2.0
 """Margin per unit of log cost: decided enough that sampling is not noise, soft enough to learn from."""
@@ -84,7 +85,7 @@ def warm_start(
     return {**report, "losses": losses}
 
 
-class _Leaf:
+class _Leaf(DecisionRule):
     """Another rule's decision as a float leaf, so that backward leaves dL/dgate on it."""
 
     def __init__(self, rule: DecisionRule) -> None:
@@ -120,14 +121,13 @@ class _Statistics:
 
     def add(self, batch: Tensor, rule: DecisionRule) -> float:
         """One forward and backward of ids [B, L] under a rule; returns the summed loss."""
-        model, state = self.model, self.model.routing_state
+        model = self.model
         self._seen = {}
-        self.dense = isinstance(rule, AlwaysExecute)
+        self.dense = rule.dense
         training = model.training
         model.train()
-        state.observer = self._observe
         try:
-            with model.deciding(_Leaf(rule)):
+            with model.routing_state.using(observer=self._observe), model.deciding(_Leaf(rule)):
                 hidden = model.hidden_states(batch)
                 loss = next_token_loss(hidden, batch, self.head, ObjectiveConfig(), reduction="sum")
                 seen = [self._seen[i] for i in range(len(self.routers))]
@@ -135,7 +135,6 @@ class _Statistics:
                 wanted = [s.after for s in seen] + [s.gate for s in seen]
                 gradients = torch.autograd.grad(loss, wanted)
         finally:
-            state.observer = None
             model.train(training)
         for i, one in enumerate(seen):
             sensitivity = gradients[i].reshape(-1, self.width).float().square().sum(-1).clamp(min=1e-20).log()
@@ -163,7 +162,7 @@ class _Statistics:
         assert self.forecasters is not None
         for unit, moments in zip(self.model.units, self.forecasters, strict=True):
             if unit.forecaster is not None:
-                solve(moments, ridge).write_to(unit.forecaster)
+                unit.forecaster.take(solve(moments, ridge))
 
     def solve_routers(self, meter: BudgetMeter, target: float) -> dict[str, object]:
         weights: list[Tensor] = []
@@ -183,7 +182,7 @@ class _Statistics:
         shift = _shift(margins, meter, target)
         for unit, w, c in zip(self.model.units, weights, constants, strict=True):
             assert unit.router is not None
-            _write(unit.router, w * MARGIN_SCALE, c * MARGIN_SCALE - shift)
+            unit.router.take(w * MARGIN_SCALE, c * MARGIN_SCALE - shift)
         return {
             "explained": {
                 f"{what}_{kind}": round(sum(e[j] for e in explained[k::2]) / len(explained[k::2]), 4)
@@ -225,23 +224,3 @@ def _shift(margins: Tensor, meter: BudgetMeter, target: float) -> float:
         else:
             high = middle
     return (low + high) / 2
-
-
-def _write(router: nn.Module, weights: Tensor, constant: float) -> None:
-    """Make a router's margin w x + c, split evenly over the two logits; its other hidden units start unread."""
-    outer = cast(nn.Linear, router.outer)
-    inner = cast("nn.Linear | None", router.inner)
-    with torch.no_grad():
-        outer.bias.copy_(torch.tensor([-0.5, 0.5]) * constant)
-        if inner is None:
-            outer.weight.copy_(torch.stack([-0.5 * weights, 0.5 * weights]))
-            return
-        outer.weight.zero_()
-        # Share the scale between the layers, so that both learn at the same pace.
-        norm = float(weights.norm().clamp(min=1e-12))
-        half = norm**0.5
-        signs = [1.0, -1.0] if getattr(router, "kind", "") == "mlp" and inner.out_features > 1 else [1.0]
-        for row, sign in enumerate(signs):
-            inner.weight[row].copy_(sign * weights / norm * half)
-            inner.bias[row].zero_()
-            outer.weight[:, row].copy_(torch.tensor([-0.5, 0.5]) * sign * half)

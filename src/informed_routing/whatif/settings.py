@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ..config.types import given
 from ..errors import InputError
-from ..files.user_files import read_yaml
+from ..files.bounded_yaml import read_yaml
 
 __all__ = ["checked", "read_yaml"]
 

@@ -1,4 +1,4 @@
-"""Costs on the paper's models against the fact sheet's tables 1.3 and 7.3 (there: checked by script, one decimal)."""
+"""Costs on the paper's models against tables made by another script, to one decimal."""
 
 from __future__ import annotations
 

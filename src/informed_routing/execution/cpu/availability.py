@@ -12,7 +12,7 @@ from .build import compiler, is_built, library
 
 def unsupported(model: Any) -> str | None:
     """Why the engine cannot run this routed model; None when it can."""
-    if reason := unknown(model):
+    if reason := unknown(model, "cpu"):
         return reason
     if model.device.type != "cpu":
         return f"the model is on {model.device}"

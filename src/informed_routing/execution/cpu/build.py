@@ -19,13 +19,14 @@ from pathlib import Path
 from ...assets.cache import cache_dir, check_trusted, disk_errors, locked, make_cache_folder, sha256_of
 from ...errors import InputError
 from ...files.atomic import scratch_folder, write_text
+from .interface import check_abi
 
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
 FLAGS_VARIABLE = "INFORMED_ROUTING_CXXFLAGS"
 """Further compiler flags, such as -DINFORMED_ROUTING_WIDE (the layout of AVX-512 on any machine), and with it
 -DINFORMED_ROUTING_TILES (matrix instructions by plain code)."""
 
-_SOURCES = ("vec.h", "tiles.h", "linear.h", "attention.h", "interface.h", "engine.cpp")
+_SOURCES = ("vec.h", "tiles.h", "micro.h", "formats.h", "linear.h", "attention.h", "interface.h", "engine.cpp")
 
 
 def compiler() -> str | None:
@@ -101,13 +102,17 @@ def library() -> ctypes.CDLL:
 
 
 def loaded(path: Path) -> ctypes.CDLL:
-    """A compiled engine with the types of its functions. Raises InputError when the system cannot load it."""
+    """A compiled engine with the types of its functions.
+
+    Raises InputError when the system cannot load it, or when it was made for another interface.
+    """
     try:
         lib = ctypes.CDLL(str(path))
     except OSError as error:
         raise InputError(
             f"the native engine cannot be loaded: {error}", f"Delete {path}, or use the torch engine"
         ) from None
+    check_abi(lib, str(path))
     lib.ir_packed_bytes.restype = ctypes.c_int64
     lib.ir_scratch.restype = ctypes.c_void_p
     lib.ir_checksum.restype = ctypes.c_uint64

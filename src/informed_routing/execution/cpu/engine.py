@@ -13,25 +13,25 @@ from transformers.cache_utils import Cache
 
 from ...errors import InputError
 from ...models.families import family_of
-from ...routing.decision import AlwaysExecute, Threshold
 from ...routing.limits import Balance
 from ...routing.state import GateBlock, RoutingState
-from ..call import Policy, Rows
 from ..changes import PAGE, content, copied, identity
-from ..engine_cache import engine_layers
+from ..engine import Policy
+from ..formats import FORMATS, PACKED, Packed, packed_of
+from ..kv_layers import engine_layers
+from ..rows import Rows
 from .availability import unsupported
 from .build import library
-from .cache import PackedLayer
-from .packing import FORMATS, Call, Layer, Model, Packer, Prices, Weights
-from .prices import PriceTable, price_table
+from .interface import PHASES, Call, Layer, Model, Prices
+from .kv_layer import PackedLayer
+from .packing import Packer
+from .price_table import PriceTable, price_table
 
 MANY_ROWS = 128
 """Rows from which arithmetic, not memory, decides."""
 
 TORCH_ADVANTAGE = 2.0
 """How much faster torch's products must be before a prefill goes there: its other operations are slower."""
-
-PHASES = ("route", "project", "cache", "attend", "out", "gate_up", "down", "head")
 
 
 class CpuEngine:
@@ -42,11 +42,13 @@ class CpuEngine:
     that it cannot run.
     """
 
+    phases = PHASES
+
     def __init__(
-        self, model: Any, weights: Weights = "float32", threads: int | None = None, policy: Policy = "exact"
+        self, model: Any, weights: Packed = "float32", threads: int | None = None, policy: Policy = "exact"
     ) -> None:
-        if weights not in FORMATS:
-            raise InputError(f"weights {weights!r} are not known", f"Choose one of {', '.join(FORMATS)}")
+        if weights not in PACKED:
+            raise InputError(f"weights {weights!r} are not known", f"Choose one of {', '.join(PACKED)}")
         if reason := unsupported(model):
             raise InputError(f"the native engine cannot run this model: {reason}", "Use execution='sparse'")
         self.library, self.weights = library(), weights
@@ -77,17 +79,16 @@ class CpuEngine:
             ff=config.intermediate_size,
             threads=self.threads,
             eps=decoder.norm.variance_epsilon,
-            scale=attention.scaling,
+            scale=family.scale(attention),
             qk_eps=getattr(getattr(attention, "q_norm", None), "variance_epsilon", 1e-6),
         )
-        self.keep_cache_in(torch.float32 if weights == "float32" else torch.bfloat16)
+        self.keep_cache_in(cast(torch.dtype, FORMATS[weights].of("cache").dtype))
         self.vocabulary = head.weight.shape[0]
         self.prices = Prices()
         self.torch_prefill = False
         self.table: PriceTable | None = None
-        if policy == "auto":
-            self.use_prices(price_table(self))
-        self.seconds: Tensor | None = None
+        self.policy = policy
+        self._seconds: Tensor | None = None
         self._scratch = ctypes.c_void_p(self.library.ir_scratch())
 
     def __del__(self) -> None:
@@ -112,13 +113,26 @@ class CpuEngine:
     def keep_cache_in(self, dtype: torch.dtype) -> None:
         """Keep keys and values in float32 or bfloat16 from now on (bfloat16 is the default below float32 weights)."""
         self.kv_dtype = dtype
-        self.model.kv_type = FORMATS["float32" if dtype == torch.float32 else "bfloat16"]
+        self.model.kv_type = FORMATS[packed_of(dtype)].id
+
+    @property
+    def policy(self) -> Policy:
+        """Setting it to `auto` times what is not in the cache yet (some seconds, on an idle machine)."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        if policy == "auto":
+            self.use_prices(self.table or price_table(self))
+        else:
+            self._policy: Policy = "exact"
+            self.prices, self.torch_prefill = Prices(), False
 
     def use_prices(self, table: PriceTable) -> None:
-        """Execute whole calls of a unit where, by this table, skipping some of its rows would take longer."""
-        self.table = table
+        """The policy `auto` by this table: execute whole calls of a unit where skipping some rows would take longer."""
+        self._policy, self.table = "auto", table
         faster = table.torch_macs_per_second > TORCH_ADVANTAGE * table.macs_per_second
-        self.torch_prefill = faster and self.weights in ("float32", "bfloat16")
+        self.torch_prefill = faster and FORMATS[self.weights].has_dtype
         execute = [table.per_row(seconds) for seconds in (table.attention, table.ffn)]
         approximate = table.per_row(table.forecaster)
         self.prices = Prices(limit=len(approximate))
@@ -137,12 +151,16 @@ class CpuEngine:
         """Memory of the packed weights."""
         return sum(t.numel() * t.element_size() for t in self.packer.kept)
 
-    def profile(self) -> None:
-        """Count the seconds of each phase from now on, in `phase_seconds`."""
-        self.seconds = torch.zeros(len(PHASES), dtype=torch.float64)
-
-    def phase_seconds(self) -> dict[str, float]:
-        return {} if self.seconds is None else dict(zip(PHASES, self.seconds.tolist(), strict=True))
+    @contextmanager
+    def profiled(self) -> Iterator[dict[str, float]]:
+        """Time the forwards within: gives a mapping that holds the seconds of each of the `phases` afterwards."""
+        found: dict[str, float] = {}
+        seconds = self._seconds = torch.zeros(len(self.phases), dtype=torch.float64)
+        try:
+            yield found
+        finally:
+            self._seconds = None
+            found.update(zip(self.phases, seconds.tolist(), strict=True))
 
     def fresh_layers(self) -> list[PackedLayer]:
         return [PackedLayer(*self.kv_shape, self.kv_dtype) for _ in range(self.units // 2)]
@@ -201,21 +219,21 @@ class CpuEngine:
             calls=stats.calls.data_ptr(),
             normed=output.data_ptr() if not keep else None,
             logits=output.data_ptr() if keep else None,
-            seconds=None if self.seconds is None else self.seconds.data_ptr(),
+            seconds=None if self._seconds is None else self._seconds.data_ptr(),
             prices=self.prices,
             batch=batch,
             length=length,
             past=past,
             capacity=cast(Tensor, layers[0].values).shape[2],
             keep=keep,
-            dense=isinstance(decision, AlwaysExecute),
-            threshold=decision.value if isinstance(decision, Threshold) else 0.0,
+            dense=decision.dense,
+            threshold=0.0 if decision.dense or decision.threshold is None else decision.threshold,
         )
         self.library.ir_forward(ctypes.byref(self.model), ctypes.byref(call), self._scratch)
         for layer in layers:
             layer.length = past + length
-        state.valid = None if rows.valid is None else rows.valid.bool()
-        state.gates = {} if state.dense else GateBlock(gates)
+        state.forward.valid = None if rows.valid is None else rows.valid.bool()
+        state.forward.gates = {} if state.dense else GateBlock(gates)
         return output
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -245,18 +263,6 @@ class CpuEngine:
             self.threads,
         )
         return out
-
-    def forced_forward(self, model: Any, ids: Tensor, choices: Tensor | None) -> Tensor:
-        """Hidden states of ids [B, N] with the same choice (attention, ffn) in all layers, no cache; None is dense."""
-        batch, length = ids.shape
-        embeddings = model.decoder.embed_tokens(ids)
-        rope = model.decoder.rotary_emb(embeddings.float(), position_ids=torch.arange(length)[None])
-        rows = Rows(torch.zeros(batch, dtype=torch.int32), None)
-        forced = None
-        if choices is not None:
-            forced = choices.repeat(self.units // 2)[:, None, None].expand(-1, batch, length)
-        model.stats.add_tokens(length, 0, rows.start, None, routed=choices is not None)
-        return self.forward(embeddings, rope, rows, None, model.routing_state, model.stats, forced=forced)
 
     def _is_own(self, layer: Any) -> bool:
         return isinstance(layer, PackedLayer) and layer.dtype == self.kv_dtype

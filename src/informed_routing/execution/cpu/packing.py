@@ -1,93 +1,31 @@
-"""From a routed model's modules to the structures that the engine reads (see source/interface.h)."""
+"""From a routed model's modules to the structures that the engine reads (interface.py)."""
 
 from __future__ import annotations
 
 import ctypes
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...errors import InputError
 from ...models.families import Family
+from ...models.projections import Projection, gate_and_up, head_norms, projections
 from ...routing.costs import UnitCost
 from ...routing.routed_unit import RoutedUnit
-
-Weights = Literal["float32", "bfloat16", "int8", "int4"]
-FORMATS: dict[Weights, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
-GROUP = 32
-
-_int, _float, _pointer = ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
-
-
-class Linear(ctypes.Structure):
-    _fields_ = (("type", _int), ("n", _int), ("k", _int), ("pad", _int), ("data", _pointer), ("bias", _pointer))
-
-
-class Routing(ctypes.Structure):
-    _fields_ = (
-        ("router_in", Linear),
-        ("router_out", _pointer),
-        ("router_bias", _float),
-        ("router_relu", _int),
-        ("router_residual", _int),
-        ("forecast_in", Linear),
-        ("forecast_out", Linear),
-        ("forecast_silu", _int),
-        ("pad", _int),
-    )
-
-
-class Layer(ctypes.Structure):
-    _fields_ = (
-        *((name, _pointer) for name in ("attention_norm", "ffn_norm", "q_norm", "k_norm")),
-        *((name, Linear) for name in ("q", "kv", "o", "gate_up", "down")),
-        ("attention", Routing),
-        ("ffn", Routing),
-        ("residual", _float),
-        ("window", _int),
-        ("rope", _int),
-        ("gelu", _int),
-    )
-
-
-class Model(ctypes.Structure):
-    _fields_ = (
-        ("layers", ctypes.POINTER(Layer)),
-        ("final_norm", _pointer),
-        ("head", Linear),
-        *((name, _int) for name in ("n_layers", "d", "heads", "kv_heads", "head_dim", "ff", "threads", "kv_type")),
-        ("eps", _float),
-        ("scale", _float),
-        ("qk_eps", _float),
-    )
-
-
-class Prices(ctypes.Structure):
-    _fields_ = (("execute", _pointer * 2), ("approximate", _pointer * 2), ("limit", _int))
-
-
-class Call(ctypes.Structure):
-    _fields_ = (
-        *((name, _pointer) for name in ("hidden", "cos", "sin", "valid", "start", "keys", "values", "forced")),
-        *((name, _pointer) for name in ("gates", "margins", "executed", "executed_keys", "calls")),
-        *((name, _pointer) for name in ("normed", "logits", "seconds")),
-        ("prices", Prices),
-        *((name, _int) for name in ("batch", "length", "past", "capacity", "keep", "dense")),
-        ("threshold", _float),
-    )
+from ..architecture import is_gelu
+from ..formats import FORMATS, GROUP, Format, Packed
+from .interface import Layer, Linear, Routing
 
 
 class Packer:
     """Packs weights and keeps what it packed alive."""
 
-    def __init__(self, library: Any, weights: Weights, threads: int) -> None:
+    def __init__(self, library: Any, weights: Packed, threads: int) -> None:
         self.library, self.threads = library, threads
         self.panel = int(library.ir_panel())
         self.body = FORMATS[weights]
-        # 4-bit embeddings cost text quality and the head is read once a token: 8 bits there, as GGUF files do.
-        self.head = FORMATS["int8"] if weights == "int4" else self.body
-        # Forecasters are small and see what is approximated: never below half precision.
-        self.forecaster = min(self.body, FORMATS["bfloat16"])
+        self.head, self.forecaster = self.body.of("head"), self.body.of("forecaster")
         self.kept: list[Tensor] = []
 
     def vector(self, values: Tensor | None, *, padded: bool = False) -> int | None:
@@ -101,21 +39,22 @@ class Packer:
         self.kept.append(values)
         return values.data_ptr()
 
-    def linear(self, weight: Tensor, bias: Tensor | None, kind: int) -> Linear:
-        """Pack [n, k] weights. Inputs that do not fill groups of 32 stay in half precision."""
+    def linear(self, weight: Tensor, bias: Tensor | None, kind: Format) -> Linear:
+        """Pack [n, k] weights. Raises InputError for a format that the engine does not pack."""
         n, k = weight.shape
-        if kind > FORMATS["bfloat16"] and k % GROUP:
-            kind = FORMATS["bfloat16"]
+        if kind.group_bytes and k % GROUP:
+            kind = kind.of("ungrouped")
         source = weight.detach().float().contiguous()
-        size = self.library.ir_packed_bytes(kind, n, k)
+        size = -1 if kind.id is None else self.library.ir_packed_bytes(kind.id, n, k)
+        if size < 0:
+            raise InputError(f"the native engine does not pack weights in {kind.name}", "Use another format")
         packed = torch.empty(size, dtype=torch.uint8)
-        self.library.ir_pack(kind, _at(source), n, k, _at(packed), self.threads)
+        self.library.ir_pack(kind.id, _at(source), n, k, _at(packed), self.threads)
         self.kept.append(packed)
-        return Linear(kind, n, k, 0, packed.data_ptr(), self.vector(bias, padded=True))
+        return Linear(kind.id, n, k, 0, packed.data_ptr(), self.vector(bias, padded=True))
 
-    def gate_up(self, gate: nn.Linear | tuple[Tensor, Tensor | None], up: Any) -> Linear:
+    def gate_up(self, gate: Projection, up: Projection) -> Linear:
         """Gate and up projections with their rows interleaved by half panels, so that tiles hold pairs."""
-        (gate_weight, gate_bias), (up_weight, up_bias) = gate, up  # type: ignore[misc]
         half = self.panel // 2
 
         def interleave(a: Tensor, b: Tensor) -> Tensor:
@@ -124,83 +63,57 @@ class Packer:
             pairs = torch.stack([a.unflatten(0, (-1, half)), b.unflatten(0, (-1, half))], dim=1)
             return pairs.flatten(0, 2)
 
-        bias = None if gate_bias is None or up_bias is None else interleave(gate_bias, up_bias)
-        return self.linear(interleave(gate_weight, up_weight), bias, self.body)
+        bias = None if gate.bias is None or up.bias is None else interleave(gate.bias, up.bias)
+        return self.linear(interleave(gate.weight, up.weight), bias, self.body)
 
     def routing(self, unit: RoutedUnit) -> Routing:
-        router = unit.router
-        assert router is not None  # availability.py takes no other models
-        out = router.outer.weight[1] - router.outer.weight[0]
+        router, forecast = unit.forms()
         packed = Routing(
-            router_out=self.vector(out, padded=True),
-            router_bias=(router.outer.bias[1] - router.outer.bias[0]).item(),
-            router_relu=router.kind == "mlp",
+            router_out=self.vector(router.outer, padded=True),
+            router_bias=router.bias.item(),
+            router_relu=router.relu,
             router_residual=unit.reads_residual,
         )
-        if router.inner is not None:
-            packed.router_in = self.linear(router.inner.weight, router.inner.bias, FORMATS["float32"])
-        if unit.forecaster is not None:
-            inner, outer = unit.forecaster.inner, unit.forecaster.outer
-            rank = -inner.out_features % self.panel
+        if router.inner_weight is not None:
+            packed.router_in = self.linear(router.inner_weight, router.inner_bias, FORMATS["float32"])
+        if forecast is not None:
+            missing = -forecast.rank % self.panel
             # Ranks are filled up with directions that read and give nothing.
             packed.forecast_in = self.linear(
-                nn.functional.pad(inner.weight, (0, 0, 0, rank)),
-                nn.functional.pad(inner.bias, (0, rank)),
+                nn.functional.pad(forecast.inner_weight, (0, 0, 0, missing)),
+                nn.functional.pad(forecast.inner_bias, (0, missing)),
                 self.forecaster,
             )
-            packed.forecast_out = self.linear(nn.functional.pad(outer.weight, (0, rank)), outer.bias, self.forecaster)
-            packed.forecast_silu = unit.forecaster.activation == "silu"
+            packed.forecast_out = self.linear(
+                nn.functional.pad(forecast.outer_weight, (0, missing)), forecast.outer_bias, self.forecaster
+            )
+            packed.forecast_silu = forecast.silu
         return packed
 
     def layer(self, layer: Any, family: Family, attention: RoutedUnit, ffn: RoutedUnit, cost: UnitCost) -> Layer:
         block: Any = attention.unit.module(layer)
         mlp: Any = ffn.unit.module(layer)
-        (q, k, v), (gate, up) = _projections(block, family), _gate_and_up(mlp)
-        norms = (getattr(layer, str(family.attention_in_norm)), getattr(layer, str(family.ffn_in_norm)))
-        by_head = family.qk_norm == "head"
-        bias = None if k[1] is None or v[1] is None else torch.cat([k[1], v[1]])
+        q, k, v = projections(family, block)
+        query_norm, key_norm = head_norms(family, block)
+        bias = None if k.bias is None or v.bias is None else torch.cat([k.bias, v.bias])
         packed = Layer(
-            attention_norm=self.vector(norms[0].weight),
-            ffn_norm=self.vector(norms[1].weight),
-            q_norm=self.vector(block.q_norm.weight) if by_head else None,
-            k_norm=self.vector(block.k_norm.weight) if by_head else None,
-            q=self.linear(*q, self.body),
-            kv=self.linear(torch.cat([k[0], v[0]]), bias, self.body),
+            attention_norm=self.vector(attention.unit.input_norm(layer).weight),
+            ffn_norm=self.vector(ffn.unit.input_norm(layer).weight),
+            q_norm=None if query_norm is None else self.vector(query_norm.weight),
+            k_norm=None if key_norm is None else self.vector(key_norm.weight),
+            q=self.linear(q.weight, q.bias, self.body),
+            kv=self.linear(torch.cat([k.weight, v.weight]), bias, self.body),
             o=self.linear(block.o_proj.weight, block.o_proj.bias, self.body),
-            gate_up=self.gate_up(gate, up),
+            gate_up=self.gate_up(*gate_and_up(family, mlp)),
             down=self.linear(mlp.down_proj.weight, mlp.down_proj.bias, self.body),
             residual=1.0,
             window=cost.window or 0,
-            rope=bool(getattr(block, "use_rope", True)),
-            gelu=block.config.hidden_act == "gelu_pytorch_tanh",
+            rope=family.has_rope(block),
+            gelu=is_gelu(family, block.config),
         )
         packed.attention = self.routing(attention)
         packed.ffn = self.routing(ffn)
         return packed
-
-
-Weighted = tuple[Tensor, Tensor | None]
-
-
-def _projections(attention: Any, family: Family) -> tuple[Weighted, Weighted, Weighted]:
-    if family.projections == "fused":
-        head_dim, linear = attention.head_dim, attention.qkv_proj
-        kv = attention.config.num_key_value_heads * head_dim
-        return _split(linear, (attention.config.num_attention_heads * head_dim, kv, kv))  # type: ignore[return-value]
-    parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-    return tuple((part.weight, part.bias) for part in parts)  # type: ignore[return-value]
-
-
-def _gate_and_up(mlp: Any) -> tuple[Weighted, Weighted]:
-    if hasattr(mlp, "gate_up_proj"):
-        half = mlp.gate_up_proj.out_features // 2
-        return _split(mlp.gate_up_proj, (half, half))  # type: ignore[return-value]
-    return (mlp.gate_proj.weight, mlp.gate_proj.bias), (mlp.up_proj.weight, mlp.up_proj.bias)
-
-
-def _split(linear: nn.Linear, rows: tuple[int, ...]) -> tuple[Weighted, ...]:
-    biases = (None,) * len(rows) if linear.bias is None else linear.bias.split(rows)
-    return tuple(zip(linear.weight.split(rows), biases, strict=True))
 
 
 def _at(tensor: Tensor) -> ctypes.c_void_p:

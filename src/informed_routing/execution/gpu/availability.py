@@ -23,7 +23,7 @@ def interpreted() -> bool:
 def unsupported(model: Any) -> str | None:
     """Why the engine cannot run this routed model; None when it can."""
     device = model.device
-    if reason := unknown(model):
+    if reason := unknown(model, "gpu"):
         return reason
     if find_spec("triton") is None:
         return "Triton is not installed"

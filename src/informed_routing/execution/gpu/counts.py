@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ...routing.costs import UnitCost
-from ...routing.stats import OUTCOMES, RoutingStats
-
-ALL, SOME, NONE, ROUNDED_UP = range(len(OUTCOMES))
+from ...routing.counts import OUTCOMES, count, windows_of
+from ...routing.stats import RoutingStats
 
 
 class DeviceCounts:
@@ -18,12 +17,11 @@ class DeviceCounts:
 
     def __init__(self, costs: Sequence[UnitCost], device: torch.device) -> None:
         units = len(costs)
-        self.executed = torch.zeros(units, dtype=torch.float64, device=device)
-        self.keys = torch.zeros(units, dtype=torch.float64, device=device)
-        self.calls = torch.zeros(units, len(OUTCOMES), dtype=torch.float64, device=device)
-        windows = [cost.window or 2**62 for cost in costs]
-        self.windows = torch.tensor(windows, device=device)[:, None]
-        self.limited = min(windows) < 2**62
+        with torch.inference_mode(False):  # an engine may be made in a forward, and is read after it
+            self.executed = torch.zeros(units, dtype=torch.float64, device=device)
+            self.keys = torch.zeros(units, dtype=torch.float64, device=device)
+            self.calls = torch.zeros(units, len(OUTCOMES), dtype=torch.float64, device=device)
+        self.windows = windows_of(costs, device)
         self.owner: RoutingStats | None = None
 
     def add(self, gates: Tensor, contexts: Tensor, rounded_up: Tensor) -> None:
@@ -31,15 +29,10 @@ class DeviceCounts:
 
         Does not wait for the device.
         """
-        real = contexts > 0
-        gates = gates & real
-        executed = gates.sum(1)
-        seen = torch.minimum(contexts[None], self.windows) if self.limited else contexts[None]
-        self.executed += executed
-        self.keys += (gates * seen).sum(1)
-        outcome = torch.where(executed >= real.sum(), ALL, torch.where(executed > 0, SOME, NONE))
-        outcome = torch.where(rounded_up, ROUNDED_UP, outcome)
-        self.calls += torch.nn.functional.one_hot(outcome, len(OUTCOMES))
+        found = count(gates, contexts, self.windows, rounded_up)
+        self.executed += found.executed
+        self.keys += found.keys
+        self.calls += found.calls
 
     def belong_to(self, stats: RoutingStats) -> None:
         """Count for `stats` from now on."""
@@ -52,9 +45,10 @@ class DeviceCounts:
 
     def move_to(self, stats: RoutingStats) -> None:
         """Add what was counted to `stats` and begin anew."""
-        for mine, theirs in self._pairs(stats):
-            theirs += mine.cpu()
-            mine.zero_()
+        with torch.inference_mode():  # `stats` may have been made in it
+            for mine, theirs in self._pairs(stats):
+                theirs += mine.cpu()
+                mine.zero_()
 
     def state(self) -> list[Tensor]:
         """A copy of the counts, to go back to."""

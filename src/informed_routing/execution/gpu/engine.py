@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -14,50 +14,25 @@ from transformers.cache_utils import Cache
 
 from ...errors import InputError
 from ...models.families import family_of
-from ...routing.decision import AlwaysExecute
 from ...routing.state import GateBlock, RoutingState
-from ..call import Policy, Rows
 from ..changes import identity, norms
-from ..engine_cache import engine_layers
+from ..engine import NO_TARGET, Policy
+from ..formats import Weights
 from ..kernels import attention as attention_kernels
 from ..kernels import matmul
 from ..kernels.attention import Keys, Rotation
 from ..kernels.route import Selection, route, select
+from ..kernels.tiles import TileBook
+from ..kv_layers import engine_layers
+from ..rows import Rows
 from . import weights as packed
 from .availability import unsupported
-from .cache import RoomLayer
 from .counts import DeviceCounts
 from .graph import Recorded
-from .prices import executed_shares, rounds_up
-from .tuner import prepare, prices_of
-
-
-@dataclass
-class Inputs:
-    """Everything that one call's kernels read besides weights; a recorded step keeps its own."""
-
-    hidden: Tensor
-    """[T, d]: embeddings; copied before it is changed."""
-    cos: Tensor
-    """[T, head_dim] float32."""
-    sin: Tensor
-    past: Tensor
-    """[1] int32."""
-    start: Tensor
-    """[B] int32."""
-    valid: Tensor | None
-    """[T] int8."""
-    threshold: Tensor
-    """[1] float32."""
-    forced: Tensor | None
-    """[units, T] bool."""
-    batch: int
-    whole: tuple[bool, bool] = (False, False)
-    """Kinds of unit (attention, FFN) whose calls execute all rows because skipping some costs more."""
-
-    @property
-    def length(self) -> int:
-        return len(self.hidden) // self.batch
+from .inputs import Inputs
+from .kv_layer import RoomLayer
+from .price_book import executed_shares, rounds_up
+from .tuner import Tuned, prepare, prices_of
 
 
 class GpuEngine:
@@ -67,21 +42,25 @@ class GpuEngine:
     saying why, for models that it cannot run.
     """
 
-    def __init__(self, model: Any, weights: str | None = None, policy: Policy = "exact") -> None:
+    phases: tuple[str, ...] = ()  # a recorded step is one launch, of which no parts can be timed
+    torch_prefill = False
+
+    def __init__(self, model: Any, weights: Weights | None = None, policy: Policy = "exact") -> None:
         if reason := unsupported(model):
             raise InputError(f"the GPU engine cannot run this model: {reason}", "Use execution='sparse'")
         self.dtype, self.device = model.dtype, model.device
-        if weights is not None and weights != str(self.dtype).removeprefix("torch."):
+        self.weights = cast(Weights, str(self.dtype).removeprefix("torch."))
+        if weights not in (None, self.weights):
             raise InputError(
                 f"weights {weights!r} are not the model's ({self.dtype})",
                 "Load it with that dtype, or quantise its linear layers with torchao, before set_execution",
             )
-        self.weights = str(self.dtype).removeprefix("torch.")
-        self.policy, self.identity, self.content = policy, identity(model), _content(model)
+        self.policy: Policy = policy
+        self.identity, self.content = identity(model), _content(model)
         decoder, config = model.decoder, model.config
         family, costs = family_of(config.model_type), model.costs
         block = decoder.layers[0].attention_routing.unit.module(decoder.layers[0])
-        self.kv_shape, self.scale = (config.num_key_value_heads, block.head_dim), block.scaling
+        self.kv_shape, self.scale = (config.num_key_value_heads, block.head_dim), family.scale(block)
         self.layers = [
             (
                 packed.attention(layer, family, layer.attention_routing, costs[2 * i], self.dtype),
@@ -94,7 +73,7 @@ class GpuEngine:
         self.head_matrix = packed.matrix(model.get_output_embeddings())
         self.counts = DeviceCounts(costs, self.device)
         self.thresholds = model.routing_config.thresholds
-        self.prices = prices_of(self)
+        self.prices, self.tuned, self.tiles = prices_of(self), Tuned(), TileBook()
         self.records = self.device.type == "cuda"
         self._steps: dict[tuple[Any, ...], tuple[Recorded, Inputs, list[Any]]] = {}
         self._singles: dict[int, Selection] = {}
@@ -124,12 +103,21 @@ class GpuEngine:
     def leaves_to_torch(self, rows: int) -> bool:
         return False
 
+    @contextmanager
+    def profiled(self) -> Iterator[dict[str, float]]:
+        """There are no `phases` to time: gives nothing."""
+        yield {}
+
     def fresh_layers(self) -> list[RoomLayer]:
         return [RoomLayer(*self.kv_shape, self.dtype, self.device) for _ in self.layers]
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits float32 [rows, vocabulary] of normed hidden states [rows, d]."""
         return self.head_matrix(hidden.to(self.dtype)).float()
+
+    def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """float32 [rows]: minus the log probabilities of `targets` int64 [rows] after normed states [rows, d]."""
+        return F.cross_entropy(self.head(hidden), targets, ignore_index=NO_TARGET, reduction="none")
 
     def forward(
         self,
@@ -153,10 +141,10 @@ class GpuEngine:
         if len(rows.start) != batch:
             raise InputError(f"{len(rows.start)} sequences are described, {batch} given", "Give one start for each")
         past, layers = self._room(cache, batch, length)
-        dense = isinstance(state.decision, AlwaysExecute)
+        dense = state.decision.dense
         self.counts.belong_to(stats)
         prepare(self, batch, length)
-        threshold = getattr(state.decision, "value", 0.0)
+        threshold = 0.0 if dense or state.decision.threshold is None else state.decision.threshold
         given = Inputs(
             hidden=embeddings.to(self.dtype).reshape(-1, d),
             cos=rope[0].float().expand(batch, -1, -1).reshape(batch * length, -1),
@@ -175,8 +163,8 @@ class GpuEngine:
             hidden, gates = self._run(given, layers, dense)
         for layer in layers:
             layer.length = past + length
-        state.valid = None if given.valid is None else given.valid.view(batch, length).bool()
-        state.gates = {} if gates is None else GateBlock(gates.view(self.units, batch, length).clone())
+        state.forward.valid = None if given.valid is None else given.valid.view(batch, length).bool()
+        state.forward.gates = {} if gates is None else GateBlock(gates.view(self.units, batch, length).clone())
         hidden = hidden.view(batch, length, d)
         return self.head_matrix(hidden[:, -keep:]) if keep else hidden.clone()
 
@@ -253,10 +241,10 @@ class GpuEngine:
             everyone = self._everyone(len(keys.keys), len(x) // len(keys.keys))
             hidden += unit.out(attention_kernels.attend(q, everyone, rotation, keys, self.scale))
             return
-        q, key, value, z = matmul.project(x, chosen, unit.query, unit.key, unit.value, unit.forecaster)
+        q, key, value, z = matmul.project(x, chosen, unit.query, unit.key, unit.value, unit.forecaster, self.tiles)
         attention_kernels.store(key, value, rotation, keys)
         out = attention_kernels.attend(q, chosen, rotation, keys, self.scale)
-        matmul.finish(hidden, out, chosen, unit.out, z, unit.forecaster)
+        matmul.finish(hidden, out, chosen, unit.out, z, unit.forecaster, self.tiles)
 
     def _ffn(self, hidden: Tensor, x: Tensor, chosen: Selection | None, unit: packed.Ffn) -> None:
         if chosen is None:
@@ -264,8 +252,8 @@ class GpuEngine:
             act = F.gelu(gate, approximate="tanh") if unit.gelu else F.silu(gate)
             hidden += unit.down(act * unit.up(x))
             return
-        inner, z = matmul.gated(x, chosen, unit.gate, unit.up, unit.gelu, unit.forecaster)
-        matmul.finish(hidden, inner, chosen, unit.down, z, unit.forecaster)
+        inner, z = matmul.gated(x, chosen, unit.gate, unit.up, unit.gelu, unit.forecaster, self.tiles)
+        matmul.finish(hidden, inner, chosen, unit.down, z, unit.forecaster, self.tiles)
 
     def _everyone(self, batch: int, length: int) -> Selection:
         """All rows. Kept for good where steps are recorded: they read these addresses."""

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from ...errors import InputError
 from ...models.families import Family
+from ...models.projections import Projection, gate_and_up, head_norms, projections
 from ...routing.costs import UnitCost
 from ...routing.routed_unit import RoutedUnit
-from ..kernels.matmul import ForecasterWeights, Matrix
+from ..architecture import is_gelu
+from ..kernels.matrices import ForecasterWeights, Matrix
 from ..kernels.route import RouterWeights
 
 ALIGNMENT = 16
@@ -65,15 +67,13 @@ def matrix(linear: nn.Module) -> Matrix:
     return Matrix(data, bias, scale.float().reshape(-1))
 
 
-def _split(linear: nn.Module, sizes: tuple[int, ...]) -> list[Matrix]:
-    """The parts of a fused projection, by rows."""
-    whole, at, parts = matrix(linear), 0, []
-    for size in sizes:
-        rows = slice(at, at + size)
-        bias, scale = (None if part is None else part[rows] for part in (whole.bias, whole.scale))
-        parts.append(Matrix(whole.weight[rows], bias, scale))
-        at += size
-    return parts
+def part(projection: Projection) -> Matrix:
+    """The rows of a linear layer that a projection has."""
+    whole, rows = matrix(projection.linear), projection.rows
+    if rows is None:
+        return whole
+    bias, scale = (None if one is None else one[rows] for one in (whole.bias, whole.scale))
+    return Matrix(whole.weight[rows], bias, scale)
 
 
 def _filled(weight: Tensor, bias: Tensor, dtype: torch.dtype, dim: int) -> Matrix:
@@ -85,69 +85,59 @@ def _filled(weight: Tensor, bias: Tensor, dtype: torch.dtype, dim: int) -> Matri
 
 
 def router_weights(unit: RoutedUnit, dtype: torch.dtype) -> RouterWeights:
-    router = unit.router
-    assert router is not None  # availability.py takes no other models
-    outer = (router.outer.weight[1] - router.outer.weight[0]).detach().float().contiguous()
-    bias = (router.outer.bias[1:] - router.outer.bias[:1]).detach().float()
-    if router.inner is None:
+    form, _ = unit.forms()
+    outer, bias = form.outer.float().contiguous(), form.bias.float()
+    if form.inner_weight is None or form.inner_bias is None:
         return RouterWeights(None, None, outer, bias, False, unit.reads_residual)
-    inner = _filled(router.inner.weight, router.inner.bias, dtype, 0)
+    inner = _filled(form.inner_weight, form.inner_bias, dtype, 0)
     outer = nn.functional.pad(outer, (0, inner.rows - len(outer)))
-    return RouterWeights(inner.weight, inner.bias, outer, bias, router.kind == "mlp", unit.reads_residual)
+    return RouterWeights(inner.weight, inner.bias, outer, bias, form.relu, unit.reads_residual)
 
 
 def forecaster_weights(unit: RoutedUnit, dtype: torch.dtype) -> ForecasterWeights | None:
-    if unit.forecaster is None:
+    _, form = unit.forms()
+    if form is None:
         return None
-    inner, outer = unit.forecaster.inner, unit.forecaster.outer
     return ForecasterWeights(
-        _filled(inner.weight, inner.bias, dtype, 0),
-        _filled(outer.weight, outer.bias, dtype, 1),
-        unit.forecaster.activation == "silu",
+        _filled(form.inner_weight, form.inner_bias, dtype, 0),
+        _filled(form.outer_weight, form.outer_bias, dtype, 1),
+        form.silu,
     )
 
 
 def attention(layer: Any, family: Family, routed: RoutedUnit, cost: UnitCost, dtype: torch.dtype) -> Attention:
     block: Any = routed.unit.module(layer)
-    if family.projections == "fused":
-        kv = block.config.num_key_value_heads * block.head_dim
-        query, key, value = _split(block.qkv_proj, (block.config.num_attention_heads * block.head_dim, kv, kv))
-    else:
-        query, key, value = (matrix(part) for part in (block.q_proj, block.k_proj, block.v_proj))
-    norm: Any = getattr(layer, str(family.attention_in_norm))
-    by_head = family.qk_norm == "head"
+    q, k, v = projections(family, block)
+    norm: Any = routed.unit.input_norm(layer)
+    query_norm, key_norm = head_norms(family, block)
     return Attention(
         norm=norm.weight.detach(),
         eps=norm.variance_epsilon,
         router=router_weights(routed, dtype),
         forecaster=forecaster_weights(routed, dtype),
-        query=query,
-        key=key,
-        value=value,
+        query=part(q),
+        key=part(k),
+        value=part(v),
         out=matrix(block.o_proj),
-        query_norm=block.q_norm.weight.detach() if by_head else None,
-        key_norm=block.k_norm.weight.detach() if by_head else None,
-        norm_eps=block.q_norm.variance_epsilon if by_head else 1e-6,
-        rope=bool(getattr(block, "use_rope", True)),
+        query_norm=None if query_norm is None else query_norm.weight.detach(),
+        key_norm=None if key_norm is None else key_norm.weight.detach(),
+        norm_eps=1e-6 if query_norm is None else query_norm.variance_epsilon,
+        rope=family.has_rope(block),
         window=cost.window or 0,
     )
 
 
 def ffn(layer: Any, family: Family, routed: RoutedUnit, dtype: torch.dtype) -> Ffn:
     mlp: Any = routed.unit.module(layer)
-    if hasattr(mlp, "gate_up_proj"):
-        half = mlp.gate_up_proj.out_features // 2
-        gate, up = _split(mlp.gate_up_proj, (half, half))
-    else:
-        gate, up = matrix(mlp.gate_proj), matrix(mlp.up_proj)
-    norm: Any = getattr(layer, str(family.ffn_in_norm))
+    gate, up = gate_and_up(family, mlp)
+    norm: Any = routed.unit.input_norm(layer)
     return Ffn(
         norm=norm.weight.detach(),
         eps=norm.variance_epsilon,
         router=router_weights(routed, dtype),
         forecaster=forecaster_weights(routed, dtype),
-        gate=gate,
-        up=up,
+        gate=part(gate),
+        up=part(up),
         down=matrix(mlp.down_proj),
-        gelu=layer.self_attn.config.hidden_act == "gelu_pytorch_tanh",
+        gelu=is_gelu(family, getattr(layer, family.attention).config),
     )

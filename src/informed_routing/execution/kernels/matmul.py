@@ -6,8 +6,6 @@ rows are stored compactly, in the order of the selection.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -15,46 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .arithmetic import dot, precision
+from .matrices import ForecasterWeights, Matrix
 from .route import Selection
-from .tuning import Tiles, tiles
+from .tiles import TileBook, Tiles, pick
 
 GROUP = 8
 """Row tiles that neighbouring programs share."""
-
-
-@dataclass
-class Matrix:
-    """Weights [n, k] of a linear layer: half precision or float32, or int8 / float8 with a scale for each row."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: Tensor | None = None
-    """[n] float32."""
-
-    @property
-    def rows(self) -> int:
-        return self.weight.shape[0]
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weights [n, k] in `dtype`, scales applied."""
-        if self.scale is None:
-            return self.weight.to(dtype)
-        return (self.weight.float() * self.scale[:, None]).to(dtype)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """All rows [T, k] -> [T, n], by torch."""
-        return F.linear(x, self.dense(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-
-@dataclass
-class ForecasterWeights:
-    """A forecaster as the kernels read it: outer act(inner x)."""
-
-    inner: Matrix
-    """[r, d]."""
-    outer: Matrix
-    """[d, r]."""
-    silu: bool
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -341,11 +305,11 @@ def project(
     key: Matrix,
     value: Matrix,
     forecaster: ForecasterWeights | None,
-    shape: Tiles | None = None,
+    tiles: Tiles | TileBook | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As `project_reference`, in one launch; compact rows past the executed ones are not defined."""
     total, depth = x.shape
-    use = shape or tiles("project", x, query.rows, depth)
+    use = pick(tiles, "project", x, query.rows, depth)
     q, keys, values = (x.new_empty(total, m.rows) for m in (query, key, value))
     at_z, z, wz, bz, rank = _forecast_arguments(x, forecaster)
     blocks = sum(triton.cdiv(n, use.columns) for n in (query.rows, key.rows, value.rows, rank))
@@ -367,11 +331,11 @@ def gated(
     up: Matrix,
     gelu: bool,
     forecaster: ForecasterWeights | None,
-    shape: Tiles | None = None,
+    tiles: Tiles | TileBook | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As `gated_reference`, in one launch."""
     total, depth = x.shape
-    use = shape or tiles("gated", x, gate.rows, depth)
+    use = pick(tiles, "gated", x, gate.rows, depth)
     out = x.new_empty(total, gate.rows)
     at_z, z, wz, bz, rank = _forecast_arguments(x, forecaster)
     blocks = triton.cdiv(gate.rows, use.columns) + triton.cdiv(rank, use.columns)
@@ -392,12 +356,12 @@ def finish(
     down: Matrix,
     z: Tensor | None,
     forecaster: ForecasterWeights | None,
-    shape: Tiles | None = None,
+    tiles: Tiles | TileBook | None = None,
 ) -> None:
     """As `finish_reference`, in one launch: changes hidden [T, d] in place."""
     total, width = hidden.shape
     depth = compact.shape[1]
-    use = shape or tiles("finish", hidden, width, depth)
+    use = pick(tiles, "finish", hidden, width, depth)
     outer = down if forecaster is None else forecaster.outer
     stand_in = down.weight
     _finish_kernel[((triton.cdiv(total, use.rows) + 1) * triton.cdiv(width, use.columns),)](

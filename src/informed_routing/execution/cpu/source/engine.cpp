@@ -1,12 +1,13 @@
 // A routed decoder on a CPU: all layers of one forward in one call, with the branches inside.
 //
 // Approximated tokens never reach a unit's matrices: rows are picked by index where products read them, results
-// are added to the residual stream where products end, so a selection costs no copy. Weights are in any of four
-// formats, sums are float32.
+// are added to the residual stream where products end, so a selection costs no copy. Weights are in any of the formats
+// of formats.h, sums are float32.
 #include <omp.h>
 #include <time.h>
 
 #include <algorithm>
+#include <string>
 #include <vector>
 
 #include "attention.h"
@@ -16,24 +17,47 @@ extern "C" {
 
 int32_t ir_panel() { return NR; }
 int32_t ir_tiles() { return tiles_ready(); }  // whether many rows meet weights below float32 in bfloat16
+// What Python's side of the interface has to agree with, "name value" a line.
+const char* ir_abi() {
+    static const std::string text = [] {
+        std::string lines;
+        auto add = [&](const char* name, size_t value) {
+            lines += std::string(name) + " " + std::to_string(value) + "\n";
+        };
+        add("ABI", ABI);
+        add("Linear", sizeof(Linear)), add("Routing", sizeof(Routing)), add("Layer", sizeof(Layer));
+        add("Model", sizeof(Model)), add("Prices", sizeof(Prices)), add("Call", sizeof(Call));
+        add("OUTCOMES", OUTCOMES), add("PHASES", PHASES), add("KEY_BLOCK", KEY_BLOCK), add("GROUP", GROUP);
+        Formats::each([&](auto format) { add(format.NAME, format.ID); });
+        return lines;
+    }();
+    return text.c_str();
+}
+// -1 for a format that is not known.
 int64_t ir_packed_bytes(int32_t type, int32_t n, int32_t k) {
-    return (int64_t)((n + NR - 1) / NR) * (int64_t)panel_bytes(type, k);
+    int64_t bytes = -1;
+    Formats::with(type, [&](auto format) { bytes = (int64_t)((n + NR - 1) / NR) * (int64_t)format.panel_bytes(k); });
+    return bytes;
 }
 void ir_pack(int32_t type, const float* src, int32_t n, int32_t k, void* out, int32_t threads) {
+    const bool known = Formats::with(type, [&](auto format) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int p = 0; p < (n + NR - 1) / NR; p++)
-        pack_panel(type, src, n, k, p * NR, (char*)out + p * panel_bytes(type, k));
+        for (int p = 0; p < (n + NR - 1) / NR; p++)
+            format.pack({src, n, k, p * NR}, (char*)out + p * format.panel_bytes(k));
+    });
+    if (!known) unknown_format(type);
 }
 // The weights that a packed format really stands for, float32 [n, k].
 void ir_unpack(int32_t type, const void* data, int32_t n, int32_t k, float* out) {
     std::vector<float> panel((size_t)k * NR);
-    for (int p = 0; p < (n + NR - 1) / NR; p++) {
-        const char* src = (const char*)data + p * panel_bytes(type, k);
-        if (type == F32) std::memcpy(panel.data(), src, panel.size() * 4);
-        else unpack_panel(type, src, k, panel.data());
-        for (int r = 0; r < NR && p * NR + r < n; r++)
-            for (int c = 0; c < k; c++) out[(size_t)(p * NR + r) * k + c] = panel[(size_t)c * NR + r];
-    }
+    const bool known = Formats::with(type, [&](auto format) {
+        for (int p = 0; p < (n + NR - 1) / NR; p++) {
+            format.unpack((const char*)data + p * format.panel_bytes(k), k, panel.data());
+            for (int r = 0; r < NR && p * NR + r < n; r++)
+                for (int c = 0; c < k; c++) out[(size_t)(p * NR + r) * k + c] = panel[(size_t)c * NR + r];
+        }
+    });
+    if (!known) unknown_format(type);
 }
 // A checksum of n blocks of memory, or of every `step`-th line of 64 bytes of them, the same for any number of threads.
 // Sums and sums of sums: order counts, and memory is the limit.
@@ -231,10 +255,10 @@ struct Forward {
     }
 
     void select(int unit, bool decides) {
-        int n = 0;
-        for (int i = 0; i < rows; i++) n += s.gate[i];
-        const int kind = unit & 1;
-        int outcome = n == rows ? ALL : n ? SOME : NONE;
+        int n = 0, real = 0;
+        for (int i = 0; i < rows; i++) n += s.gate[i], real += c.valid ? c.valid[i] : 1;
+        const int kind = unit & 1, window = kind == 0 ? m.layers[unit / 2].window : 0;
+        int outcome = n >= real ? ALL : n ? SOME : NONE;  // as routing/counts.py has it
         // Executing more than the router asks never harms the text; it is done where skipping saves nothing sure.
         if (decides && n < rows && rows < c.prices.limit) {
             const Prices& p = c.prices;
@@ -253,7 +277,7 @@ struct Forward {
                 (s.gate[i] ? s.executed : s.approximated).push_back(i);
                 if (s.gate[i] && (!c.valid || c.valid[i])) {
                     c.executed[unit] += 1;
-                    const int seen = c.past + t + 1 - c.start[b], window = m.layers[unit / 2].window;
+                    const int seen = c.past + t + 1 - c.start[b];
                     c.executed_keys[unit] += window && window < seen ? window : seen;
                 }
             }
@@ -420,6 +444,13 @@ struct Forward {
         }
     }
 
+    // Calls f with an element of the cache.
+    template <class F>
+    void with_elements(F&& f) const {
+        const bool known = CacheFormats::with(m.kv_type, [&](auto format) { f(typename decltype(format)::Element()); });
+        if (!known) unknown_format(m.kv_type);
+    }
+
     void attention_unit(const Layer& layer, int index) {
         route(layer.attention_norm, layer.attention, 2 * index);
         lap(ROUTE);
@@ -431,13 +462,15 @@ struct Forward {
         forecast_in(layer.attention);
 #pragma omp barrier
         lap(PROJECT);
-        m.kv_type == BF16 ? write_cache<bf16>(layer, index) : write_cache<float>(layer, index);
-        m.kv_type == BF16 ? rotate_queries<bf16>(layer) : rotate_queries<float>(layer);
+        with_elements([&](auto element) {
+            write_cache<decltype(element)>(layer, index);
+            rotate_queries<decltype(element)>(layer);
+        });
         forecast_out(layer.attention);
 #pragma omp barrier
         lap(CACHE);
         if (!n) return;
-        m.kv_type == BF16 ? attention<bf16>(layer, index) : attention<float>(layer, index);
+        with_elements([&](auto element) { attention<decltype(element)>(layer, index); });
         lap(ATTEND);
         const size_t width = padded(m.heads * m.head_dim);
         add(layer.o, {s.mixed.store.data(), width, nullptr, n}, s.executed.data(), layer.residual);

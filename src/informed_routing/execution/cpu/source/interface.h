@@ -1,6 +1,9 @@
-// What Python passes: the same fields in the same order are in packing.py.
+// What Python passes: the same fields in the same order are in interface.py, which compares `ir_abi` with its own.
 #pragma once
 #include "linear.h"
+
+// Counts the meanings of what is below: raise it, here and there, when a field means something else.
+constexpr int32_t ABI = 1;
 
 struct Routing {
     Linear router_in;         // hidden layer of an mlp or low-rank router; n = 0 for a linear one
@@ -28,7 +31,7 @@ struct Model {
     float eps, scale, qk_eps;
 };
 
-// What executing or approximating n rows costs, in seconds, n = 0 .. limit - 1: see policy.py.
+// What executing or approximating n rows costs, in seconds, n = 0 .. limit - 1: see prices.py.
 struct Prices {
     const float* execute[2];
     const float* approximate[2];

@@ -1,0 +1,1 @@
+"""How a routed unit is computed: back ends of torch, and the native engines."""

@@ -1,0 +1,60 @@
+"""What a fallback is: a module that gives approximated tokens their update, and how engines read it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from ...config.parts import ForecasterConfig
+from ...errors import InputError
+
+if TYPE_CHECKING:
+    from ..closed_form import ClosedForm
+
+
+@dataclass(frozen=True)
+class LowRankForm:
+    """outer_weight act(inner_weight x + inner_bias) + outer_bias, act being SiLU or nothing: engines compute it."""
+
+    inner_weight: Tensor
+    """[r, d]"""
+    inner_bias: Tensor
+    outer_weight: Tensor
+    """[d, r]"""
+    outer_bias: Tensor
+    silu: bool
+
+    @property
+    def rank(self) -> int:
+        return len(self.inner_weight)
+
+
+class Fallback(nn.Module):
+    """Base of all fallbacks. A kind's file calls its class KIND. None in its place means an update of zero."""
+
+    rank: int
+    """Bottleneck width, from which some routers' width follows."""
+
+    @classmethod
+    def check(cls, config: ForecasterConfig, hidden_size: int) -> None:
+        """Raises InputError for settings that do not go with a model."""
+
+    @classmethod
+    @abstractmethod
+    def make(cls, config: ForecasterConfig, hidden_size: int) -> Fallback | None:
+        """A fresh one for one unit."""
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """The update [..., d] for what the unit would have read, [..., d]."""
+
+    def take(self, solution: ClosedForm) -> None:
+        """Become the closed form's solution. Raises InputError for a fallback that has none."""
+        raise InputError(f"{type(self).__name__} has no closed form", "Set forecaster.fit = gradient")
+
+    def form(self) -> LowRankForm | None:
+        """How engines compute it; None where they cannot, and torch computes."""
+        return None
