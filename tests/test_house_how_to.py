@@ -14,6 +14,9 @@ import pytest
 from tests.documents.extract import blocks
 from tests.test_house_imports import PROGRAM, lint
 
+from informed_routing.assets.cache import CACHE_VARIABLE
+from informed_routing.execution.cpu.build import FLAGS_VARIABLE
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs" / "how-to").glob("*.md"))
 LONGEST = 60  # lines
