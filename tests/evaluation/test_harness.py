@@ -263,6 +263,6 @@ def test_what_is_missing_is_named_before_anything_is_computed(
     write_rows(only / "arc_easy" / "test.jsonl", [{"question": "the", "answer": "A"}])
     fails("arc_easy@3", "no train split of arc_easy", only)
     fails("arc_easy", "files of arc_easy do not fit the task", only)
-    monkeypatch.setattr("informed_routing.evaluation.harness_tasks.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install \"informed-routing\[eval\]\""):
+    monkeypatch.setattr("informed_routing.extras.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'informed-routing\[eval\]'"):
         require_harness()

@@ -259,5 +259,5 @@ def test_ray_gives_the_same_records(
 def test_missing_ray_is_named(make_grid: Callable[..., Grid], data_dir: Path, tmp_path: Path) -> None:
     from informed_routing.errors import InputError
 
-    with pytest.raises(InputError, match=r"Ray is not installed.*informed-routing\[ray\]"):
+    with pytest.raises(InputError, match=r"need ray, not installed here.*informed-routing\[ray\]"):
         run(expand(make_grid(FEW_METHODS), data_dir), Store(tmp_path), ray="local")
