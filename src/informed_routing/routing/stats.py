@@ -43,6 +43,7 @@ class RoutingStats:
 
     @classmethod
     def empty(cls, costs: list[UnitCost], kinds: list[str]) -> RoutingStats:
+        """Counts of nothing yet."""
         zeros = torch.zeros(len(costs), dtype=torch.float64)
         calls = torch.zeros(len(costs), len(OUTCOMES), dtype=torch.float64)
         return cls(costs, kinds, zeros.clone(), zeros.clone(), 0.0, zeros.clone(), calls, zeros.clone())
