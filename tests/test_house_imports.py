@@ -127,6 +127,34 @@ def test_imports_by_name_which_no_linter_sees_are_few() -> None:
     }
 
 
+ABOVE = ("training", "baselines", "evaluation", "study", "whatif", "cli")
+INFERENCE = """
+import sys
+from tests.tiny import make_tiny, random_ids
+from informed_routing import RoutedModelForCausalLM
+from informed_routing.config import ForecasterConfig, RouterConfig
+model = RoutedModelForCausalLM.attach(make_tiny("llama"), ForecasterConfig(rank=4), RouterConfig(kind="linear"))
+model.save_pretrained(sys.argv[1])
+again = RoutedModelForCausalLM.from_pretrained(sys.argv[1], base=make_tiny("llama"))
+again.generate(random_ids(1, 4), max_new_tokens=2)
+print(*sys.modules)
+"""
+
+
+def test_inference_loads_neither_training_nor_comparisons_nor_plots(tmp_path: Path) -> None:
+    """Also by name, or of a package that another imports."""
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+    command = [sys.executable, "-c", INFERENCE, str(tmp_path)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert "informed_routing.execution.sparse" in loaded
+    above = tuple(
+        f"informed_routing.{name}" for name in ("training", "baselines", "evaluation", "study", "whatif", "cli")
+    )
+    assert not [name for name in loaded if name == "matplotlib" or name.startswith(above)]
+
+
 def test_architecture_shows_the_floors_of_the_contract() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     block = re.search(r"^## Floors\n.*?^```\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
@@ -143,3 +171,17 @@ def test_files_that_architecture_names_are_there() -> None:
     assert len(named) > 50
     patterns = {name: re.compile(rf"(?:.*/)?{re.escape(name).replace(re.escape('*'), '[^/]*')}") for name in named}
     assert not [name for name, pattern in patterns.items() if not any(pattern.fullmatch(path) for path in there)]
+
+
+def test_each_arrow_of_the_main_path_is_an_import() -> None:
+    grimp = pytest.importorskip("grimp")
+    graph = grimp.build_graph("informed_routing", exclude_type_checking_imports=True, cache_dir=None)
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").partition("## The main path")[2].partition("\n## ")[0]
+    arrows = re.findall(r"`([\w/]+)\.py`(?=\s+→\s+`([\w/]+)\.py`)", text)
+    assert len(arrows) > 20
+
+    def module(path: str) -> str:
+        return "informed_routing." + path.removesuffix("/__init__").replace("/", ".")
+
+    missing = [(a, b) for a, b in arrows if not graph.direct_import_exists(importer=module(a), imported=module(b))]
+    assert not missing

@@ -20,3 +20,9 @@ def test_every_package_has_its_folder_of_tests() -> None:
     tested = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
     assert packages <= tested
     assert folders(ROOT / "tests") - packages == OTHERS
+
+
+def test_no_module_is_too_long_to_read() -> None:
+    """Who needs more lines has a second idea in the file."""
+    modules = (ROOT / "src").rglob("*.py")
+    assert not [path.name for path in modules if len(path.read_text(encoding="utf-8").splitlines()) > 400]

@@ -46,6 +46,7 @@ class Keys:
         self.asked: set[str] = set()
 
     def refused(self, why: str) -> InputError:
+        """The error for a file that is not understood."""
         return InputError(f"{self.model.path} is not read: {why}", ORIGINAL)
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -63,18 +64,21 @@ class Keys:
         return value
 
     def whole(self, name: str, default: int | None = None, least: int = 1) -> int:
+        """A whole number of at least `least`. Raises InputError for anything else."""
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise self.refused(f"{self.prefix}{name} is {value!r}, not a whole number of {least} or more")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
+        """A finite number. Raises InputError for anything else."""
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
             raise self.refused(f"{self.prefix}{name} is {value!r}, not a finite number")
         return shortest_float32(float(value))
 
     def text(self, name: str, default: str) -> str:
+        """A text. Raises InputError for anything else."""
         value = self.get(name, default)
         if not isinstance(value, str):
             raise self.refused(f"{self.prefix}{name} is {value!r}, not a text")

@@ -38,6 +38,7 @@ class WheelFile:
 
     @property
     def requirement(self) -> str:
+        """The wheel as pip names it."""
         return f"{self.distribution}=={self.version}"
 
     @property

@@ -66,6 +66,8 @@ class BasePrint(Frozen):
 
 
 class BaseModelReference(Frozen):
+    """Which base model a folder belongs to, and how it is recognised."""
+
     name: str = Field(description="where the base model is: an absolute path, a Hub id, or demo:...")
     revision: str | None = None
     fingerprint: str = Field(description="of some weights, rounded: all that earlier versions stored and compared")

@@ -37,10 +37,12 @@ class Engine:
 
     @property
     def storage(self) -> Storage:
+        """Bytes of an element of each kind, for limits."""
         return FORMATS[self.weights].storage
 
     @property
     def balance(self) -> Balance:
+        """The machine's rates, for limits."""
         return torch_balance(self.model.dtype, self.model.device.type)
 
     @property
@@ -56,6 +58,7 @@ class Engine:
         """Get ready to run at a sparsity."""
 
     def fresh_cache(self, batch: int, length: int) -> Any:
+        """An empty KV cache for `batch` sequences of up to `length` tokens."""
         from transformers import DynamicCache
 
         return DynamicCache(config=self.model.config)

@@ -58,5 +58,6 @@ class HarnessTokens:
         self.eos_token_id: int | None = model.eot_token_id
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text, as the harness counts them."""
         ids: list[int] = self._model.tok_encode(text)
         return ids

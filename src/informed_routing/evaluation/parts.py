@@ -70,6 +70,7 @@ class Fitted:
 
     @property
     def names(self) -> str:
+        """References of the texts, each once, for messages."""
         return ", ".join(dict.fromkeys(source.ref for source in self.sources))
 
 

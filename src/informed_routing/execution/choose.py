@@ -22,10 +22,12 @@ class EngineChoice:
 
     @property
     def native(self) -> bool:
+        """Whether the native engine runs."""
         return self.obstacle is None
 
     @property
     def reason(self) -> str:
+        """Why, in words for users."""
         return "it runs this model on this machine" if self.obstacle is None else f"not native: {self.obstacle}"
 
 

@@ -45,6 +45,7 @@ class EngineLayer(DynamicLayer):
 
 
 def is_packed(cache: Any) -> bool:
+    """Whether a cache is one of a native engine."""
     return isinstance(cache, Cache) and bool(cache.layers) and isinstance(cache.layers[0], EngineLayer)
 
 

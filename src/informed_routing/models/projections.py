@@ -32,6 +32,7 @@ class Projection:
 
     @property
     def bias(self) -> Tensor | None:
+        """[outputs], a view; None where there is none."""
         bias = self.linear.bias
         return bias if bias is None or self.rows is None else bias[self.rows]
 

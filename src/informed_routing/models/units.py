@@ -34,6 +34,7 @@ class Unit:
 
     @property
     def has_input_norm(self) -> bool:
+        """Whether the family normalises what the unit reads."""
         return getattr(self.family, f"{self.kind}_in_norm") is not None
 
     def module(self, layer: nn.Module) -> nn.Module:

@@ -42,6 +42,7 @@ class Adapter:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
+        """The adapter's tensors by name."""
         return load(self.files[WEIGHTS_FILE])
 
     @property

@@ -75,6 +75,7 @@ class Origin:
 
 
 def is_routing_folder(path: str | Path) -> bool:
+    """Whether a path is a routing folder, by its configuration file."""
     return (Path(path) / CONFIG_FILE).is_file()
 
 

@@ -35,6 +35,7 @@ class UnitCost:
     """Activations read and written for each token: residual stream and normed input, elements."""
 
     def keys(self, context: float) -> float:
+        """Keys that a token attends to which has `context` of them before it."""
         return min(context, self.window) if self.window else context
 
     def dense(self, context: float) -> float:

@@ -40,6 +40,7 @@ class Work:
         return float(units.sum()) + head
 
     def total_bytes(self) -> float:
+        """Bytes moved by all units and the head."""
         return float(self.bytes.sum()) + self.head_bytes
 
 

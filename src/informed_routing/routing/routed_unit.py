@@ -52,10 +52,12 @@ class RoutedUnit(nn.Module):
 
     @property
     def kind(self) -> UnitKind:
+        """`attention` or `ffn`."""
         return self.unit.kind
 
     @property
     def reads_residual(self) -> bool:
+        """Whether the router reads the residual stream as it is, not the unit's normed input."""
         return self.reads == "residual"
 
     def unknown_to_engines(self) -> str | None:

@@ -124,30 +124,37 @@ class RoutingState:
 
     @property
     def decision(self) -> DecisionRule:
+        """The decision rule."""
         return self.settings.decision
 
     @property
     def execution(self) -> Execution:
+        """How units are computed."""
         return self.settings.execution
 
     @property
     def kv(self) -> KeyValues:
+        """Whether approximated tokens leave keys."""
         return self.settings.kv
 
     @property
     def native(self) -> Any:
+        """The native engine's holder; None without one."""
         return self.settings.native
 
     @property
     def observer(self) -> Observer | None:
+        """What sees each unit of a forward; None for nobody."""
         return self.settings.observer
 
     @property
     def record_margins(self) -> bool:
+        """Whether a forward keeps its margins."""
         return self.settings.record_margins
 
     @property
     def dense(self) -> bool:
+        """Whether every token executes every unit."""
         return self.decision.dense
 
     @property

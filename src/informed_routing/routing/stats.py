@@ -43,6 +43,7 @@ class RoutingStats:
 
     @classmethod
     def empty(cls, costs: list[UnitCost], kinds: list[str]) -> RoutingStats:
+        """Counts of nothing yet."""
         with torch.inference_mode(False):  # counts may begin in one mode and go on in another
             zeros = torch.zeros(len(costs), dtype=torch.float64)
             calls = torch.zeros(len(costs), len(OUTCOMES), dtype=torch.float64)

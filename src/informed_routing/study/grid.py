@@ -46,6 +46,7 @@ class Method(Frozen):
 
     @property
     def kind(self) -> Literal["dense", "static", "dynamic"]:
+        """Whether it routes, prunes or neither."""
         return "dynamic" if self.recipe else "static" if self.prune else "dense"
 
     @field_validator("sparsities", "recovered")

@@ -71,10 +71,12 @@ class Cell:
 
     @property
     def file(self) -> str:
+        """Name of its record."""
         return f"{self.name}_{self.key[:12]}.json"
 
     @property
     def stages(self) -> tuple[Stage, ...]:
+        """What has to be made for it, first one first."""
         return self.stage.chain if self.stage else ()
 
     @property

@@ -192,4 +192,5 @@ def part(entry: Entry, name: str) -> Value | None:
 
 
 def attention_part(entry: Entry) -> Value | None:
+    """Share of the approximated units that are attention, in per cent."""
     return part(entry, "attention")

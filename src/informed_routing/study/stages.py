@@ -43,6 +43,7 @@ class Stage:
 
     @cached_property
     def key(self) -> str:
+        """Digest of all that determines what the stage makes."""
         settings = {**self.settings, "model": content_id(self.settings["model"])}
         settings["data"] = [content_id(text) for text in self.settings["data"]]
         return digest(
@@ -67,6 +68,7 @@ class Stage:
 
     @property
     def total_tokens(self) -> int:
+        """Text that set weights, in this stage and those before it."""
         return sum(stage.tokens for stage in self.chain)
 
 

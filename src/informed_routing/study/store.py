@@ -44,22 +44,28 @@ class Store:
         return found if found is not None and found.get("key") == cell.key else None
 
     def failure(self, cell: Cell) -> Record | None:
+        """What a failed cell said; None for any other."""
         return _read(self.root / "failed" / cell.file)
 
     def speed(self, cell: Cell) -> Record | None:
+        """A cell's record of the speed pass; None where there is none."""
         return _read(self.root / "speed" / cell.file)
 
     def keep(self, cell: Cell, record: Record) -> None:
+        """Write a finished record; an earlier failure is forgotten."""
         write_json(self.root / "cells" / cell.file, record)
         (self.root / "failed" / cell.file).unlink(missing_ok=True)
 
     def keep_failure(self, cell: Cell, failure: Record) -> None:
+        """Write what a failed cell said."""
         write_json(self.root / "failed" / cell.file, failure)
 
     def keep_speed(self, cell: Cell, record: Record) -> None:
+        """Write a record of the speed pass."""
         write_json(self.root / "speed" / cell.file, record)
 
     def state(self, cell: Cell) -> State:
+        """How far a cell is."""
         if self.record(cell) is not None:
             return "done"
         if self.failure(cell) is not None:
@@ -69,6 +75,7 @@ class Store:
     # -- stages -----------------------------------------------------------------------------------------
 
     def stage_folder(self, stage: Stage) -> Path:
+        """Where a stage leaves its model."""
         return self.root / "stages" / stage.name
 
     def stage_report(self, stage: Stage) -> Record | None:
@@ -76,10 +83,12 @@ class Store:
         return _read(self.stage_folder(stage) / "stage.json")
 
     def finish_stage(self, stage: Stage, report: Record) -> None:
+        """Write what a stage reports, which makes it finished."""
         write_json(self.stage_folder(stage) / "stage.json", report)
 
     @property
     def tasks(self) -> Path:
+        """Where results of tasks are kept."""
         return self.root / "tasks"
 
     @contextmanager

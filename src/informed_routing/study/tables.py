@@ -49,6 +49,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Table:
+    """A table with its columns, blocks of rows and notes."""
+
     name: str
     title: str
     columns: tuple[Column, ...]

@@ -96,6 +96,8 @@ class ForecastReport:
     cosine: list[float]
 
     def as_dict(self, kinds: list[str]) -> dict[str, Any]:
+        """Means by kind of unit, and the figures of each, for `fit.json`."""
+
         def means(values: list[float]) -> dict[str, float]:
             groups = {kind: [v for v, k in zip(values, kinds, strict=True) if k == kind] for kind in kinds}
             return {kind: round(sum(group) / len(group), 4) for kind, group in groups.items()}

@@ -78,6 +78,7 @@ def lora_targets(model: Any, config: LoraStage) -> tuple[str, ...]:
 
 
 def peft_config(config: LoraStage, targets: tuple[str, ...], base: str) -> LoraConfig:
+    """The settings of stage 3 as PEFT takes them."""
     return LoraConfig(
         r=config.rank,
         lora_alpha=cast(int, config.alpha),

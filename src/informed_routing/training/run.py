@@ -48,6 +48,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of the parts that are done."""
         return self.out / CHECKPOINTS
 
     def phase(self, name: str, tensors: dict[str, nn.Parameter], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

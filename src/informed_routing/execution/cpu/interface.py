@@ -17,10 +17,14 @@ _int, _float, _pointer = ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
 
 
 class Linear(ctypes.Structure):
+    """A linear layer of packed weights."""
+
     _fields_ = (("type", _int), ("n", _int), ("k", _int), ("pad", _int), ("data", _pointer), ("bias", _pointer))
 
 
 class Routing(ctypes.Structure):
+    """Router and forecaster of a unit."""
+
     _fields_ = (
         ("router_in", Linear),
         ("router_out", _pointer),
@@ -35,6 +39,8 @@ class Routing(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
+    """A decoder layer."""
+
     _fields_ = (
         *((name, _pointer) for name in ("attention_norm", "ffn_norm", "q_norm", "k_norm")),
         *((name, Linear) for name in ("q", "kv", "o", "gate_up", "down")),
@@ -48,6 +54,8 @@ class Layer(ctypes.Structure):
 
 
 class Model(ctypes.Structure):
+    """The decoder, final norm and head."""
+
     _fields_ = (
         ("layers", ctypes.POINTER(Layer)),
         ("final_norm", _pointer),
@@ -60,10 +68,14 @@ class Model(ctypes.Structure):
 
 
 class Prices(ctypes.Structure):
+    """Seconds by number of rows, for the profitability switch."""
+
     _fields_ = (("execute", _pointer * 2), ("approximate", _pointer * 2), ("limit", _int))
 
 
 class Call(ctypes.Structure):
+    """One forward: what it reads, where it writes, what it counts."""
+
     _fields_ = (
         *((name, _pointer) for name in ("hidden", "cos", "sin", "valid", "start", "keys", "values", "forced")),
         *((name, _pointer) for name in ("gates", "margins", "executed", "executed_keys", "calls")),

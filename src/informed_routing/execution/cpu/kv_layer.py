@@ -19,6 +19,7 @@ class PackedLayer(EngineLayer):
         self.dtype, self.device = dtype, torch.device("cpu")
 
     def has_room(self, length: int) -> bool:
+        """Whether `length` keys fit."""
         return self.is_initialized and self.values is not None and self.values.shape[2] >= length
 
     def reserve(self, batch: int, length: int) -> None:

@@ -67,6 +67,7 @@ class Packer:
         return self.linear(interleave(gate.weight, up.weight), bias, self.body)
 
     def routing(self, unit: RoutedUnit) -> Routing:
+        """Router and forecaster of a unit, packed."""
         router, forecast = unit.forms()
         packed = Routing(
             router_out=self.vector(router.outer, padded=True),
@@ -91,6 +92,7 @@ class Packer:
         return packed
 
     def layer(self, layer: Any, family: Family, attention: RoutedUnit, ffn: RoutedUnit, cost: UnitCost) -> Layer:
+        """A decoder layer, packed."""
         block: Any = attention.unit.module(layer)
         mlp: Any = ffn.unit.module(layer)
         q, k, v = projections(family, block)

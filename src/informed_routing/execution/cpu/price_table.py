@@ -64,6 +64,7 @@ class PriceTable:
 
     @property
     def balance(self) -> Balance:
+        """The machine's rates in the engine's own products, for limits."""
         return Balance(self.bytes_per_second, self.macs_per_second)
 
     def per_row(self, seconds: Sequence[float]) -> Tensor:

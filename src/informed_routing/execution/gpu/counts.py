@@ -55,6 +55,7 @@ class DeviceCounts:
         return [part.clone() for part in (self.executed, self.keys, self.calls)]
 
     def restore(self, state: list[Tensor]) -> None:
+        """Go back to counts that `state` gave."""
         for mine, before in zip((self.executed, self.keys, self.calls), state, strict=True):
             mine.copy_(before)
 

@@ -32,4 +32,5 @@ class Inputs:
 
     @property
     def length(self) -> int:
+        """Tokens of each sequence."""
         return len(self.hidden) // self.batch

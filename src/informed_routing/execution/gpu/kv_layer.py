@@ -22,6 +22,7 @@ class RoomLayer(EngineLayer):
 
     @property
     def capacity(self) -> int:
+        """Keys that there is room for."""
         return self.keys.shape[2] if self.is_initialized and self.keys is not None else 0
 
     def reserve(self, batch: int, length: int) -> None:

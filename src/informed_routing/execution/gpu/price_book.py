@@ -42,6 +42,7 @@ class Price:
         return nobody * self.none + (1 - nobody) * self.all
 
     def pays(self, rows: int, share: float) -> bool:
+        """Whether a routed call is expected to be clearly faster than one that executes all rows."""
         return self.routed(rows, share) * MARGIN < self.whole
 
 
@@ -57,6 +58,7 @@ class PriceBook:
         return f"{self.identity}|{('attention', 'ffn')[kind]}|{'decode' if decode else 'prefill'}|{size}"
 
     def find(self, kind: int, rows: int, decode: bool) -> Price | None:
+        """The price of a call of so many rows of a unit kind (0 or 1); None where it was not timed."""
         return self._prices.get(self._key(kind, rows, decode))
 
     def complete(self, rows: int, decode: bool, time: Callable[[int], Price]) -> None:

@@ -33,6 +33,8 @@ class Unit:
 
 @dataclass
 class Attention(Unit):
+    """Weights of an attention."""
+
     query: Matrix
     key: Matrix
     value: Matrix
@@ -46,6 +48,8 @@ class Attention(Unit):
 
 @dataclass
 class Ffn(Unit):
+    """Weights of a gated FFN."""
+
     gate: Matrix
     up: Matrix
     down: Matrix
@@ -85,6 +89,7 @@ def _filled(weight: Tensor, bias: Tensor, dtype: torch.dtype, dim: int) -> Matri
 
 
 def router_weights(unit: RoutedUnit, dtype: torch.dtype) -> RouterWeights:
+    """A unit's router, filled up to whole tiles."""
     form, _ = unit.forms()
     outer, bias = form.outer.float().contiguous(), form.bias.float()
     if form.inner_weight is None or form.inner_bias is None:
@@ -95,6 +100,7 @@ def router_weights(unit: RoutedUnit, dtype: torch.dtype) -> RouterWeights:
 
 
 def forecaster_weights(unit: RoutedUnit, dtype: torch.dtype) -> ForecasterWeights | None:
+    """A unit's forecaster, filled up to whole tiles; None where approximated tokens get nothing."""
     _, form = unit.forms()
     if form is None:
         return None
@@ -106,6 +112,7 @@ def forecaster_weights(unit: RoutedUnit, dtype: torch.dtype) -> ForecasterWeight
 
 
 def attention(layer: Any, family: Family, routed: RoutedUnit, cost: UnitCost, dtype: torch.dtype) -> Attention:
+    """An attention unit's weights, views of the model's wherever that can be."""
     block: Any = routed.unit.module(layer)
     q, k, v = projections(family, block)
     norm: Any = routed.unit.input_norm(layer)
@@ -128,6 +135,7 @@ def attention(layer: Any, family: Family, routed: RoutedUnit, cost: UnitCost, dt
 
 
 def ffn(layer: Any, family: Family, routed: RoutedUnit, dtype: torch.dtype) -> Ffn:
+    """An FFN unit's weights, views of the model's wherever that can be."""
     mlp: Any = routed.unit.module(layer)
     gate, up = gate_and_up(family, mlp)
     norm: Any = routed.unit.input_norm(layer)

@@ -20,6 +20,7 @@ class Matrix:
 
     @property
     def rows(self) -> int:
+        """Outputs."""
         return self.weight.shape[0]
 
     def dense(self, dtype: torch.dtype) -> Tensor:

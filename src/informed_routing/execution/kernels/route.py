@@ -38,6 +38,7 @@ class Selection:
 
     @classmethod
     def empty(cls, batch: int, length: int, device: torch.device) -> Selection:
+        """Room for the selection of `batch` sequences of `length` tokens."""
         total = batch * length
         return cls(
             torch.empty(total, dtype=torch.int32, device=device),

@@ -30,6 +30,7 @@ class Tiles:
 
     @property
     def launch(self) -> dict[str, int]:
+        """Arguments of a kernel's launch."""
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
@@ -58,6 +59,7 @@ def bucket(total: int) -> int:
 
 
 def candidates(dtype: torch.dtype, total: int) -> tuple[Tiles, ...]:
+    """Tile shapes worth timing for a number of rows."""
     if dtype == torch.float32:
         return (EXACT,)
     return FEW if total <= 32 else MANY

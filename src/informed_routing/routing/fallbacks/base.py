@@ -29,6 +29,7 @@ class LowRankForm:
 
     @property
     def rank(self) -> int:
+        """Width of the bottleneck."""
         return len(self.inner_weight)
 
 

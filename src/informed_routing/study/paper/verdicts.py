@@ -29,6 +29,7 @@ NOT_MEASURED = Verdict("not measured", "-")
 
 
 def verdict(holds: bool, ours: str) -> Verdict:
+    """A verdict by whether the claim holds."""
     return Verdict("holds" if holds else "does not hold", ours)
 
 
@@ -115,6 +116,7 @@ def seconds(entry: Entry) -> Value | None:
 
 
 def text(number: Value) -> str:
+    """A number with its error, as pages show it."""
     return f"{number.value:.2f}" + (f" ± {number.stderr:.2f}" if number.stderr else "")
 
 
