@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from typing import Literal
 
@@ -22,4 +23,5 @@ def need(*modules: str, extra: Extra, for_what: str) -> None:
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         wanted = f"{for_what} need {', '.join(missing)}, not installed here"
-        raise MissingExtra(wanted, f"Run: pip install 'informed-routing[{extra}]'")
+        newer = "with Python 3.11 or later: " if "arviz_stats" in missing and sys.version_info < (3, 11) else ""
+        raise MissingExtra(wanted, f"Run: {newer}pip install 'informed-routing[{extra}]'")

@@ -249,9 +249,9 @@ def test_unknown_task_and_missing_files(run: Run, tiny_folder: Path, tmp_path: P
 
 
 def test_tasks_without_the_harness(run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("informed_routing.evaluation.harness_tasks.find_spec", lambda name: None)
+    monkeypatch.setattr("informed_routing.extras.find_spec", lambda name: None)
     error = run("evaluate", tiny_folder, "--tasks", "boolq", "-q").one_line_error()
-    assert 'pip install "informed-routing[eval]"' in error
+    assert "pip install 'informed-routing[eval]'" in error
 
 
 def test_memory_that_runs_out_is_blamed_on_what_was_being_done(
