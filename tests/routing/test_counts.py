@@ -83,3 +83,14 @@ def test_the_cpu_engine_counts_the_same(family: str, pads: tuple[int, ...] | Non
     assert 0 < share < 1 if threshold == 0 else share == (threshold < 0)
     for one, other in zip(found["sparse"], found["native"], strict=True):
         torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(other), rtol=0, atol=0)
+
+
+def test_counts_that_begin_in_inference_mode_go_on_without_it() -> None:
+    model = make_routed("llama")
+    model.set_decision(Threshold(0.0))
+    with torch.inference_mode():
+        model.reset_routing_stats()
+        model(random_ids(1, 5))
+    with torch.no_grad():
+        model(random_ids(1, 5))
+    assert model.stats.tokens == 10

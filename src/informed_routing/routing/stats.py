@@ -44,9 +44,10 @@ class RoutingStats:
     @classmethod
     def empty(cls, costs: list[UnitCost], kinds: list[str]) -> RoutingStats:
         """Counts of nothing yet."""
-        zeros = torch.zeros(len(costs), dtype=torch.float64)
-        calls = torch.zeros(len(costs), len(OUTCOMES), dtype=torch.float64)
-        return cls(costs, kinds, zeros.clone(), zeros.clone(), 0.0, zeros.clone(), calls, zeros.clone())
+        with torch.inference_mode(False):  # counts may begin in one mode and go on in another
+            zeros = torch.zeros(len(costs), dtype=torch.float64)
+            calls = torch.zeros(len(costs), len(OUTCOMES), dtype=torch.float64)
+            return cls(costs, kinds, zeros.clone(), zeros.clone(), 0.0, zeros.clone(), calls, zeros.clone())
 
     def add(self, state: RoutingState, contexts: Tensor) -> None:
         """Count one forward. `contexts` [B, N]: keys visible to each token, 0 for padding."""

@@ -131,17 +131,3 @@ def test_the_page_says_what_the_cells_took(tmp_path: Path) -> None:
     _, cells, store = filled("table1", tmp_path, numbers)
     found = entries(cells, store)
     assert effort(found) in (agreement({"table1": found}, LLAMA) or "")
-
-
-def test_nothing_outside_of_the_room_imports_it_but_the_command() -> None:
-    """By reading: the one door is `entry.py`, and the `study` command opens it."""
-    source = Path(agreement.__code__.co_filename).resolve().parents[2]
-    importing = re.compile(r"^\s*(?:from|import)\s.*[.\s]paper\b.*", re.MULTILINE)
-    found = {
-        path.relative_to(source).as_posix(): importing.findall(path.read_text(encoding="utf-8"))
-        for path in source.rglob("*.py")
-        if (source / "study" / "paper") not in path.parents
-    }
-    found = {path: lines for path, lines in found.items() if lines}
-    assert set(found) == {"cli/study.py"}
-    assert all("study.paper.entry import" in line for line in found["cli/study.py"])

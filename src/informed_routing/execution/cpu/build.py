@@ -26,8 +26,6 @@ FLAGS_VARIABLE = "INFORMED_ROUTING_CXXFLAGS"
 """Further compiler flags, such as -DINFORMED_ROUTING_WIDE (the layout of AVX-512 on any machine), and with it
 -DINFORMED_ROUTING_TILES (matrix instructions by plain code)."""
 
-_SOURCES = ("vec.h", "tiles.h", "micro.h", "formats.h", "linear.h", "attention.h", "interface.h", "engine.cpp")
-
 
 def compiler() -> str | None:
     """Path of the C++ compiler: $CXX, g++ or clang++; None where there is none."""
@@ -40,7 +38,8 @@ def compiler() -> str | None:
 def _target(found: str) -> tuple[Path, list[str], dict[str, str]]:
     """Where the engine of this machine, compiler and source is or will be; flags; the sources by name."""
     folder = resources.files(__package__) / "source"
-    texts = {name: (folder / name).read_text(encoding="utf-8") for name in _SOURCES}
+    sources = sorted((path.name, path) for path in folder.iterdir() if path.name.endswith((".h", ".cpp")))
+    texts = {name: path.read_text(encoding="utf-8") for name, path in sources}
     flags = [*_FLAGS, *os.environ.get(FLAGS_VARIABLE, "").split()]
     key = hashlib.sha256("\0".join([*texts.values(), *flags, found, _machine()]).encode()).hexdigest()[:20]
     return cache_dir() / "native" / f"engine-{key}.so", flags, texts

@@ -1,0 +1,383 @@
+// One forward of all layers, with the branches inside: every thread of a parallel region runs one `Forward`.
+//
+// Approximated tokens never reach a unit's matrices: rows are picked by index where products read them, results
+// are added to the residual stream where products end, so a selection costs no copy. Weights are in any of the formats
+// of formats.h, sums are float32.
+#pragma once
+#include <omp.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "interface.h"
+#include "scratch.h"
+
+namespace {
+
+struct Forward {
+    const Model& m;
+    const Call& c;
+    Scratch& s;
+    const int rows, threads;
+    int tid = 0;
+    double mark = 0;
+
+    Forward(const Model& model, const Call& call, Scratch& scratch)
+        : m(model), c(call), s(scratch), rows(call.batch * call.length), threads(model.threads) {}
+
+    void lap(int phase) {
+        if (tid || !c.seconds) return;
+        const double t = now();
+        c.seconds[phase] += t - mark;
+        mark = t;
+    }
+
+    void share(int n, int& low, int& high) const {
+        low = (int)((long)n * tid / threads), high = (int)((long)n * (tid + 1) / threads);
+    }
+
+    // Norms, margins, gates and the two lists of rows. Afterwards s.x holds the normed rows.
+    void route(const float* norm, const Routing& r, int unit) {
+        const int d = m.d;
+        const bool decides = !c.dense;
+        const bool deep = r.router_in.n > 0;
+        int low, high;
+        share(rows, low, high);
+        float* x = s.x.store.data();
+        for (int i = low; i < high; i++) rms_norm(c.hidden + (size_t)i * d, norm, d, m.eps, x + (size_t)i * d);
+        const float* read = r.router_residual ? c.hidden : x;
+        const int width = padded(r.router_in.n);
+        if (decides && deep) {
+            float* inner = s.router.store.data();
+#pragma omp barrier
+            multiply(r.router_in, {read, (size_t)d, nullptr, rows}, tid, threads, [&](int i, int column, vf a, vf b) {
+                if (r.router_relu) a = vmax(a, (vf){}), b = vmax(b, (vf){});
+                store(inner + (size_t)i * width + column, a);
+                store(inner + (size_t)i * width + column + VL, b);
+            });
+#pragma omp barrier
+        }
+        for (int i = low; i < high; i++) {
+            uint8_t gate = 1;
+            if (decides) {
+                const float margin = r.router_bias + (deep
+                    ? dot(s.router.store.data() + (size_t)i * width, r.router_out, r.router_in.n)
+                    : dot(read + (size_t)i * d, r.router_out, d));
+                gate = margin > c.threshold;
+                if (c.margins) c.margins[(size_t)unit * rows + i] = margin;
+                if (c.forced) gate = c.forced[(size_t)unit * rows + i];
+                if (c.valid && !c.valid[i]) gate = 0;
+            }
+            s.gate[i] = gate;
+        }
+#pragma omp barrier
+#pragma omp single
+        select(unit, decides);
+    }
+
+    void select(int unit, bool decides) {
+        int n = 0, real = 0;
+        for (int i = 0; i < rows; i++) n += s.gate[i], real += c.valid ? c.valid[i] : 1;
+        const int kind = unit & 1, window = kind == 0 ? m.layers[unit / 2].window : 0;
+        int outcome = n >= real ? ALL : n ? SOME : NONE;  // as routing/counts.py has it
+        // Executing more than the router asks never harms the text; it is done where skipping saves nothing sure.
+        if (decides && n < rows && rows < c.prices.limit) {
+            const Prices& p = c.prices;
+            if (p.execute[kind][n] + p.approximate[kind][rows - n] >= WORTH * p.execute[kind][rows]) {
+                for (int i = 0; i < rows; i++) s.gate[i] = c.valid ? c.valid[i] : 1;
+                outcome = ROUNDED_UP;
+            }
+        }
+        c.calls[unit * OUTCOMES + outcome] += 1;
+        s.executed.clear();
+        s.approximated.clear();
+        for (int b = 0; b < c.batch; b++) {
+            s.first[b] = (int)s.executed.size();
+            for (int t = 0; t < c.length; t++) {
+                const int i = b * c.length + t;
+                (s.gate[i] ? s.executed : s.approximated).push_back(i);
+                if (s.gate[i] && (!c.valid || c.valid[i])) {
+                    c.executed[unit] += 1;
+                    const int seen = c.past + t + 1 - c.start[b];
+                    c.executed_keys[unit] += window && window < seen ? window : seen;
+                }
+            }
+        }
+        s.first[c.batch] = (int)s.executed.size();
+        if (c.gates) std::copy(s.gate.begin(), s.gate.begin() + rows, c.gates + (size_t)unit * rows);
+    }
+
+    // First half of the forecast: s.z [approximated, rank].
+    void forecast_in(const Routing& r) {
+        if (!r.forecast_in.n) return;
+        float* z = s.z.store.data();
+        const int width = padded(r.forecast_in.n);
+        const Rows x{s.x.store.data(), (size_t)m.d, s.approximated.data(), (int)s.approximated.size()};
+        multiply(r.forecast_in, x, tid, threads, [&](int i, int column, vf a, vf b) {
+            if (r.forecast_silu) a = vsilu(a), b = vsilu(b);
+            store(z + (size_t)i * width + column, a);
+            store(z + (size_t)i * width + column + VL, b);
+        });
+    }
+
+    void forecast_out(const Routing& r) {
+        if (!r.forecast_in.n) return;
+        const Rows z{s.z.store.data(), (size_t)padded(r.forecast_in.n), nullptr, (int)s.approximated.size()};
+        add(r.forecast_out, z, s.approximated.data(), 1.0f);
+    }
+
+    // residual[index[i]] += factor * (row i of x) W^T
+    void add(const Linear& w, const Rows& x, const int32_t* index, float factor) {
+        multiply(w, x, tid, threads, [&](int i, int column, vf a, vf b) {
+            float* out = c.hidden + (size_t)index[i] * m.d + column;
+            store(out, load(out) + a * factor);
+            store(out + VL, load(out + VL) + b * factor);
+        });
+    }
+
+    void store_to(const Linear& w, const Rows& x, float* out) {
+        const size_t width = padded(w.n);
+        multiply(w, x, tid, threads, [&](int i, int column, vf a, vf b) {
+            store(out + i * width + column, a);
+            store(out + i * width + column + VL, b);
+        });
+    }
+
+    template <class T>
+    void write_cache(const Layer& layer, int index) {
+        const int hd = m.head_dim, kv = m.kv_heads * hd;
+        const size_t width = padded(2 * kv);
+        T* keys = (T*)c.keys[index];
+        T* values = (T*)c.values[index];
+        int low, high;
+        share(rows, low, high);
+        for (int i = low; i < high; i++) {
+            float* row = s.kv.store.data() + i * width;
+            const int b = i / c.length, place = c.past + i % c.length;
+            for (int h = 0; h < m.kv_heads; h++) {
+                float* k = row + h * hd;
+                if (layer.k_norm) rms_norm(k, layer.k_norm, hd, m.qk_eps, k);
+                if (layer.rope) rotate(k, c.cos + (size_t)i * hd, c.sin + (size_t)i * hd, hd, 1.0f);
+                const size_t base = ((size_t)b * m.kv_heads + h) * c.capacity * hd;
+                T* panel = keys + base + (size_t)(place / NR) * hd * NR + place % NR;
+                for (int e = 0; e < hd; e++) put(panel + e * NR, k[e]);
+                T* v = values + base + (size_t)place * hd;
+                for (int e = 0; e < hd; e++) put(v + e, row[kv + h * hd + e]);
+            }
+        }
+    }
+
+    template <class T>
+    void rotate_queries(const Layer& layer) {
+        const int hd = m.head_dim, n = (int)s.executed.size();
+        const size_t width = padded(m.heads * hd);
+        int low, high;
+        share(n, low, high);
+        for (int i = low; i < high; i++) {
+            const size_t at = (size_t)s.executed[i] * hd;
+            for (int h = 0; h < m.heads; h++) {
+                float* q = s.q.store.data() + i * width + h * hd;
+                if (layer.q_norm) rms_norm(q, layer.q_norm, hd, m.qk_eps, q);
+                if (layer.rope) rotate(q, c.cos + at, c.sin + at, hd, m.scale);
+                else for (int e = 0; e < hd; e++) q[e] *= m.scale;
+                if (rounds_attention<T>(hd))
+                    for (int e = 0; e < hd; e += VL) store(q + e, rounded_to_bf16(load(q + e)));
+            }
+        }
+    }
+
+    template <class T>
+    void attention(const Layer& layer, int index) {
+        const int hd = m.head_dim, shared = m.heads / m.kv_heads;
+        const size_t width = padded(m.heads * hd);
+        const int per_task = std::max(1, QUERY_ROWS / shared);
+        int most = 0;
+        for (int b = 0; b < c.batch; b++) most = std::max(most, s.first[b + 1] - s.first[b]);
+        const int blocks = (most + per_task - 1) / per_task;
+        const int whole = c.batch * m.kv_heads * blocks;
+        const int reach = c.past + c.length;
+        // Few queries over many keys (decode): split the keys, so that every thread has work.
+        int splits = 1;
+        while (c.length == 1 && whole * splits < threads * 4 && reach / (splits + 1) >= 128) splits++;
+        const int span = (reach + splits * KEY_BLOCK - 1) / (splits * KEY_BLOCK) * KEY_BLOCK;
+        const int height = per_task * shared;
+        float* mixed = s.mixed.store.data();
+        thread_local std::vector<float> scores, local;
+        const size_t room = (height + 15) / 16 * 16;  // whole tiles of rows
+        scores.resize(room * KEY_BLOCK);
+        local.resize(room * hd);
+        std::vector<const float*> q(height);
+        std::vector<int> first(height), last(height);
+        std::vector<Partial> state(height);
+#pragma omp for schedule(dynamic, 1)
+        for (int task = 0; task < whole * splits; task++) {
+            const int part = task % splits, item = whole - 1 - task / splits;  // long contexts first
+            const int block = item / (c.batch * m.kv_heads), b = item / m.kv_heads % c.batch, h = item % m.kv_heads;
+            const int from = s.first[b] + block * per_task, to = std::min(s.first[b + 1], from + per_task);
+            int n = 0, until = 0, since = reach;
+            for (int i = from; i < to; i++)
+                for (int g = 0; g < shared; g++, n++) {
+                    q[n] = s.q.store.data() + i * width + (size_t)(h * shared + g) * hd;
+                    last[n] = c.past + s.executed[i] % c.length;
+                    first[n] = c.start[b];
+                    if (layer.window) first[n] = std::max(first[n], last[n] - layer.window + 1);
+                    until = std::max(until, last[n] + 1), since = std::min(since, first[n]);
+                }
+            if (!n) continue;
+            const size_t base = ((size_t)b * m.kv_heads + h) * c.capacity * hd;
+            const KeyValues<T> kv{(const T*)c.keys[index] + base, (const T*)c.values[index] + base, hd};
+            if (splits > 1) {
+                const size_t at = (size_t)(item * splits + part) * height;
+                const PlainProducts<T> products{kv, n, q.data(), scores.data(), s.partial.store.data() + at * hd};
+                attend(products, first.data(), last.data(), std::max(since, part * span),
+                       std::min(until, (part + 1) * span), s.states.data() + at);
+                continue;
+            }
+            attend_to(kv, n, q.data(), first.data(), last.data(), since, until, local.data(), state.data(),
+                      scores.data());
+            for (int r = 0; r < n; r++) {
+                float* out = mixed + (size_t)(from + r / shared) * width + (size_t)(h * shared + r % shared) * hd;
+                // Padding may see no key at all; what it gets only must be a number.
+                const float inverse = state[r].mass > 0 ? 1.0f / state[r].mass : 0.0f;
+                for (int e = 0; e < hd; e += VL) store(out + e, load(local.data() + r * hd + e) * inverse);
+            }
+        }
+        if (splits == 1) return;
+#pragma omp for schedule(static)
+        for (int item = 0; item < whole; item++) {
+            const int b = item / m.kv_heads % c.batch, h = item % m.kv_heads;
+            if (s.first[b] == s.first[b + 1]) continue;
+            for (int g = 0; g < shared; g++) {
+                float peak = MASKED, mass = 0;
+                auto at = [&](int part) { return (size_t)(item * splits + part) * height + g; };
+                for (int p = 0; p < splits; p++) peak = std::max(peak, s.states[at(p)].peak);
+                float* out = mixed + (size_t)s.first[b] * width + (size_t)(h * shared + g) * hd;
+                std::fill(out, out + hd, 0.0f);
+                for (int p = 0; p < splits; p++) {
+                    const float w = vexp((vf){} + (s.states[at(p)].peak - peak))[0];
+                    mass += w * s.states[at(p)].mass;
+                    for (int e = 0; e < hd; e += VL)
+                        store(out + e, load(out + e) + load(s.partial.store.data() + at(p) * hd + e) * w);
+                }
+                const float inverse = mass > 0 ? 1.0f / mass : 0.0f;
+                for (int e = 0; e < hd; e += VL) store(out + e, load(out + e) * inverse);
+            }
+        }
+    }
+
+    // Calls f with an element of the cache.
+    template <class F>
+    void with_elements(F&& f) const {
+        const bool known = CacheFormats::with(m.kv_type, [&](auto format) { f(typename decltype(format)::Element()); });
+        if (!known) unknown_format(m.kv_type);
+    }
+
+    void attention_unit(const Layer& layer, int index) {
+        route(layer.attention_norm, layer.attention, 2 * index);
+        lap(ROUTE);
+        float* x = s.x.store.data();
+        const size_t d = m.d;
+        const int n = (int)s.executed.size();
+        store_to(layer.kv, {x, d, nullptr, rows}, s.kv.store.data());
+        store_to(layer.q, {x, d, s.executed.data(), n}, s.q.store.data());
+        forecast_in(layer.attention);
+#pragma omp barrier
+        lap(PROJECT);
+        with_elements([&](auto element) {
+            write_cache<decltype(element)>(layer, index);
+            rotate_queries<decltype(element)>(layer);
+        });
+        forecast_out(layer.attention);
+#pragma omp barrier
+        lap(CACHE);
+        if (!n) return;
+        with_elements([&](auto element) { attention<decltype(element)>(layer, index); });
+        lap(ATTEND);
+        const size_t width = padded(m.heads * m.head_dim);
+        add(layer.o, {s.mixed.store.data(), width, nullptr, n}, s.executed.data(), layer.residual);
+#pragma omp barrier
+        lap(OUT);
+    }
+
+    void ffn_unit(const Layer& layer, int index) {
+        route(layer.ffn_norm, layer.ffn, 2 * index + 1);
+        lap(ROUTE);
+        const int n = (int)s.executed.size();
+        float* h = s.h.store.data();
+        const size_t width = padded(m.ff);
+        // A panel of gate_up is VL gates beside the same VL ups, so that their product is made in registers.
+        multiply(layer.gate_up, {s.x.store.data(), (size_t)m.d, s.executed.data(), n}, tid, threads,
+                 [&](int i, int column, vf gate, vf up) {
+                     store(h + i * width + column / 2, (layer.gelu ? vgelu_tanh(gate) : vsilu(gate)) * up);
+                 });
+        forecast_in(layer.ffn);
+#pragma omp barrier
+        lap(GATE_UP);
+        add(layer.down, {h, width, nullptr, n}, s.executed.data(), layer.residual);
+        forecast_out(layer.ffn);
+#pragma omp barrier
+        lap(DOWN);
+    }
+
+    void finish() {
+        const int d = m.d;
+        int low, high;
+        if (c.normed) {
+            share(rows, low, high);
+            for (int i = low; i < high; i++)
+                rms_norm(c.hidden + (size_t)i * d, m.final_norm, d, m.eps, c.normed + (size_t)i * d);
+        }
+        if (!c.logits) return;
+        float* x = s.x.store.data();
+        const int kept = c.batch * c.keep;
+        share(kept, low, high);
+        for (int i = low; i < high; i++) {
+            const int row = i / c.keep * c.length + c.length - c.keep + i % c.keep;
+            rms_norm(c.hidden + (size_t)row * d, m.final_norm, d, m.eps, x + (size_t)i * d);
+        }
+#pragma omp barrier
+        multiply(m.head, {x, (size_t)d, nullptr, kept}, tid, threads, [&](int i, int column, vf a, vf b) {
+            store_part(c.logits + (size_t)i * m.head.n + column, m.head.n - column, a, b);
+        });
+#pragma omp barrier
+        lap(HEAD);
+    }
+
+    void run() {
+        tid = omp_get_thread_num();
+        mark = now();
+        for (int i = 0; i < m.n_layers; i++) {
+            attention_unit(m.layers[i], i);
+            ffn_unit(m.layers[i], i);
+        }
+        finish();
+    }
+};
+
+void reserve(const Model& m, const Call& c, Scratch& s) {
+    const size_t rows = (size_t)c.batch * c.length, hd = m.head_dim;
+    size_t rank = 0, router = 0;
+    for (int i = 0; i < m.n_layers; i++)
+        for (const Routing* r : {&m.layers[i].attention, &m.layers[i].ffn}) {
+            rank = std::max(rank, (size_t)padded(r->forecast_in.n));
+            router = std::max(router, (size_t)padded(r->router_in.n));
+        }
+    const int shared = m.heads / m.kv_heads, height = std::max(1, QUERY_ROWS / shared) * shared;
+    s.x.get(rows * m.d);
+    s.q.get(rows * padded(m.heads * m.head_dim));
+    s.mixed.get(rows * padded(m.heads * m.head_dim));
+    s.kv.get(rows * padded(2 * m.kv_heads * m.head_dim));
+    s.h.get(rows * padded(m.ff));
+    s.z.get(rows * rank);
+    s.router.get(rows * router);
+    if (c.length == 1) {
+        const size_t parts = (size_t)c.batch * m.kv_heads + (size_t)m.threads * 8 + 8;
+        s.partial.get(parts * 4 * height * hd);
+        s.states.resize(parts * 4 * height);
+    }
+    s.gate.resize(rows);
+    s.executed.reserve(rows), s.approximated.reserve(rows);
+    s.first.resize(c.batch + 1);
+}
+
+}  // namespace
