@@ -49,10 +49,15 @@ class ForecasterConfig(Frozen):
         "start the routers, and after stage 2 unless that trained the forecasters itself",
     )
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the fallback has weights, which a fit finds: all but zero do."""
+        return self.fallback != "zero"
+
     @model_validator(mode="after")
     def _linear_for_closed_form(self) -> ForecasterConfig:
         closed = self.fit == "closed-form" or self.start == "closed-form"
-        if closed and self.activation != "none" and self.fallback == "forecaster":
+        if closed and self.activation != "none" and self.is_fitted:
             raise ValueError("a closed-form fit needs forecaster.activation = none; use fit = gradient with silu")
         return self
 
@@ -107,13 +112,13 @@ def check_parts(forecaster: ForecasterConfig, router: RouterConfig, selection: S
     if (router.kind == "ranking") != (selection.decision == "top-k"):
         raise ValueError("router.kind ranking and selection.decision top-k need each other")
     whole = selection.granularity == "unit" and selection.first_layer == 0 and selection.every == 1
-    if forecaster.fallback == "forecaster" and not (whole and selection.decision == "threshold"):
+    if forecaster.is_fitted and not (whole and selection.decision == "threshold"):
         raise ValueError("forecasters go with thresholds on single units of all layers: set forecaster.fallback = zero")
 
 
 def method_of(forecaster: ForecasterConfig, selection: SelectionConfig) -> str:
     """The published method that a choice of parts belongs to."""
-    if forecaster.fallback == "forecaster":
+    if forecaster.is_fitted:
         return "informed-routing"
     if selection.decision == "top-k":
         return "mod"

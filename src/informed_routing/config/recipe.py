@@ -165,7 +165,7 @@ class Recipe(Frozen):
             raise ValueError("calibrate alone needs a start (a routing folder) that has been routed")
         elif "route" not in self.stages and "lora" in self.stages:
             raise ValueError("stages needs route before lora, or a start (a routing folder) that has been routed")
-        elif "forecast" not in self.stages and self.forecaster.fallback == "forecaster":
+        elif "forecast" not in self.stages and self.forecaster.is_fitted:
             raise ValueError(
                 f"stages needs forecast before {self.stages[0]}, or a start, or forecaster.fallback = zero"
             )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..config.kinds import kind
 from ..progress import Progress
 from .engine import EngineKind, Factors, NativeEngine, Policy
 from .formats import Weights
@@ -47,8 +48,8 @@ def choose_engine(
     weights = kind_of(model.device).own_format(model.dtype, factors)
     if (kv or model.routing_state.kv) == "drop":
         return EngineChoice(weights, "kv='drop' needs a torch engine")
-    if decision == "top-k":
-        return EngineChoice(weights, "the top-k of a sequence needs a torch engine")
+    if not kind("rules", decision).causal:
+        return EngineChoice(weights, f"the {decision} of a sequence needs a torch engine")
     return EngineChoice(weights, native_reason(model, progress))
 
 

@@ -18,7 +18,7 @@ def model_card(config: RoutingConfig, fitted: dict[str, Any]) -> str:
         f"| {row.units:.3f} | {row.attention:.3f} | {row.ffn:.3f} | {row.macs:.3f} | {row.threshold:.3f} |"
         for row in config.thresholds
     )
-    forecasters = "" if config.forecaster.fallback == "zero" else f" and forecasters of rank {config.forecaster.rank}"
+    forecasters = f" and forecasters of rank {config.forecaster.rank}" if config.forecaster.is_fitted else ""
     return "\n".join(
         [
             *header,

@@ -27,7 +27,7 @@ def start_reads(recipe: Recipe) -> dict[str, Reading]:
 def refits(recipe: Recipe) -> bool:
     """Whether forecasters are solved again once there is routing."""
     config = recipe.forecaster
-    return config.refit and config.fit == "closed-form" and config.fallback == "forecaster"
+    return config.refit and config.fit == "closed-form" and config.is_fitted
 
 
 def begin_routing(run: Run, reads: dict[str, Reading]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class Forecast(Stage):
     checkpoints = ("forecast", "forecast-gradient", "forecast-quality")
 
     def applies(self, recipe: Recipe) -> bool:
-        return super().applies(recipe) and recipe.forecaster.fallback == "forecaster"
+        return super().applies(recipe) and recipe.forecaster.is_fitted
 
     def reads(self, recipe: Recipe) -> dict[str, Reading]:
         config, length = recipe.forecaster, recipe.forecast.sequence_length
