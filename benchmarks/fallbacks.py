@@ -71,7 +71,7 @@ def features(model: RoutedModelForCausalLM, rows: Tensor) -> dict[int, tuple[Ten
 
 
 def explained(solution: ClosedForm, rank: int, x: Tensor, output: Tensor, rest: Tensor) -> float:
-    """Share of the output's variance that slice and forecast of a rank explain; rank 0 is the mean of what is missing."""
+    """Share of the output's variance that slice and forecast of a rank explain; rank 0 is the mean of the rest."""
     directions = x @ solution.inner[:rank].T + solution.inner_bias[:rank]
     missed = rest - directions @ solution.outer[:, :rank].T - solution.outer_bias
     return float(1 - missed.square().sum() / (output - output.mean(0)).square().sum())
