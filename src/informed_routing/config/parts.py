@@ -21,6 +21,7 @@ Fallback = Annotated[str, AfterValidator(lambda name: check_kind("fallbacks", na
 KINDS: tuple[UnitKind, UnitKind] = ("attention", "ffn")
 
 DEFAULT_SLICE = 0.125
+"""Of slim fallbacks: folders that name no slice have this one."""
 
 
 class ForecasterConfig(Frozen):
