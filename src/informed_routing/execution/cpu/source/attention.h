@@ -101,8 +101,8 @@ struct TileProducts {
     const int n, steps;
     static constexpr bool rounds = false;  // packing does
     float *scores, *out;  // with room for whole tiles of rows
-    std::vector<bf16>&queries, &weights;
-    std::vector<uint32_t>& pairs;
+    Aligned<bf16>&queries, &weights;
+    Aligned<uint32_t>& pairs;
 
     static bool can(int n, int head_dim) { return tiles_ready() && n >= 8 && n <= ROWS && head_dim % NR == 0; }
 
@@ -118,8 +118,8 @@ struct TileProducts {
     ~TileProducts() { tiles_end(); }
 
     template <class E, int>
-    static std::vector<E>& kept() {
-        thread_local std::vector<E> memory;
+    static Aligned<E>& kept() {
+        thread_local Aligned<E> memory;
         return memory;
     }
 

@@ -202,7 +202,7 @@ struct Forward {
         const int span = (reach + splits * KEY_BLOCK - 1) / (splits * KEY_BLOCK) * KEY_BLOCK;
         const int height = per_task * shared;
         float* mixed = s.mixed.store.data();
-        thread_local std::vector<float> scores, local;
+        thread_local Aligned<float> scores, local;
         const size_t room = (height + 15) / 16 * 16;  // whole tiles of rows
         scores.resize(room * KEY_BLOCK);
         local.resize(room * hd);

@@ -68,9 +68,9 @@ static void multiply_tiles(
     const size_t stack = (size_t)steps * 16 * STEP;
     // Rows of a block fit a quarter of a private cache.
     const Tasks plan(x.count, panels(w), threads, 262144 / (steps * STEP), 32);
-    thread_local std::vector<float> plain;
-    thread_local std::vector<bf16> rows;
-    thread_local std::vector<vi> pairs;
+    thread_local Aligned<float> plain;
+    thread_local Aligned<bf16> rows;
+    thread_local Aligned<vi> pairs;
     if (unpack) plain.resize((size_t)w.k * NR), pairs.resize((size_t)w.k * NR / 2 / VL);
     rows.resize((size_t)(plan.height + 15) / 16 * stack);
     alignas(64) float sums[32 * NR];
@@ -132,7 +132,7 @@ INLINE void multiply_blocks(
 
 // The sum of each row's inputs over each group of them: [rows][k / GROUP], until the thread's next call.
 static const float* group_sums(const Rows& x, int k) {
-    thread_local std::vector<float> sums;
+    thread_local Aligned<float> sums;
     const int groups = k / GROUP;
     sums.resize((size_t)x.count * groups);
     for (int i = 0; i < x.count; i++)
@@ -169,7 +169,7 @@ template <class Out>
 static void multiply_unpacked(
     const Linear& w, const Rows& x, size_t bytes, Unpack unpack, int tid, int threads, Out&& out
 ) {
-    thread_local std::vector<float> unpacked;
+    thread_local Aligned<float> unpacked;
     const int k = w.k;
     unpacked.resize((size_t)k * NR + VL);
     multiply_blocks<MR>(
@@ -188,7 +188,7 @@ static void multiply_unpacked(
 #if HAS_TILES
 // The rows as matrix instructions round them, until the thread's next call.
 static Rows rounded_rows(const Rows& x, int k) {
-    thread_local std::vector<float> rounded;
+    thread_local Aligned<float> rounded;
     rounded.resize((size_t)x.count * k + VL);
     for (int i = 0; i < x.count; i++)
         for (int c = 0; c < k; c++) {

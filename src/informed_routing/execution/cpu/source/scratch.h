@@ -18,7 +18,7 @@ double now() {
 int padded(int n) { return (n + NR - 1) / NR * NR; }
 
 struct Buffer {
-    std::vector<float> store;
+    Aligned<float> store;
     float* get(size_t n) {
         if (store.size() < n) store.resize(n);
         return store.data();

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <new>
+#include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -24,6 +26,21 @@ typedef uint8_t vub __attribute__((vector_size(VL), aligned(1)));
 typedef _Float16 vhf __attribute__((vector_size(VL * 2), aligned(2)));
 
 struct bf16 { uint16_t bits; };
+
+// Memory that begins with a cache line, so that no vector or tile in it lies across two of them.
+template <class T>
+struct Lines {
+    using value_type = T;
+    Lines() = default;
+    template <class U>
+    Lines(const Lines<U>&) {}
+    T* allocate(size_t n) { return (T*)::operator new(n * sizeof(T), std::align_val_t(64)); }
+    void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+    bool operator==(const Lines&) const { return true; }
+    bool operator!=(const Lines&) const { return false; }
+};
+template <class T>
+using Aligned = std::vector<T, Lines<T>>;
 
 #define INLINE static inline __attribute__((always_inline))
 
