@@ -20,12 +20,13 @@ def make_routed(
     fallback: str = "forecaster",
     router: str = "low-rank",
     seed: int = 0,
+    forecaster: dict[str, Any] | None = None,
     **overrides: Any,
 ) -> RoutedModelForCausalLM:
     """A tiny routed model with random routers (margins of both signs) and random forecasters."""
     model = RoutedModelForCausalLM.attach(
         make_tiny(family, seed=seed, **overrides),
-        ForecasterConfig(rank=8, fallback=fallback),  # type: ignore[arg-type]
+        ForecasterConfig(rank=8, fallback=fallback, **(forecaster or {})),
         RouterConfig(kind=router, width=None if router == "linear" else 8),  # type: ignore[arg-type]
     )
     return _randomised(model, seed + 1)

@@ -304,7 +304,7 @@ def _with_routing(model: PreTrainedModel, config: RoutingConfig) -> RoutedModelF
     device = decoder.embed_tokens.weight.device
     parts = (config.hidden_size, config.forecaster, config.router, config.selection)
     for i, layer in enumerate(decoder.layers):
-        pair = [RoutedUnit(2 * i + j, kind, family, *parts).to(device) for j, kind in enumerate(KINDS)]
+        pair = [RoutedUnit(2 * i + j, kind, family, layer, *parts).to(device) for j, kind in enumerate(KINDS)]
         add_routing(layer, state, *pair)
     costs = unit_costs(decoder.layers, list(_units_of(decoder)))
     decoder.routing_state = state

@@ -40,6 +40,7 @@ def test_sparsity_outside_0_to_1(run: Run, tiny_folder: Path, command: str, valu
     ("flag", "value", "stages"),
     [
         ("--rank", "8", "lora"),
+        ("--fallback", "zero", "lora"),
         ("--router", "mlp", "route"),
         ("--budget", "macs", "lora"),
         ("--sparsity", "0.3", "calibrate"),
@@ -177,6 +178,10 @@ def test_usage_errors_are_one_line(run: Run, arguments: list[str]) -> None:
         (["--objective", "fun"], "objective"),
         (["--steps", "0"], "--steps"),
         (["--rank", "0"], "forecaster.rank"),
+        (["--fallback", "nothing"], "forecaster.fallback"),
+        (["--fallback", "slim", "--slice", "0"], "forecaster.slice"),
+        (["--fallback", "slim", "--slice", "1"], "forecaster.slice"),
+        (["--slice", "0.25"], "forecaster.slice is for fallback slim"),
         (["--batch-size", "0"], "batch_size"),
         (["--recipe", "no-such-recipe"], "no-such-recipe"),
     ],

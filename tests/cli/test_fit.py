@@ -13,6 +13,7 @@ from tests.cli.conftest import Outcome, save_tokenizer
 from tests.tiny import make_tiny
 
 from informed_routing.cli.demo import fit_state
+from informed_routing.execution.cpu import build
 
 Run = Callable[..., Outcome]
 
@@ -52,6 +53,26 @@ def test_fit_then_evaluate_and_generate(run: Run, tiny_folder: Path, tmp_path: P
     assert shares == sorted(shares)
     assert shares[0] == 0 < shares[1]
     assert run("generate", out, "--prompt", "the river", "-n", 3, "-q").code == 0
+
+
+def test_slim_from_fit_to_text(run: Run, tiny_folder: Path, tmp_path: Path, flags: list[object]) -> None:
+    """All commands run it in torch, and say why the native engine does not."""
+    out = tmp_path / "out"
+    outcome = run("fit", tiny_folder, "--out", out, *flags, "--fallback", "slim", "--slice", 0.5)
+    assert outcome.code == 0, outcome.err
+    settings = json.loads((out / "routing_config.json").read_text())["forecaster"]
+    assert (settings["fallback"], settings["slice"]) == ("slim", 0.5)
+    text = ["--data", flags[3], "--sequence-length", 32, "--json", "-", "-q"]
+    runs = run("evaluate", out, *text, "-s", 0, "-s", 0.2).json["result"]["runs"]
+    assert runs[0]["sparsity"]["units"] == 0 < runs[1]["sparsity"]["units"]
+    prompt = ["generate", out, "--prompt", "the river", "-n", 3, "--dtype", "float32", "-q"]
+    generated = run(*prompt, "--json", "-").json["result"]["engine"]
+    assert generated["name"] == "torch sparse"
+    if build.compiler() is not None:
+        assert "a SlimFallback" in generated["reason"]
+        assert "a SlimFallback" in run(*prompt, "--execution", "native").one_line_error()
+    timed = ["--prompt-tokens", 16, "--new-tokens", 2, "--repeats", 1, "-s", 0.2]
+    assert run("benchmark", out, *timed, "--data", flags[3], "--json", "-", "-q").code == 0
 
 
 def test_output_folder_that_exists(run: Run, tiny_folder: Path, tmp_path: Path, flags: list[object]) -> None:

@@ -59,6 +59,18 @@ def fit(
         str | None, typer.Option("--objective", help="lm, distill or mixed.", rich_help_panel=_SIZES)
     ] = None,
     rank: Annotated[int | None, typer.Option("--rank", help="Rank of the forecasters.", rich_help_panel=_SIZES)] = None,
+    fallback: Annotated[
+        str | None,
+        typer.Option(
+            "--fallback",
+            help="What an approximated token gets: forecaster, slim (some neurons and a forecast) or zero.",
+            rich_help_panel=_SIZES,
+        ),
+    ] = None,
+    slice_: Annotated[
+        float | None,
+        typer.Option("--slice", help="Of --fallback slim: share of an FFN's neurons.", rich_help_panel=_SIZES),
+    ] = None,
     router: Annotated[
         str | None, typer.Option("--router", help="mlp, linear or low-rank.", rich_help_panel=_SIZES)
     ] = None,
@@ -102,6 +114,8 @@ def fit(
             "stages": None if stages is None else [part.strip() for part in stages.split(",") if part.strip()],
             "start": start,
             "forecaster.rank": rank,
+            "forecaster.fallback": fallback,
+            "forecaster.slice": slice_,
             "router.kind": router,
             "data": data or None,
             "seed": common.seed,
@@ -113,7 +127,8 @@ def fit(
         },
     )
     if chosen.start:
-        _refuse_idle_flags(chosen.stages, {"--rank": rank, "--router": router}, budget, sparsity)
+        decided = {"--rank": rank, "--fallback": fallback, "--slice": slice_, "--router": router}
+        _refuse_idle_flags(chosen.stages, decided, budget, sparsity)
     with session("fit", common, chosen.seed) as run:
         from informed_routing.assets.text import check_readers
         from informed_routing.training.fit import fit as run_fit

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from .kinds import check_kind
 from .types import Frozen, Size
@@ -20,14 +20,22 @@ Fallback = Annotated[str, AfterValidator(lambda name: check_kind("fallbacks", na
 
 KINDS: tuple[UnitKind, UnitKind] = ("attention", "ffn")
 
+DEFAULT_SLICE = 0.125
+"""Of slim fallbacks: folders that name no slice have this one."""
+
 
 class ForecasterConfig(Frozen):
     """The Lightweight Feature Forecaster W2 (W1 x + b1) + b2 of paper Eq. 6 and how it is fitted (stage 1)."""
 
     fallback: Fallback = Field(
-        "forecaster", description="what an approximated token gets; zero is greedy routing (SkipGPT)"
+        "forecaster",
+        description="what an approximated token gets; slim computes a slice of an FFN's own neurons and forecasts the "
+        "rest; zero is greedy routing (SkipGPT)",
     )
     rank: Size = Field(64, description="bottleneck width r (paper: 100 at d = 4096)")
+    slice: float | None = Field(
+        None, gt=0, lt=1, description=f"slim: share of an FFN's neurons, taken in 32s; default {DEFAULT_SLICE}"
+    )
     activation: Literal["none", "silu"] = Field("none", description="paper: none; published code: silu")
     fit: Literal["closed-form", "gradient"] = "closed-form"
     start: Literal["random", "closed-form"] = Field("random", description="start of the gradient fit")
@@ -53,6 +61,25 @@ class ForecasterConfig(Frozen):
     def is_fitted(self) -> bool:
         """Whether the fallback has weights, which a fit finds: all but zero do."""
         return self.fallback != "zero"
+
+    @property
+    def share(self) -> float:
+        """Share of its own neurons that an FFN computes for an approximated token; 0 where it computes none."""
+        return (self.slice or DEFAULT_SLICE) if self.fallback == "slim" else 0.0
+
+    @model_serializer(mode="wrap")
+    def _without_idle_slice(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Left out where there is none: earlier versions then read the folder, and a study knows its cells again."""
+        stored: dict[str, Any] = plain(self)
+        if stored.get("slice") is None:
+            stored.pop("slice", None)
+        return stored
+
+    @model_validator(mode="after")
+    def _slice_of_slim(self) -> ForecasterConfig:
+        if self.slice is not None and self.fallback != "slim":
+            raise ValueError(f"forecaster.slice is for fallback slim, not {self.fallback}: leave it out")
+        return self
 
     @model_validator(mode="after")
     def _linear_for_closed_form(self) -> ForecasterConfig:

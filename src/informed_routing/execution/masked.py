@@ -25,7 +25,7 @@ def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tenso
         raw = unit.run(layer, x, call)
         update = unit.update(layer, raw)
         after = hidden + update
-        routed.observe(state, hidden, routed.features(hidden, x), raw, update, None, after)
+        routed.observe(state, layer, hidden, x, raw, update, None, after)
         return after
     features = routed.features(hidden, x)
     gate = routed.decide(state, hidden, features)
@@ -33,9 +33,9 @@ def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tenso
         call = _without_approximated_keys(routed, state, layer, gate, call, hidden.dtype)
     raw = unit.run(layer, x, call)
     update = unit.update(layer, raw)
-    forecast = routed.forecast(layer, features)
+    forecast = routed.forecast(layer, features, x)
     after = hidden + _mixed(gate, update, forecast)
-    routed.observe(state, hidden, features, raw, update, gate, after)
+    routed.observe(state, layer, hidden, x, raw, update, gate, after)
     return after
 
 

@@ -55,13 +55,13 @@ def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tenso
     elif count:
         output = routed.unit.run(layer, _rows(x, executed), NOTHING)
     if not count:
-        return hidden + routed.forecast(layer, features)
+        return hidden + routed.forecast(layer, features, x)
     result = torch.empty_like(hidden).view(total, -1)
     update = routed.unit.update(layer, output).reshape(count, -1)
     result.index_copy_(0, executed, _rows(hidden, executed)[0] + update)
     if count < total:
         approximated = (~flat).nonzero().squeeze(1)
-        forecast = routed.forecast(layer, _rows(features, approximated))
+        forecast = routed.forecast(layer, _rows(features, approximated), _rows(x, approximated))
         result.index_copy_(0, approximated, (_rows(hidden, approximated) + forecast)[0])
     return result.view_as(hidden)
 

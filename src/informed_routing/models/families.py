@@ -31,8 +31,10 @@ class Family:
     """Attribute of the layer that multiplies a unit's update (Granite)."""
     qkv: Literal["split", "fused"] = "split"
     """q_proj, k_proj, v_proj, or one qkv_proj with the rows of q, k and v in this order."""
-    gate_up: Literal["split", "fused"] = "split"
-    """gate_proj, up_proj, or one gate_up_proj with the rows of gate and up in this order."""
+    gate_up: Literal["split", "fused"] | None = "split"
+    """gate_proj, up_proj, or one gate_up_proj with the rows of gate and up in this order; None: no gated FFN."""
+    ffn_activation: str = "act_fn"
+    """Attribute of a gated FFN: what its gate goes through."""
     qk_norm: Literal["none", "head", "whole"] = "none"
     """q_norm and k_norm on each head, or on the whole projection."""
     rotates: str | None = None
@@ -108,6 +110,7 @@ FAMILIES: dict[str, Family] = {
         ffn_dropout="resid_mlp_dropout",
         qkv="fused",
         gate_up="fused",
+        ffn_activation="activation_fn",
         lora_targets=("qkv_proj", "gate_up_proj"),
     ),
     "olmo2": _POST_NORM,

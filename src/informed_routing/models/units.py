@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..config.parts import UnitKind
-from . import calls
+from . import calls, slices
 from .calls import Call
 from .families import Family
 from .projections import projections
@@ -55,6 +55,18 @@ class Unit:
         if self.kind == "ffn":
             return self.module(layer)(x)
         return self.module(layer)(x, **call.given)[0]
+
+    def neurons(self, layer: nn.Module) -> int | None:
+        """How many neurons the unit has of which some can be computed alone; None where it is no known gated FFN."""
+        return slices.neurons(self.family, self.module(layer)) if self.kind == "ffn" else None
+
+    def activations(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """What each neuron gives for the unit's normed input [..., d]: [..., neurons]."""
+        return slices.activations(self.family, self.module(layer), x)
+
+    def run_slice(self, layer: nn.Module, x: Tensor, index: Tensor) -> Tensor:
+        """The unit's raw output [..., d] for its normed input, of its neurons `index` int64 [k] alone."""
+        return slices.slice_output(self.family, self.module(layer), x, index)
 
     def update(self, layer: nn.Module, output: Tensor) -> Tensor:
         """What is added to the residual: output norm, dropout and residual scale applied."""

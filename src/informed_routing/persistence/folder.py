@@ -1,7 +1,7 @@
 """Routing folders: a small artefact beside the base model, as a PEFT adapter is.
 
 routing_config.json            settings, base model reference and fingerprint, thresholds
-routing.safetensors            routers and forecasters
+routing.safetensors            routers and forecasters, and which neurons slices have
 lora/                          the stage 3 adapter, if any
 config.json                    lets AutoModelForCausalLM recognise the folder
 modeling_informed_routing.py   lets it do so in programs that import only transformers (with trust_remote_code)
@@ -85,12 +85,12 @@ def save(model: Any, folder: Path, tensors: dict[str, Tensor] | None = None, *, 
     Whether the base model still is what the configuration says is not looked at: `saving.save_checked` does.
     `tensors` replace the model's own routers and forecasters. A `portable` folder will be elsewhere when it is read.
     """
-    found = dict(model.routing_parameters()) if tensors is None else tensors
+    found = routing_tensors(model) if tensors is None else tensors
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
     config: RoutingConfig = model.routing_config
     try:
         for name, tensor in ready.items():
-            check_numbers(f"{name} of the routing", tensor)
+            _check_tensor(f"{name} of the routing", tensor)
     except InputError as error:
         raise WorkError(error.what, "It would be refused on loading: train it again") from None
     wrong = _nonsense(config)
@@ -208,7 +208,7 @@ def _not_finite(node: Any, where: str) -> str | None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file. Raises InputError when it is missing, damaged, or holds no finite floats."""
+    """Tensors of a safetensors file. Raises InputError when it is missing, damaged, or holds no finite numbers."""
     try:
         tensors = load_file(str(path))
     except FileNotFoundError:
@@ -217,8 +217,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path} is damaged ({reason})", AGAIN) from None
     for name, tensor in tensors.items():
-        check_numbers(f"{name} of {path}", tensor)
+        _check_tensor(f"{name} of {path}", tensor)
     return tensors
+
+
+def _check_tensor(what: str, tensor: Tensor) -> None:
+    """Choices of neurons are whole numbers: whether they can be is looked at where they are put to use."""
+    if tensor.dtype != torch.int64:
+        check_numbers(what, tensor)
 
 
 def check_base(folder: Path, model: Any) -> None:
@@ -255,12 +261,29 @@ def load_routing_tensors(model: Any, path: Path) -> None:
 
 
 def copy_tensors(model: Any, stored: dict[str, Tensor], path: Path) -> None:
-    """Copy tensors by name. Raises InputError when names or shapes are others than the model's."""
-    wanted = dict(model.routing_parameters())
+    """Copy tensors by name. Raises InputError when names or shapes are others than the model's, or values cannot be."""
+    wanted = routing_tensors(model)
     odd = sorted(stored.keys() ^ wanted.keys())
-    odd += [name for name, parameter in wanted.items() if not odd and stored[name].shape != parameter.shape]
+    odd += [name for name, tensor in wanted.items() if not odd and not _alike(stored[name], tensor)]
     if odd:
         raise InputError(f"{path} does not fit {CONFIG_FILE} beside it ({odd[0]})", AGAIN)
     with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(stored[name])
+        for name, tensor in wanted.items():
+            tensor.copy_(stored[name])
+    for unit in model.units:
+        if unit.forecaster is not None and (fault := unit.forecaster.fault()):
+            raise InputError(f"{path} is damaged: layer {unit.index // 2} {unit.kind}: {fault}", AGAIN)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether both have one shape, and are both floating-point or both not."""
+    return one.shape == other.shape and one.is_floating_point() == other.is_floating_point()
+
+
+def routing_tensors(model: Any) -> dict[str, Tensor]:
+    """All that a routing folder stores, by its names: the parameters of routers and fallbacks, and their buffers."""
+    found: dict[str, Tensor] = dict(model.routing_parameters())
+    for unit in model.units:
+        place = f"layers.{unit.index // 2}.{unit.kind}"
+        found |= {f"{place}.{name}": buffer for name, buffer in unit.named_buffers()}
+    return found

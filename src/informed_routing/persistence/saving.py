@@ -18,7 +18,7 @@ from ..files.atomic import disk_error, write_several
 from ..models.facts import config_facts, different_fact
 from ..models.fingerprint import base_tensors, digest, dtype_of, fingerprint, layout, live_adapters, reference_to
 from .adapter_folder import Adapter, live_state, write_adapter
-from .folder import FILES, LORA_FOLDER, Origin, is_routing_folder, save
+from .folder import FILES, LORA_FOLDER, Origin, is_routing_folder, routing_tensors, save
 
 _KEEP = (
     "Give save_base=FOLDER to save the base model as it is now beside the routing, "
@@ -130,16 +130,17 @@ def check_hub_options(
 
 
 def _tensors(model: Any, state: Mapping[str, Tensor] | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights of the base model, and of routers and forecasters: the model's own, or those of a state dict."""
-    weights, routing = base_tensors(model), dict(model.routing_parameters())
+    """Weights of the base model, and what a routing folder stores: the model's own, or those of a state dict."""
+    weights, routing = base_tensors(model), routing_tensors(model)
     if state is None:
         return weights, routing
     _check_no_adapters(model)
-    places = {id(parameter): name for name, parameter in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+    places = {id(tensor): name for name, tensor in (*model.named_parameters(), *buffers.items())}
     unknown = sorted(state.keys() - model.state_dict().keys())
     if unknown:
         raise InputError(f"state_dict holds {unknown[0]}, which this model has not", "Give model.state_dict()")
-    own = dict(model.named_parameters(remove_duplicate=False))
+    own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False)) | buffers
 
     def stored(name: str) -> Tensor:
         for alias in (name, places[id(own[name])]):  # of tied weights, one name is enough

@@ -27,12 +27,15 @@ class UnitCost:
     """Paid by executed tokens for each key they attend to: scores and weighted values."""
     router: float
     forecaster: float
+    """Paid by approximated tokens: the forecast, and what the fallback computes of the unit itself."""
     window: int | None = None
     """Keys attended to at most (sliding window)."""
     kv: float = 0
     """Elements of the KV cache read for each key attended to."""
     stream: float = 0
     """Activations read and written for each token: residual stream and normed input, elements."""
+    slice: float = 0
+    """What of `forecaster` is by weights of the unit itself, which engines hold in the body's format."""
 
     def keys(self, context: float) -> float:
         """Keys that a token attends to which has `context` of them before it."""
@@ -57,7 +60,9 @@ def unit_costs(layers: Sequence[nn.Module], units: Sequence[RoutedUnit]) -> list
         forecaster = 0 if routed.forecaster is None else _weights(routed.forecaster)
         hidden_size = routed.hidden_size
         if routed.kind == "ffn":
-            costs.append(UnitCost(0, _base_weights(module), 0, router, forecaster, stream=4 * hidden_size))
+            weights = _base_weights(module)
+            own = _slice_weights(routed, layer, weights)
+            costs.append(UnitCost(0, weights, 0, router, forecaster + own, stream=4 * hidden_size, slice=own))
             continue
         config = module.config
         width, d = config.num_attention_heads * module.head_dim, config.hidden_size
@@ -66,6 +71,13 @@ def unit_costs(layers: Sequence[nn.Module], units: Sequence[RoutedUnit]) -> list
         heads = 2 * config.num_key_value_heads * module.head_dim
         costs.append(UnitCost(kv, 2 * d * width, 2 * width, router, forecaster, window, heads, 4 * d))
     return costs
+
+
+def _slice_weights(routed: RoutedUnit, layer: nn.Module, weights: int) -> float:
+    """Weights of a unit's own neurons that its fallback computes; every neuron has as many."""
+    chosen = None if routed.forecaster is None else routed.forecaster.chosen()
+    neurons = routed.unit.neurons(layer)
+    return 0 if chosen is None or neurons is None else weights * len(chosen) / neurons
 
 
 def _base_weights(module: nn.Module) -> int:

@@ -53,17 +53,19 @@ def work_of(
     queries share them, and what is read is small beside the arithmetic.
     """
     always, execute, kv = (stats.column(name) for name in ("always", "execute", "kv"))
-    router, forecaster, stream = (stats.column(name) for name in ("router", "forecaster", "stream"))
+    router, forecaster, own, stream = (stats.column(name) for name in ("router", "forecaster", "slice", "stream"))
     calls = stats.calls.sum(1)
     keys = stats.keys if dense else stats.executed_keys
     run = calls if dense else stats.calls[:, [ALL, SOME, ROUNDED_UP]].sum(1)
     forecast = torch.zeros_like(calls) if dense else stats.calls[:, [SOME, NONE]].sum(1)
+    sliced = torch.zeros_like(calls) if dense else stats.calls[:, NONE]  # where some execute, its weights are read
     decided = 0.0 if dense or not stats.routed else 1.0
     evicted = torch.zeros_like(stats.evicted) if dense else stats.evicted
     macs = stats.unit_macs(dense=dense)
     projected = torch.where(evicted > 0, run, calls)  # keys and values of nobody need no weights
-    moved = (projected * always + run * execute) * storage.body + (keys * kv * storage.kv if decode else 0.0)
-    moved = moved + forecast * forecaster * storage.forecaster + decided * calls * router * storage.router
+    body = projected * always + run * execute + sliced * own
+    moved = body * storage.body + (keys * kv * storage.kv if decode else 0.0)
+    moved = moved + forecast * (forecaster - own) * storage.forecaster + decided * calls * router * storage.router
     moved = moved + stats.tokens * stream * storage.stream
     forwards = float(calls.max()) if len(calls) else 0.0
     return Work(macs, moved, head_rows * head_weights, forwards * head_weights * storage.head)

@@ -30,6 +30,7 @@ class RoutedUnit(nn.Module):
         index: int,
         kind: UnitKind,
         family: Family,
+        layer: nn.Module,
         hidden_size: int,
         forecaster: ForecasterConfig,
         router: RouterConfig,
@@ -43,7 +44,9 @@ class RoutedUnit(nn.Module):
         self.predicts_raw = forecaster.target == "raw"
         self.hidden_size = hidden_size
         self.first_tokens = selection.first_tokens
-        self.forecaster: Fallback | None = kind_of("fallbacks", forecaster.fallback).make(forecaster, hidden_size)
+        self.forecaster: Fallback | None = kind_of("fallbacks", forecaster.fallback).make_for(
+            forecaster, hidden_size, self.unit, layer
+        )
         rank = 0 if self.forecaster is None else self.forecaster.rank
         self.is_routed = selection.routes(index // 2)
         self.joins = self.is_routed and selection.granularity == "layer"
@@ -88,12 +91,22 @@ class RoutedUnit(nn.Module):
             return F.rms_norm(hidden, hidden.shape[-1:], eps=1e-6)
         return x
 
-    def forecast(self, layer: nn.Module, features: Tensor) -> Tensor:
-        """The update [..., d] that an approximated token gets."""
+    def forecast(self, layer: nn.Module, features: Tensor, x: Tensor) -> Tensor:
+        """The update [..., d] that an approximated token gets, whose unit would have read x, [..., d]."""
         if self.forecaster is None:
             return torch.zeros_like(features)
         predicted = self.forecaster(features)
+        own = self.own_slice(layer, x)
+        predicted = predicted if own is None else own + predicted
         return self.unit.update(layer, predicted) if self.predicts_raw else predicted
+
+    def own_slice(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """What the fallback has of the unit itself, [..., d], in the form that it predicts; None for nothing."""
+        index = None if self.forecaster is None else self.forecaster.chosen()
+        if index is None:
+            return None
+        raw = self.unit.run_slice(layer, x, index)
+        return raw if self.predicts_raw else self.unit.update(layer, raw)
 
     def decide(self, state: RoutingState, hidden: Tensor, features: Tensor) -> Tensor:
         """The gate [B, N] of this forward, recorded in the state. Padding is never worth executing."""
@@ -144,6 +157,7 @@ class RoutedUnit(nn.Module):
     def observe(
         self,
         state: RoutingState,
+        layer: nn.Module,
         hidden: Tensor,
         x: Tensor,
         raw: Tensor,
@@ -151,10 +165,15 @@ class RoutedUnit(nn.Module):
         gate: Tensor | None,
         after: Tensor,
     ) -> None:
-        """Show one unit's input and output to the observer, if there is one."""
-        if state.observer is not None:
-            target = raw if self.predicts_raw else update
-            state.observer(Observation(self.index, x, target, gate, hidden, after))
+        """Show one unit's input x and output to the observer, if there is one."""
+        if state.observer is None:
+            return
+        output = raw if self.predicts_raw else update
+        with torch.no_grad():
+            own = self.own_slice(layer, x)
+            rest = output if own is None else output.detach() - own
+        features = self.features(hidden, x)
+        state.observer(Observation(self.index, features, x, output, rest, gate, hidden, after))
 
 
 def _with_margin(logits: Tensor, where: Tensor, margin: float) -> Tensor:

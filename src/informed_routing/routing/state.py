@@ -25,8 +25,12 @@ class Observation:
     index: int
     x: Tensor
     """[B, N, d]: what forecaster and router read."""
+    read: Tensor
+    """[B, N, d]: what the unit itself read; another than `x` only where a family has no input norm."""
     output: Tensor
-    """[B, N, d]: the unit's contribution in the form that the forecaster predicts."""
+    """[B, N, d]: the unit's contribution in the form that its fallback predicts."""
+    rest: Tensor
+    """[B, N, d]: what of `output` the fallback's weights are for: all that its slice of the unit does not give."""
     gate: Tensor | None
     """[B, N]: the decision, None while everything executes."""
     residual: Tensor

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import InputError
 from ..files.atomic import write_tensors
@@ -58,9 +58,9 @@ def _checksum(record: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def load_checkpoint(
-    path: Path, tensors: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None = None
+    path: Path, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None = None
 ) -> StageRecord | None:
-    """Restore what `save_checkpoint` wrote into live parameters; None when there is no file."""
+    """Restore what `save_checkpoint` wrote into live tensors; None when there is no file."""
     if not path.exists():
         return None
     try:

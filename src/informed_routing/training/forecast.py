@@ -63,7 +63,9 @@ def gather_moments(
     *,
     decision: DecisionRule | None = None,
 ) -> list[Moments]:
-    """Second moments of (input, output) of all units in one streaming pass over rows [n, L]; nothing is stored.
+    """Second moments of all units in one streaming pass over rows [n, L]; nothing is stored.
+
+    Of inputs, and of outputs less what a fallback's slice of the unit gives of them (`Observation.rest`).
 
     With a decision rule, approximated tokens count 1 and executed ones `REFIT_EXECUTED_WEIGHT`: the moments of the
     tokens that forecasts will really be used for, at inputs that earlier forecasts have already shifted.
@@ -73,7 +75,7 @@ def gather_moments(
     moments = [Moments(width, model.device) for _ in model.units]
 
     def observer(seen: Observation) -> None:
-        x, y = seen.x.reshape(-1, width), seen.output.reshape(-1, width)
+        x, y = seen.x.reshape(-1, width), seen.rest.reshape(-1, width)
         moments[seen.index].add(x, y, token_weights(seen, relative))
 
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
@@ -90,7 +92,7 @@ class ForecastReport:
     """Quality of every unit's forecasts, in unit order, on text that the fit has not seen."""
 
     explained: list[float]
-    """Share of the output variance explained."""
+    """Share of the output variance explained by all that an approximated token gets."""
     relative: list[float]
     """The same with each token weighed by 1 / mean square of the residual stream: what the closed form optimises."""
     cosine: list[float]
@@ -173,8 +175,8 @@ def measure(model: RoutedModelForCausalLM, rows: Tensor, progress: Progress | No
     def observer(seen: Observation) -> None:
         forecaster = units[seen.index].forecaster
         assert forecaster is not None
-        y = seen.output.reshape(-1, width).float()
-        predicted = forecaster(seen.x.reshape(-1, width)).float()
+        y, rest = (part.reshape(-1, width).float() for part in (seen.output, seen.rest))
+        predicted = y - rest + forecaster(seen.x.reshape(-1, width)).float()
         weight = seen.relative_weight
         relative.add(seen.index, y, predicted, weight)
         plain.add(seen.index, y, predicted, torch.ones_like(weight))
@@ -200,7 +202,7 @@ class ForecastObjective(nn.Module):
         def observer(seen: Observation) -> None:
             forecaster = units[seen.index].forecaster
             assert forecaster is not None
-            x, y = seen.x.detach(), seen.output.detach()
+            x, y = seen.x.detach(), seen.rest.detach()
             with torch.enable_grad():
                 predicted = forecaster(x)
                 scale = self.scales[seen.index] if self.scales is not None else 1.0
@@ -213,11 +215,11 @@ class ForecastObjective(nn.Module):
 
 
 def output_scales(model: RoutedModelForCausalLM, rows: Tensor) -> list[float]:
-    """Root mean square of every unit's output on rows [n, L], for `target: normalised`."""
+    """Root mean square of what every unit's forecaster predicts on rows [n, L], for `target: normalised`."""
     squares = [0.0] * len(model.units)
 
     def observer(seen: Observation) -> None:
-        squares[seen.index] += float(seen.output.float().square().mean())
+        squares[seen.index] += float(seen.rest.float().square().mean())
 
     observe(model, rows[:4], observer, AlwaysExecute())
     return [max(value, 1e-12) ** 0.5 for value in squares]

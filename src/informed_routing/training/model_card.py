@@ -19,6 +19,8 @@ def model_card(config: RoutingConfig, fitted: dict[str, Any]) -> str:
         for row in config.thresholds
     )
     forecasters = f" and forecasters of rank {config.forecaster.rank}" if config.forecaster.is_fitted else ""
+    if share := config.forecaster.share:
+        forecasters += f" beside {share:.3g} of each FFN's own neurons"
     return "\n".join(
         [
             *header,

@@ -51,7 +51,7 @@ class Run:
         """The folder of the parts that are done."""
         return self.out / CHECKPOINTS
 
-    def phase(self, name: str, tensors: dict[str, nn.Parameter], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def phase(self, name: str, tensors: Mapping[str, Tensor], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Do `work` unless an earlier run has: its result is the tensors and what it reports, with its seconds."""
         path = self.checkpoints / f"{name}.safetensors"
         record = load_checkpoint(path, tensors)

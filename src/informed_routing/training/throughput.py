@@ -57,16 +57,19 @@ def flops_per_token(
     all alike; under sampled decisions both branches of every unit run.
     """
     dense = sum(cost.dense(context) for cost in costs)
-    routers, forecasters = (float(sum(getattr(cost, name) for cost in costs)) for name in ("router", "forecaster"))
+    routers, approximate, slices = (
+        float(sum(getattr(cost, name) for cost in costs)) for name in ("router", "forecaster", "slice")
+    )
+    forecasters = approximate - slices
     if stage == "forecast":
-        return 2 * dense + 6 * forecasters
+        return 2 * (dense + slices) + 6 * forecasters
     body = dense
     if sparsity:
         meter = BudgetMeter(list(costs), ["attention", "ffn"] * (len(costs) // 2), "macs", context)
         body *= 1 - float(meter.saved(torch.full((len(costs),), sparsity)))
     total = 4 * (body + head_weights) + 6 * adapter_weights
     if stage == "route":
-        total += 6 * routers + (6 if train_forecasters else 4) * forecasters
+        total += 6 * routers + (6 if train_forecasters else 4) * forecasters + 4 * slices
     if objective is not None and objective.kind != "lm":  # the teacher
         total += 2 * (dense + head_weights)
     return total

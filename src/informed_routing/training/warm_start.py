@@ -149,7 +149,7 @@ class _Statistics:
         if seen.index in self._seen:  # recomputation under activation checkpointing
             return
         assert seen.gate is not None
-        x, y = (t.detach().reshape(-1, self.width).float() for t in (seen.x, seen.output))
+        x, y = (t.detach().reshape(-1, self.width).float() for t in (seen.x, seen.rest))
         forecaster = self.model.units[seen.index].forecaster
         miss = y if forecaster is None else y - forecaster(x).float()
         log_miss = miss.square().sum(-1).clamp(min=1e-20).log()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...config.parts import ForecasterConfig
 from ...errors import InputError
+from ...models.units import Unit
 
 if TYPE_CHECKING:
     from ..closed_form import ClosedForm
@@ -48,9 +49,26 @@ class Fallback(nn.Module):
     def make(cls, config: ForecasterConfig, hidden_size: int) -> Fallback | None:
         """A fresh one for one unit."""
 
+    @classmethod
+    def make_for(cls, config: ForecasterConfig, hidden_size: int, unit: Unit, layer: nn.Module) -> Fallback | None:
+        """A fresh one for a unit of a layer. Raises InputError for a unit that this fallback cannot be for."""
+        return cls.make(config, hidden_size)
+
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """The update [..., d] for what the unit would have read, [..., d]."""
+        """The update [..., d] for what the unit would have read, [..., d], less what the `chosen` neurons give."""
+
+    def chosen(self) -> Tensor | None:
+        """Which of the unit's own neurons approximated tokens get too: int64 [k], ascending; None for none of them."""
+        return None
+
+    def choose(self, importance: Tensor) -> None:
+        """Choose as many neurons as before, by the importance [neurons] of all. For those with `chosen` only."""
+        raise NotImplementedError
+
+    def fault(self) -> str | None:
+        """What is wrong with tensors that were stored; None where they are sound."""
+        return None
 
     def take(self, solution: ClosedForm) -> None:
         """Become the closed form's solution. Raises InputError for a fallback that has none."""

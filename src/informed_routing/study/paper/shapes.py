@@ -109,7 +109,7 @@ def _unit_costs(config: LlamaConfig, shape: RoutedShape) -> tuple[list[UnitCost]
     forecaster = ForecasterConfig(rank=100, fallback=shape.fallback)
     with torch.device("meta"):
         units = [
-            RoutedUnit(place, kind, family, config.hidden_size, forecaster, shape.router, shape.selection)
+            RoutedUnit(place, kind, family, layers[0], config.hidden_size, forecaster, shape.router, shape.selection)
             for place, kind in enumerate(KINDS)
         ]
     added = sum(p.numel() for unit in units for name, p in unit.named_parameters() if name.endswith("weight"))

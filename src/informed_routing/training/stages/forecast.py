@@ -23,7 +23,7 @@ class Forecast(Stage):
     name = "forecast"
     place = 10
     settings = ("forecast",)
-    checkpoints = ("forecast", "forecast-gradient", "forecast-quality")
+    checkpoints = ("forecast-slice", "forecast", "forecast-gradient", "forecast-quality")
 
     def applies(self, recipe: Recipe) -> bool:
         return super().applies(recipe) and recipe.forecaster.is_fitted
@@ -40,10 +40,15 @@ class Forecast(Stage):
 
     def run(self, run: Run) -> dict[str, Any]:
         from ..forecast import forecaster_parameters
+        from ..slices import slice_tensors
 
         config, reads = run.recipe.forecaster, self.reads(run.recipe)
         tensors = forecaster_parameters(run.model)
         report: dict[str, Any] = {"fit": config.fit, "rank": config.rank}
+        if slices := slice_tensors(run.model):
+            rows = run.text.read(next(iter(reads.values())))  # some of the text that the fit reads anyway
+            chosen = run.phase("forecast-slice", slices, lambda: _choose(run, rows))
+            report["slice"] = {"share": config.share, "neurons": len(next(iter(slices.values()))), **chosen}
         if "forecast" in reads:
             rows = run.text.read(reads["forecast"])
             report["closed_form"] = run.phase("forecast", tensors, lambda: _solve(run, rows))
@@ -55,6 +60,15 @@ class Forecast(Stage):
 
 
 KIND = Forecast
+
+
+def _choose(run: Run, rows: Tensor) -> dict[str, Any]:
+    from ..slices import CHOICE_TOKENS, choose_slices
+
+    rows = rows[: max(CHOICE_TOKENS // rows.shape[1], 1)]
+    run.progress.stage("choose slices", len(rows))
+    choose_slices(run.model, rows, run.accelerator, run.progress)
+    return {}
 
 
 def _solve(run: Run, rows: Tensor) -> dict[str, Any]:
