@@ -8,7 +8,6 @@ Closed forms only, no training: neurons are chosen, and what they leave is solve
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,7 @@ def explained(solution: ClosedForm, rank: int, x: Tensor, output: Tensor, rest: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    progress, started = make_progress(quiet=False), time.perf_counter()
+    progress = make_progress(quiet=False)
     _, tokenizer = load_model(MODEL, dtype="float32")
     rows, unseen = text(tokenizer, "train", FITTED), text(tokenizer, "heldout", UNSEEN)
     table: list[dict[str, Any]] = []
@@ -104,7 +103,6 @@ def main() -> None:
             "texts": TEXTS,
             "fitted_tokens": rows.numel(),
             "judged_tokens": unseen.numel(),
-            "seconds": round(time.perf_counter() - started, 1),
             "rows": table,
             "environment": environment(),
             "threads": torch.get_num_threads(),
