@@ -114,7 +114,7 @@ class Router(nn.Module):
 
     def score(self, x: Tensor) -> Tensor:
         """What ranks the tokens of a sequence, of a router that `ranks`: [...] float32."""
-        raise NotImplementedError(f"{type(self).__name__} does not rank")
+        raise InputError(f"a {type(self).__name__} does not rank tokens", "Use router.kind = ranking")
 
     def form(self) -> RouterForm | None:
         """How engines compute the margin; None where they cannot, and torch computes."""
