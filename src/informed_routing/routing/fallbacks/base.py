@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LowRankForm:
-    """outer_weight act(inner_weight x + inner_bias) + outer_bias, act being SiLU or nothing, and a slice of the unit."""
+    """outer_weight act(inner_weight x + inner_bias) + outer_bias, act being SiLU or nothing, and a slice of the unit:
+    what engines compute for approximated tokens."""
 
     inner_weight: Tensor
     """[r, d]"""
