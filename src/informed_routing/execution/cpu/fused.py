@@ -115,7 +115,7 @@ class _Mix(torch.autograd.Function):
 
 
 def mix(hidden: Tensor, gate: Tensor, executed: Tensor, approximated: Tensor) -> Tensor:
-    """hidden + gate executed + (1 - gate) approximated, float32 [..., d]; updates are bfloat16, the gate float32 [...]."""
+    """hidden + gate executed + (1 - gate) approximated: float32 [..., d], of bfloat16 updates and a float32 gate."""
     return _apply(_Mix, hidden, gate, executed, approximated)
 
 
