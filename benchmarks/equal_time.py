@@ -17,6 +17,7 @@ import argparse
 import itertools
 import json
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,10 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     for given in arguments.models:
         name, _, folder = given.partition("=")
         points += points_of(name, folder, arguments.weights)
-    times = seconds(points, timed, arguments.new_tokens, arguments.repeats)
+    with ExitStack() as unchanged:  # as text generation has it: weights are compared once, not at each step
+        for point in points:
+            unchanged.enter_context(point.engine.fixed())
+        times = seconds(points, timed, arguments.new_tokens, arguments.repeats)
     rows: list[dict[str, Any]] = []
     PROGRESS.stage("perplexity", len(points))
     for done, point in enumerate(points, start=1):
