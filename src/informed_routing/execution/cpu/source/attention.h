@@ -183,8 +183,7 @@ static void attend(
             }
             vf top = load(row);
             for (int c = VL; c < width; c += VL) top = vmax(top, load(row + c));
-            float peak = state[i].peak;
-            for (int c = 0; c < VL; c++) peak = top[c] > peak ? top[c] : peak;
+            const float highest = most(top), peak = highest > state[i].peak ? highest : state[i].peak;
             if (peak > state[i].peak) {
                 const float shrink = vexp((vf){} + (state[i].peak - peak))[0];
                 state[i].mass *= shrink;
