@@ -94,8 +94,8 @@ static void multiply_tiles(
 ) {
     const int steps = steps_of(w.k);
     const size_t stack = (size_t)steps * 16 * STEP;
-    // Rows of a block fit a quarter of a private cache.
-    const Tasks plan = given ? *given : Tasks(x.count, panels(w), threads, 262144 / (steps * STEP), 32);
+    // Rows of a block fit half of a private cache.
+    const Tasks plan = given ? *given : Tasks(x.count, panels(w), threads, 524288 / (steps * STEP), 32);
     thread_local Aligned<float> plain;
     thread_local Aligned<bf16> rows;
     thread_local Aligned<vi> pairs;
