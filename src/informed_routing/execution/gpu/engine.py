@@ -146,6 +146,7 @@ class GpuEngine:
         prepare(self, batch, length)
         contexts = rows.contexts(past, length)
         limits = torch.zeros(contexts.shape) if dense else state.decision.limits(contexts)
+        exact = dense or self.policy == "exact"
         given = Inputs(
             hidden=embeddings.to(self.dtype).reshape(-1, d),
             cos=rope[0].float().expand(batch, -1, -1).reshape(batch * length, -1),
@@ -156,9 +157,7 @@ class GpuEngine:
             limits=limits.to(self.device).reshape(-1),
             forced=None if forced is None else forced.to(self.device).reshape(self.units, -1),
             batch=batch,
-            whole=(False, False)
-            if dense or self.policy == "exact"
-            else self.whole(batch, length, state.decision.nominal),
+            whole=(False, False) if exact else self.whole(batch, length, state.decision.nominal),
         )
         if length == 1 and cache is not None and rows.valid is None and self.records:
             hidden, gates = self._replayed(given, layers, dense)

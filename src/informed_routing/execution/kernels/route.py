@@ -204,8 +204,8 @@ def route(
 ) -> tuple[Tensor, Selection]:
     """Normed rows [T, d] in the dtype of hidden [T, d], and which of them execute (paper 3.1; threshold on margins).
 
-    `norm` [d] is the RMSNorm's weight, `limits` [T] float32 on the device the margins above which rows execute, `valid` [T] marks real tokens. A few rows
-    are routed and compacted in one launch, many in two.
+    `norm` [d] is the RMSNorm's weight, `limits` [T] float32 on the device the margins above which rows execute, `valid`
+    [T] marks real tokens. A few rows are routed and compacted in one launch, many in two.
     """
     total, d = hidden.shape
     width = 0 if router.inner is None else router.inner.shape[0]
@@ -241,8 +241,8 @@ def select(gate: Tensor, batch: int, into: Selection | None = None) -> Selection
     found = into or Selection.empty(batch, total // batch, gate.device)
     limits = torch.full((total,), 0.5, device=gate.device)
     _decide_kernel[(1,)](
-        gate.float(), torch.zeros_like(limits[:1]), limits, gate, found.rows, found.offsets, found.gate.view(torch.int8),
-        total, total // batch, batch, 1,
+        gate.float(), torch.zeros_like(limits[:1]), limits, gate,
+        found.rows, found.offsets, found.gate.view(torch.int8), total, total // batch, batch, 1,
         HAS_VALID=False, BLOCK=min(max(triton.next_power_of_2(total), 16), 4096), num_warps=8,
     )  # fmt: skip
     return found
