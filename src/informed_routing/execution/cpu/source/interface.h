@@ -18,6 +18,9 @@ struct Routing {
 struct Layer {
     const float *attention_norm, *ffn_norm, *q_norm, *k_norm;
     Linear q, kv, o, gate_up, down;
+    // The first panels of gate_up and the first inputs of down, where the packed neurons begin with those that
+    // approximated tokens get too: parts of the same weights. n = 0: they get none.
+    Linear gate_up_slice, down_slice;
     Routing attention, ffn;
     float residual;
     int32_t window, rope, gelu;
@@ -31,7 +34,7 @@ struct Model {
     float eps, scale, qk_eps;
 };
 
-// What executing or approximating n rows costs, in seconds, n = 0 .. limit - 1: see prices.py.
+// What executing or approximating n rows costs, in seconds, n = 0 .. limit - 1: see price_table.py.
 struct Prices {
     const float* execute[2];
     const float* approximate[2];
