@@ -87,7 +87,7 @@ class Call(ctypes.Structure):
 
 
 ABI: dict[str, int | None] = {
-    "ABI": 2,
+    "ABI": 3,
     **{part.__name__: ctypes.sizeof(part) for part in (Linear, Routing, Layer, Model, Prices, Call)},
     "OUTCOMES": len(OUTCOMES),
     "PHASES": len(PHASES),
