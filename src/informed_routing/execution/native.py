@@ -145,7 +145,7 @@ def may_run(model: Any) -> bool:
         return False
     if state.observer is not None or state.record_margins or state.kv != "keep":
         return False
-    return state.decision.threshold is not None
+    return state.decision.by_margin
 
 
 @dataclass

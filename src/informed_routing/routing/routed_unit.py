@@ -122,7 +122,7 @@ class RoutedUnit(nn.Module):
             logits = _with_margin(logits, first, torch.inf)
         if state.ranks and state.forward.valid is not None:
             logits = _with_margin(logits, ~state.forward.valid, -torch.inf)
-        gate = state.decision.decide(logits, self.index)
+        gate = state.decision.decide(logits, self.index, state.forward.contexts)
         if state.forward.valid is not None:
             gate = gate & state.forward.valid if gate.dtype == torch.bool else gate * state.forward.valid
         state.forward.gates[self.index] = gate

@@ -204,7 +204,8 @@ class CpuEngine:
         # Named, so that they live as long as the call.
         keys = pointers(*[cast(Tensor, layer.keys).data_ptr() for layer in layers])
         values = pointers(*[cast(Tensor, layer.values).data_ptr() for layer in layers])
-        decision = state.decision
+        dense = state.decision.dense
+        limits = None if dense else state.decision.limits(rows.contexts(past, length)).contiguous()
         call = Call(
             hidden=hidden.data_ptr(),
             cos=cos.data_ptr(),
@@ -214,6 +215,7 @@ class CpuEngine:
             keys=ctypes.addressof(keys),
             values=ctypes.addressof(values),
             forced=None if forced is None else forced.data_ptr(),
+            limits=None if limits is None else limits.data_ptr(),
             gates=gates.data_ptr(),
             executed=stats.executed.data_ptr(),
             executed_keys=stats.executed_keys.data_ptr(),
@@ -227,8 +229,7 @@ class CpuEngine:
             past=past,
             capacity=cast(Tensor, layers[0].values).shape[2],
             keep=keep,
-            dense=decision.dense,
-            threshold=0.0 if decision.dense or decision.threshold is None else decision.threshold,
+            dense=dense,
         )
         self.library.ir_forward(ctypes.byref(self.model), ctypes.byref(call), self._scratch)
         for layer in layers:

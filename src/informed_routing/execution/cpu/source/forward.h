@@ -63,7 +63,7 @@ struct Forward {
                 const float margin = r.router_bias + (deep
                     ? dot(s.router.store.data() + (size_t)i * width, r.router_out, r.router_in.n)
                     : dot(read + (size_t)i * d, r.router_out, d));
-                gate = margin > c.threshold;
+                gate = margin > c.limits[i];
                 if (c.margins) c.margins[(size_t)unit * rows + i] = margin;
                 if (c.forced) gate = c.forced[(size_t)unit * rows + i];
                 if (c.valid && !c.valid[i]) gate = 0;

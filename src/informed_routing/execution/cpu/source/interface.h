@@ -3,7 +3,7 @@
 #include "linear.h"
 
 // Counts the meanings of what is below: raise it, here and there, when a field means something else.
-constexpr int32_t ABI = 2;
+constexpr int32_t ABI = 3;
 
 struct Routing {
     Linear router_in;         // hidden layer of an mlp or low-rank router; n = 0 for a linear one
@@ -49,6 +49,7 @@ struct Call {
     void** keys;             // per layer: [B, kv_heads, capacity / NR, head_dim, NR]
     void** values;           // per layer: [B, kv_heads, capacity, head_dim]
     const uint8_t* forced;   // [units, B N] gates to use whatever the routers say, or null
+    const float* limits;     // [B N]: the margin above which a row executes; null where all do
     uint8_t* gates;          // [units, B N] or null
     float* margins;          // [units, B N] or null
     double* executed;        // [units]: counts are added
@@ -59,7 +60,6 @@ struct Call {
     double* seconds;         // [PHASES] or null
     Prices prices;
     int32_t batch, length, past, capacity, keep, dense;
-    float threshold;
 };
 
 // Prices are good to a few percent: a smaller saving may be none, and the text is better without it.
