@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 
 from ..errors import InputError
 from .kinds import stages_in_order
-from .parts import Budget, ForecasterConfig, RouterConfig, SelectionConfig, check_parts
+from .parts import Budget, ForecasterConfig, RouterConfig, SelectionConfig, check_kv, check_parts
 from .types import LARGEST_SIZE, Frozen, Label, Reference, Seed, Size, describe
 
 
@@ -174,6 +174,7 @@ class Recipe(Frozen):
     @model_validator(mode="after")
     def _parts_go_together(self) -> Recipe:
         check_parts(self.forecaster, self.router, self.selection)
+        check_kv(self.kv, self.selection)
         if self.selection.decision == "top-k" and (self.route.budget != "units" or self.route.penalty != "mean"):
             raise ValueError("selection.decision top-k is a share of units: leave route.budget and penalty as they are")
         if "joint" in self.stages and not self.route.steps:
@@ -182,7 +183,8 @@ class Recipe(Frozen):
             raise ValueError("route.penalty token counts units: leave route.budget at units")
         if self.router.warm_start and {"route", "joint"} & set(self.stages) and self.start is None:
             plain = self.router.kind in ("mlp", "linear", "low-rank") and self.router.input != "layer"
-            if not plain or self.selection != SelectionConfig():
+            routed = self.selection.model_copy(update={"static_layers": ()})
+            if not plain or routed != SelectionConfig():
                 raise ValueError("router.warm_start knows plain routers of single units: set it to false")
         return self
 
