@@ -18,14 +18,19 @@ def is_gelu(family: Family, config: Any) -> bool:
     return getattr(config, family.activation) in _GELU
 
 
+def activation_known(family: Family, config: Any) -> bool:
+    """Whether the engines compute the FFN's activation."""
+    return getattr(config, family.activation) in (*_SILU, *_GELU)
+
+
 def unknown(model: Any, engine: NativeName) -> str | None:
     """What of a routed model a native engine does not know; None when it knows all of it."""
     config, known = model.config, native_families(engine)
     if config.model_type not in known:
         return f"model family {config.model_type!r} is not one of {', '.join(known)}"
     family = family_of(config.model_type)
-    if (activation := getattr(config, family.activation)) not in (*_SILU, *_GELU):
-        return f"activation {activation!r}"
+    if not activation_known(family, config):
+        return f"activation {getattr(config, family.activation)!r}"
     if logit_scaling(family, config) != PLAIN:
         return "logits that are scaled or capped"
     rope = getattr(config, "rope_parameters", None) or {}

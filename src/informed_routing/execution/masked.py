@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..models.calls import NOTHING, Call
-from ..models.units import only_whole
+from ..models.units import mixed, only_whole
 from ..routing.routed_unit import RoutedUnit
 from ..routing.state import RoutingState
 
@@ -20,6 +20,7 @@ def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tenso
     With every gate at 1 the result equals the base model's bit for bit: `1 * y + 0 * f` is exactly `y`.
     """
     unit = routed.unit
+    hidden = unit.stream(hidden)
     x = unit.normed(layer, hidden)
     if state.dense:
         raw = unit.run(layer, x, call)
@@ -34,7 +35,7 @@ def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tenso
     raw = unit.run(layer, x, call)
     update = unit.update(layer, raw)
     forecast = routed.forecast(layer, features, x)
-    after = hidden + _mixed(gate, update, forecast)
+    after = unit.mixed(hidden, gate, update, forecast)
     routed.observe(state, layer, hidden, x, raw, update, gate, after)
     return after
 
@@ -59,15 +60,7 @@ def run_joined(
         call = _without_approximated_keys(attention, state, layer, gate, call, hidden.dtype)
     between = hidden + attention.unit.update(layer, attention.unit.run(layer, x, call))
     written = ffn.unit.run(layer, ffn.unit.normed(layer, between), NOTHING)
-    return _mixed(gate, between + ffn.unit.update(layer, written), hidden)
-
-
-def _mixed(gate: Tensor, executed: Tensor, approximated: Tensor) -> Tensor:
-    """Row by row [B, N, d], by a gate [B, N] that is boolean or has a gradient."""
-    if gate.dtype == torch.bool:
-        return torch.where(gate.unsqueeze(-1), executed, approximated)
-    weight = gate.unsqueeze(-1).to(executed.dtype)
-    return weight * executed + (1 - weight) * approximated
+    return mixed(gate, between + ffn.unit.update(layer, written), hidden)
 
 
 def _without_approximated_keys(

@@ -37,6 +37,7 @@ def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tenso
         if state.kv == "drop":
             raise InputError(f"kv='drop' does not go with {reason}", "Use kv='keep', or attn_implementation='sdpa'")
         return masked.run(routed, state, layer, hidden, call)
+    hidden = routed.unit.stream(hidden)
     x = routed.unit.normed(layer, hidden)
     features = routed.features(hidden, x)
     gate = routed.decide(state, hidden, features)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .families import FAMILIES, Family, family_of
-
-Head = Callable[[Tensor], Tensor]
-"""Logits [n, V] of hidden states [n, d]."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +34,30 @@ def logit_scaling(family: Family, config: Any) -> LogitScaling:
     return LogitScaling(divisor, softcap)
 
 
+@dataclass(frozen=True)
+class Head:
+    """Logits float32 [n, V] of hidden states [n, d]."""
+
+    linear: Any
+    scaling: LogitScaling = PLAIN
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        weight = getattr(self.linear, "weight", None)
+        read = hidden if weight is None else hidden.to(weight.dtype)
+        return self.scaling(cast(Tensor, self.linear(read)).float())
+
+    @property
+    def weight(self) -> Tensor | None:
+        """[V, d] where logits are the product with it and nothing else, and it is not trained; else None."""
+        linear: Any = self.linear
+        if type(linear) is not nn.Linear or linear.weight.requires_grad or getattr(linear, "bias", None) is not None:
+            return None
+        return linear.weight.detach() if self.scaling == PLAIN else None
+
+
 def lm_head(model: Any) -> Head:
-    """The map from hidden states to logits in float32. Raises InputError for a family that is not in the table."""
-    scaling = logit_scaling(family_of(model.config.model_type), model.config)
-    return lambda hidden: scaling(cast(Tensor, model.lm_head(hidden)).float())
+    """The map from hidden states to logits. Raises InputError for a family that is not in the table."""
+    return Head(model.lm_head, logit_scaling(family_of(model.config.model_type), model.config))
 
 
 def base_logits(model: Any, hidden: Tensor) -> Tensor:

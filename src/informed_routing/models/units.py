@@ -50,6 +50,10 @@ class Unit:
         norm = self.input_norm(layer)
         return hidden if norm is None else norm(hidden)
 
+    def stream(self, hidden: Tensor) -> Tensor:
+        """The residual stream [..., d] in the form that the unit adds to."""
+        return hidden
+
     def run(self, layer: nn.Module, x: Tensor, call: Call) -> Tensor:
         """The unit's raw output [..., d] for its normed input, by the base model's own module."""
         if self.kind == "ffn":
@@ -79,6 +83,18 @@ class Unit:
         if self.family.residual_scale is not None:
             output = output * getattr(layer, self.family.residual_scale)
         return output
+
+    def mixed(self, hidden: Tensor, gate: Tensor, executed: Tensor, approximated: Tensor) -> Tensor:
+        """The stream [B, N, d] with each token's one of two updates [B, N, d], by a gate [B, N] (`mixed`)."""
+        return hidden + mixed(gate, executed, approximated)
+
+
+def mixed(gate: Tensor, executed: Tensor, approximated: Tensor) -> Tensor:
+    """Row by row [B, N, d], by a gate [B, N] that is boolean or has a gradient."""
+    if gate.dtype == torch.bool:
+        return torch.where(gate.unsqueeze(-1), executed, approximated)
+    weight = gate.unsqueeze(-1).to(executed.dtype)
+    return weight * executed + (1 - weight) * approximated
 
 
 # ---------------------------------------------------------------------------------------------------------

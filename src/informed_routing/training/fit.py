@@ -6,8 +6,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
+from ..assets.models import resolve_dtype
 from ..config.recipe import Recipe
 from ..files.atomic import disk_error
 from ..files.folders import only_writer
@@ -38,7 +40,8 @@ def fit(
     """
     recipe = model if isinstance(model, Recipe) else recipe_of(model, settings)
     out, progress = Path(out), progress or NullProgress()
-    accelerator = Accelerator(cpu=device == "cpu")
+    half = device != "cpu" and resolve_dtype(recipe.dtype, device) == torch.float16
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="fp16" if half else None)
     with only_writer(out) if accelerator.is_main_process else nullcontext():
         run = set_up(
             recipe,

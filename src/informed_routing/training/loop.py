@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ..config.recipe import StageConfig
 from ..errors import WorkError
+from ..execution.cpu import fused
 from ..progress import Progress
 from .checkpoint import StageRecord, load_checkpoint, save_checkpoint
 from .schedule import Batches, learning_rate, seed_of
@@ -43,10 +45,12 @@ def run_stage(
     progress: Progress,
     offenders: Callable[[Tensor], list[str]],
     rates: Mapping[str, float] | None = None,
+    compute: torch.dtype = torch.float32,
 ) -> StageRecord:
     """Train `trainable` so that `objective(input_ids, step)["loss"]` falls; returns what happened.
 
-    `rates` gives tensors another peak learning rate than `config.learning_rate`.
+    `rates` gives tensors another peak learning rate than `config.learning_rate`. With `compute` bfloat16 products with
+    float32 weights are made in it; the weights and their updates stay float32.
 
     Continues from `checkpoint` if it exists. On the same machine in float32 on CPU the weights at the end do not
     depend on how often the run was interrupted. Raises WorkError on a loss that is not finite, with the step and
@@ -80,7 +84,7 @@ def run_stage(
             batch = batches[index].to(accelerator.device)
             torch.manual_seed(seed_of(seed, name, index, accelerator.process_index))
             last = micro == config.gradient_accumulation - 1
-            with accelerator.autocast(), _sync(accelerator, wrapped, last):
+            with accelerator.autocast(), _in(compute, batch.device), _sync(accelerator, wrapped, last):
                 found = wrapped(batch, step)
                 accelerator.backward(found["loss"] / config.gradient_accumulation)
             for key, value in found.items():
@@ -118,10 +122,15 @@ def _groups(trainable: dict[str, nn.Parameter], rates: Mapping[str, float], defa
     return [{"params": parameters, "peak": rate / default} for rate, parameters in by_rate.items()]
 
 
+def _in(compute: torch.dtype, device: torch.device) -> Any:
+    """Products in bfloat16 where that is what a model computes in and the machine has instructions for it."""
+    if compute != torch.bfloat16 or (device.type == "cpu" and not fused.available()):
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
 def _sync(accelerator: Accelerator, wrapped: Any, last: bool) -> Any:
     """Gradients of several processes are averaged at the last micro-batch only."""
-    from contextlib import nullcontext
-
     if last or accelerator.num_processes == 1:
         return nullcontext()
     return accelerator.no_sync(wrapped)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config.recipe import ObjectiveConfig
+from ..execution.cpu import fused
 from ..models.head import Head
 
 CHUNK = 256
@@ -69,6 +70,12 @@ def next_token_loss(
             raise ValueError("distillation needs the dense model's hidden states")
         teacher = teacher_hidden[:, :-1][keep].reshape(-1, width)
 
+    if fused_losses(head, hidden):
+        weight = cast(Tensor, head.weight)
+        wanted = None if teacher is None else teacher.to(weight.dtype)
+        total = fused.token_losses(rows.to(weight.dtype), weight, targets, wanted, distill)
+        return total if reduction == "sum" else total / max(rows.shape[0], 1)
+
     def score(part: Tensor, chunk: slice) -> Tensor:
         logits = head(part)
         loss = logits.new_zeros(())
@@ -82,6 +89,12 @@ def next_token_loss(
 
     total = cast(Tensor, _ChunkedSum.apply(rows, score))
     return total if reduction == "sum" else total / max(rows.shape[0], 1)
+
+
+def fused_losses(head: Head, hidden: Tensor) -> bool:
+    """Whether the engine computes losses from logits in bfloat16, which its fused units go with."""
+    weight = head.weight if hidden.device.type == "cpu" else None
+    return weight is not None and weight.dtype == torch.bfloat16 and fused.available()
 
 
 def forecast_loss(kind: str, predicted: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -87,4 +87,5 @@ class Run:
             progress=self.progress,
             offenders=lambda batch: offenders(self.model, batch),
             rates=rates,
+            compute=self.dtype,
         )

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from ..assets import load_model
 from ..config.recipe import Recipe
 from ..errors import InputError
+from ..execution.cpu.fused_unit import fuse
 from ..files.atomic import write_text
 from ..files.folders import check_apart_from
 from ..persistence.folder import LORA_FOLDER, TENSOR_FILE, check_base, load_routing_tensors, locate, read_config
@@ -63,10 +64,9 @@ def set_up(
     accelerator.wait_for_everyone()
     base, tokenizer = load_model(recipe.model, dtype=recipe.dtype, device=device, revision=recipe.revision)
     dtype = base.dtype
-    if dtype != torch.float32 and device != "cpu":
-        accelerator = Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "fp16")
     adapter = beginning / LORA_FOLDER if beginning and (beginning / LORA_FOLDER).is_dir() else None
     model = _routed(base, recipe, beginning, adapter)
+    fuse(model)
     text = Texts(recipe.data, tokenizer, recipe.seed)
     run = Run(recipe, out, model, tokenizer, text, accelerator, progress, dtype, adapter, resumed)
     _check_texts(run)

@@ -48,7 +48,8 @@ class Forecaster(Fallback):
         return cls(hidden_size, config.rank, config.activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.inner(x.to(self.inner.weight.dtype))
+        mixes = torch.is_autocast_enabled(x.device.type)  # and then takes both in its own dtype
+        hidden = self.inner(x if mixes else x.to(self.inner.weight.dtype))
         if self.activation == "silu":
             hidden = F.silu(hidden)
         return self.outer(hidden).to(x.dtype)

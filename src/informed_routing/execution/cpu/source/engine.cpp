@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "forward.h"
+#include "training.h"
 
 extern "C" {
 

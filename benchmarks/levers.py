@@ -1,0 +1,119 @@
+"""What each lever of training is worth at equal tokens, on the embedded default: one fit a lever, one JSON each.
+
+    python benchmarks/levers.py --list
+    python benchmarks/levers.py slim-start slim slim-distill    # runs, or goes on with, these
+    python benchmarks/levers.py --table                         # docs/data/levers/*.json side by side
+
+Each run is a fit of `recipes/small.yaml` for a budget of MACs with the overrides below, evaluated as in quality.py: ratio
+of perplexity to the dense model on held-out Wikipedia and C4 text at equal shares of MACs. A finished run is skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import quality
+from informed_routing.assets import load_texts, load_tokenizer, pack
+from informed_routing.cli.progress import make_progress
+from informed_routing.config.recipe import Recipe
+from informed_routing.evaluation.environment import environment
+from informed_routing.files.atomic import write_json
+from informed_routing.routed_model import RoutedModelForCausalLM
+from informed_routing.training.fit import fit
+
+RESULTS = quality.ROOT / "docs" / "data" / "levers"
+WORK = quality.ROOT / "out" / "levers"
+TARGETS = (0.25, 0.35)
+BASE = {
+    "route.budget": "macs",
+    "route.sparsity": 0.3,
+    "route.steps": 150,
+    "calibration.targets": [0.15, 0.25, 0.35],
+}
+SLIM = {"forecaster.fallback": "slim", "forecaster.rank": 64}
+FROM_SLIM = {"start": "out/levers/slim-start", "stages": ["route"]}
+RUNS: dict[str, dict[str, Any]] = {
+    "rank-start": {"route.steps": 0},
+    "rank": {"start": "out/levers/rank-start", "stages": ["route"]},
+    "slim-start": {**SLIM, "route.steps": 0},
+    "slim": FROM_SLIM,
+    "slim-distill": {**FROM_SLIM, "route.objective.kind": "distill"},
+    "slim-mixed": {**FROM_SLIM, "route.objective.kind": "mixed"},
+    "slim-fast": {**FROM_SLIM, "route.objective.kind": "distill", "route.forecaster_learning_rate": 3e-3},
+    "slim-600": {**FROM_SLIM, "route.objective.kind": "distill", "route.steps": 600},
+    "slim-1500": {**FROM_SLIM, "route.objective.kind": "distill", "route.steps": 1500},
+}
+
+
+def run(name: str, rows: int, data: list[str]) -> None:
+    """Fit and evaluate one run, unless it has been."""
+    target = RESULTS / f"{name}.json"
+    if target.exists():
+        print(f"{name}: done already")
+        return
+    overrides = {**BASE, **RUNS[name], **({"data": data} if data else {})}
+    recipe = Recipe.from_yaml(quality.ROOT / "src/informed_routing/recipes/small.yaml").with_overrides(overrides)
+    out, progress = WORK / name, make_progress(quiet=False)
+    if (out / "routing_config.json").exists():
+        report = json.loads((out / "fit.json").read_text())
+    else:
+        report = fit(recipe, out, resume=out.exists(), progress=progress)
+    model = RoutedModelForCausalLM.from_pretrained(out)
+    tokenizer = load_tokenizer(recipe.model)
+    texts = {text: pack(load_texts(text, "heldout"), tokenizer, 512)[:rows] for text in quality.TEXTS}
+    runs: list[dict[str, Any]] = []
+    for goal in (0.0, *TARGETS):
+        tasks = {text: quality.evaluate(model, held_out, goal, "macs") for text, held_out in texts.items()}
+        progress.message(f"{name} {goal}: " + ", ".join(f"{t['token_perplexity']:.2f}" for t in tasks.values()))
+        runs.append({"target": goal, "tasks": tasks})
+    progress.done()
+    record = {"name": name, "budget": "macs", "overrides": {**BASE, **RUNS[name]}, "fit": report, "runs": runs}
+    write_json(target, {**record, "environment": environment(), "threads": torch.get_num_threads()})
+
+
+def table() -> None:
+    """All runs: tokens, seconds, and ratios to dense."""
+    print("| run | tokens trained | s | " + " | ".join(f"{t:.0%} of MACs, wiki / C4" for t in TARGETS) + " |")
+    print("| --- " * (3 + len(TARGETS)) + "|")
+    for path in sorted(RESULTS.glob("*.json")):
+        record = json.loads(path.read_text())
+        dense = [task["token_perplexity"] for task in record["runs"][0]["tasks"].values()]
+        cells = [
+            " / ".join(
+                f"{task['token_perplexity'] / whole:.3f}"
+                for task, whole in zip(one["tasks"].values(), dense, strict=True)
+            )
+            for one in record["runs"][1:]
+        ]
+        trained = record["fit"]["stages"]["route"].get("train", {}) if "stages" in record["fit"] else {}
+        print(f"| {record['name']} | {trained.get('tokens', 0)} | {trained.get('seconds', 0)} | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", metavar="RUN")
+    parser.add_argument("--rows", type=int, default=32, help="held-out sequences of 512 tokens per text")
+    parser.add_argument("--data", action="append", default=[], help="text in place of the recipe's; repeatable")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.list:
+        print("\n".join(f"{name}: {overrides}" for name, overrides in RUNS.items()))
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    for name in arguments.runs:
+        if name not in RUNS:
+            parser.error(f"unknown run {name}; choose from {', '.join(RUNS)}")
+        run(name, arguments.rows, arguments.data)
+    if arguments.table:
+        table()
+
+
+if __name__ == "__main__":
+    main()
