@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
+import quality
 import torch
 
-import quality
 from informed_routing.assets import load_texts, load_tokenizer, pack
 from informed_routing.cli.progress import make_progress
 from informed_routing.config.recipe import Recipe

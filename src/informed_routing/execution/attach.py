@@ -13,7 +13,7 @@ from ..routing.costs import unit_costs
 from ..routing.routed_unit import RoutedUnit
 from ..routing.state import RoutingState
 from ..routing.stats import RoutingStats
-from .layer import add_routing, routed_decoder_class
+from .layer import add_routing, add_units, routed_decoder_class
 
 
 def units_of(decoder: Any) -> Iterator[RoutedUnit]:
@@ -46,6 +46,19 @@ def make_units(
         for j, kind in enumerate(KINDS)
     )
     return attention, ffn
+
+
+def make_static(model: Any, places: Sequence[int]) -> None:
+    """Make more layers of a routed model static, with fresh forecasters. Raises InputError for those that cannot be."""
+    config: RoutingConfig = model.routing_config
+    given = (*config.selection.static_layers, *places)
+    selection = SelectionConfig.model_validate({**config.selection.model_dump(), "static_layers": given})
+    check_selection(model.config, len(model.decoder.layers), selection)
+    for place in places:
+        units = make_units(model.decoder, place, config.forecaster, config.router, selection)
+        add_units(model.decoder.layers[place], *units)
+    model.routing_config = config.model_copy(update={"selection": selection})
+    count_anew(model.decoder)
 
 
 def count_anew(decoder: Any) -> None:

@@ -137,9 +137,14 @@ def _with_dropping_cache(decoder: Any, forward: Any, call: calls.Call) -> dict[s
     return given
 
 
-def add_routing(layer: Any, state: RoutingState, attention: RoutedUnit, ffn: RoutedUnit) -> None:
-    """Make a live decoder layer a routed one."""
+def add_units(layer: Any, attention: RoutedUnit, ffn: RoutedUnit) -> None:
+    """Give a layer its units, or others."""
     layer.attention_routing = attention
     layer.ffn_routing = ffn
+
+
+def add_routing(layer: Any, state: RoutingState, attention: RoutedUnit, ffn: RoutedUnit) -> None:
+    """Make a live decoder layer a routed one."""
+    add_units(layer, attention, ffn)
     layer.routing_state = state
     layer.__class__ = routed_layer_class(type(layer))  # type: ignore[arg-type]
