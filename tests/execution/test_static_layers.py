@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from tests.routed import _randomised, left_padded
+from tests.routed import _randomised, execute, left_padded
 from tests.tiny import make_tiny, random_ids
 from transformers import DynamicCache
 
@@ -207,8 +207,84 @@ def test_other_refusals_say_why() -> None:
     model = static_model()
     with pytest.raises(InputError, match="static layers"):
         model.set_execution("sparse", "drop")
-    with pytest.raises(InputError, match="static"):
-        model.set_execution("native")
     model.set_decision(ExecuteRouted())
     with pytest.raises(InputError, match="output_attentions"):
         logits(model, random_ids(1, 4), output_attentions=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "smollm3", "qwen3"])
+@pytest.mark.parametrize("fallback", ["forecaster", "zero"])
+@pytest.mark.parametrize("rule", [ExecuteRouted(), Threshold(0.0), AlwaysExecute()])
+def test_the_cpu_engine_is_the_masked_reference_and_counts_as_it_does(family: str, fallback: str, rule: Any) -> None:
+    model, ids = static_model(family, fallback=fallback), random_ids(2, 12)
+    mask = left_padded(ids, (0, 4))
+    real = mask.bool()
+    model.set_execution("masked")
+    model.set_decision(rule)
+    wanted, counted, compute = logits(model, ids, attention_mask=mask), model.routing_stats(), model.token_compute()
+    execute(model, "native")
+    model.set_decision(rule)
+    found = logits(model, ids, attention_mask=mask)
+    assert model.routing_state.native.engine is not None
+    assert torch.allclose(found[real], wanted[real], atol=1e-3)
+    stats = model.routing_stats()
+    assert stats.pop("macs") == pytest.approx(counted.pop("macs"))
+    assert stats == counted
+    if not rule.original:
+        assert torch.allclose(model.token_compute()[real], compute[real])
+    cache, parts = DynamicCache(config=model.config), []
+    for start, stop in ((0, 6), (6, 9), (9, 10), (10, 12)):
+        parts.append(logits(model, ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache))
+    assert torch.allclose(torch.cat(parts, 1)[real], wanted[real], atol=1e-3)
+    kept = 12 if rule.original else 0
+    assert [cache.get_seq_length(place) for place in range(5)] == [12, 12, kept, 12, kept]
+    if not kept:
+        empty: Any = cache.layers[2]
+        assert empty.keys is None
+
+
+@pytest.mark.parametrize(("weights", "like"), [("bfloat16", 0.999), ("int8", 0.999), ("int4", 0.93)])
+def test_static_layers_in_every_format(weights: Any, like: float) -> None:
+    model, ids = static_model(), random_ids(1, 12)
+    model.set_decision(ExecuteRouted())
+    wanted = logits(model, ids)
+    execute(model, "native", weights=weights)
+    found = logits(model, ids)
+    assert torch.nn.functional.cosine_similarity(found.flatten(), wanted.flatten(), dim=0) > like
+
+
+def test_caches_of_the_cpu_engine_go_to_torch_and_back_but_not_on_to_the_original() -> None:
+    model, ids = static_model(), random_ids(2, 12)
+    model.set_decision(Threshold(0.0))
+    whole = logits(model, ids)
+    execute(model, "native")
+    cache = DynamicCache(config=model.config)
+    parts = [logits(model, ids[:, :5], past_key_values=cache)]
+    cache.reorder_cache(torch.LongTensor([1, 0]))
+    cache.reorder_cache(torch.LongTensor([1, 0]))
+    model.set_execution("sparse")
+    parts.append(logits(model, ids[:, 5:8], past_key_values=cache))
+    execute(model, "native")
+    logits(model, ids[:, 8:11], past_key_values=cache)
+    cache.crop(-3)
+    parts.append(logits(model, ids[:, 8:], past_key_values=cache))
+    assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-3)
+    model.set_sparsity(0)
+    with pytest.raises(InputError, match="that were static"):
+        logits(model, ids[:, :1], past_key_values=cache)
+    fresh = DynamicCache(config=model.config)
+    logits(model, ids[:, :5], past_key_values=fresh)
+    model.set_decision(Threshold(0.0))
+    logits(model, ids[:, 5:8], past_key_values=fresh)
+    model.set_sparsity(0)
+    with pytest.raises(InputError, match="that were static"):
+        logits(model, ids[:, 8:9], past_key_values=fresh)
+    fresh.reset()
+    assert torch.allclose(
+        logits(model, ids, past_key_values=fresh), logits(make_tiny("llama", num_hidden_layers=5), ids), atol=1e-3
+    )
+
+
+def test_a_slice_in_a_static_layer_runs_on_torch() -> None:
+    with pytest.raises(InputError, match=r"slice in a static layer|SlimFallback"):
+        static_model(fallback="slim", slice=0.25).set_execution("native")

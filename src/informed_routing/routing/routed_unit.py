@@ -70,11 +70,11 @@ class RoutedUnit(nn.Module):
 
     def unknown_to_engines(self) -> str | None:
         """What of this unit's parts no engine computes; None where `forms` has them all."""
-        if self.is_static:
-            return "a static layer"
-        if self.router is None:
+        if self.is_static and self.forecaster is not None and self.forecaster.chosen() is not None:
+            return "a slice in a static layer"
+        if self.router is None and not self.is_static:
             return "tokens or layers that always execute (selection)"
-        if self.router.form() is None:
+        if self.router is not None and self.router.form() is None:
             return f"a {type(self.router).__name__}"
         if self.forecaster is not None and self.forecaster.form() is None:
             return f"a {type(self.forecaster).__name__}"
@@ -83,7 +83,7 @@ class RoutedUnit(nn.Module):
     def forms(self) -> tuple[RouterForm, LowRankForm | None]:
         """Router and forecaster as engines compute them; no forecaster gives an update of zero.
 
-        Raises InputError where there is no such form (`unknown_to_engines`).
+        For units with a router. Raises InputError where there is no such form (`unknown_to_engines`).
         """
         if reason := self.unknown_to_engines():
             raise InputError(f"no engine computes {reason}", "Use execution='sparse'")

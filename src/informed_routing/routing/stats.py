@@ -76,22 +76,26 @@ class RoutingStats:
         self.executed_keys += read
         self.calls += found.calls.cpu()
 
-    def add_tokens(self, length: int, past: int, start: Tensor, valid: Tensor | None, *, routed: bool) -> None:
+    def add_tokens(
+        self, length: int, past: int, start: Tensor, valid: Tensor | None, *, routed: bool, original: bool
+    ) -> None:
         """Count the tokens of a forward whose executed ones the native engine has counted already.
 
         `start` [B]: first visible key; `valid` [B, N]: which of the `length` tokens after `past` are real, or None.
         """
         self.routed = self.routed or routed
         windows = {c.window for c in self.costs}
+        tokens = len(start) * length if valid is None else float(valid.sum())
+        self.tokens += tokens
+        if not original and any(c.static for c in self.costs):
+            self.evicted += tokens * self.column("static")
         if windows == {None} and valid is None:
             rows = len(start)
-            self.tokens += rows * length
             self.keys += rows * (length * past + length * (length + 1) / 2) - length * int(start.sum())
             return
         places = torch.arange(past + 1, past + 1 + length, dtype=torch.float64)
         seen = places - start.double()[:, None]
         seen = seen if valid is None else seen * valid
-        self.tokens += seen.numel() if valid is None else float(valid.sum())
         whole = float(seen.sum())
         if windows == {None}:
             self.keys += whole

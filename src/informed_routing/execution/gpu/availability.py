@@ -25,6 +25,8 @@ def unsupported(model: Any) -> str | None:
     device = model.device
     if reason := unknown(model, "gpu"):
         return reason
+    if model.routing_config.selection.static_layers:
+        return "static layers"
     if find_spec("triton") is None:
         return "Triton is not installed"
     if not interpreted():
