@@ -17,6 +17,7 @@ from informed_routing.config.recipe import Recipe, StaticSearch
 from informed_routing.errors import InputError
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.training.fit import fit
+from informed_routing.training.stages import text_read
 from informed_routing.training.static import Search
 
 
@@ -166,3 +167,21 @@ def test_what_the_model_cannot_is_refused_before_any_work(
 def test_recipes_without_a_search_are_stored_as_before(recipe: Recipe) -> None:
     assert "static" not in recipe.model_dump()
     assert recipe.with_overrides({"static.tokens": 64}).static.tokens == 64
+
+
+def test_a_flag_names_the_stage_and_how_many_layers(found: Recipe) -> None:
+    from informed_routing.cli.fit import _with_search
+
+    plain = found.with_overrides({"static.layers": 0, "stages": ["forecast", "route"]})
+    assert _with_search(plain, 2).stages == ("static", "forecast", "route")
+    assert _with_search(plain, 2).static.layers == 2
+    assert _with_search(found, 0).stages == ("forecast", "route")
+    with pytest.raises(InputError, match="static-layers"):
+        _with_search(plain, -1)
+
+
+def test_the_text_of_the_search_is_counted_once_for_each_layer(found: Recipe) -> None:
+    both = found.with_overrides({"static.layers": 2})
+    assert text_read(both)["static"] == 2 * 256
+    assert text_read(both)["forecast"] == 2 * 1024
+    assert text_read(both.with_overrides({"stages": ["forecast", "route"], "static.layers": 0}))["forecast"] == 1024
