@@ -4,8 +4,9 @@
     python benchmarks/levers.py slim-start slim slim-distill    # runs, or goes on with, these
     python benchmarks/levers.py --table                         # docs/data/levers/*.json side by side
 
-Each run is a fit of `recipes/small.yaml` for a budget of MACs with the overrides below, evaluated as in quality.py: ratio
-of perplexity to the dense model on held-out Wikipedia and C4 text at equal shares of MACs. A finished run is skipped.
+Each run is a fit of `recipes/small.yaml` for a budget of MACs with the overrides below, evaluated as in quality.py:
+ratio of perplexity to the dense model on held-out Wikipedia and C4 text at equal shares of MACs. A finished run is
+skipped.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ class Engine:
             forecast_in = forecast_out = Part()
 
         class Layer:
-            q = o = gate_up = down = Part()
+            q = o = gate_up = down = gate_up_slice = down_slice = Part()
             ffn = attention = Unit()
 
         self.layers = [Layer()]
@@ -140,7 +140,7 @@ class Engine:
 @pytest.mark.parametrize("content", ["", "{}", "null", "[]", "cut", "digit", "old"])
 def test_damaged_prices_are_measured_again(own_cache: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
     column = tuple(float(row) for row in ROWS)
-    table = PriceTable(ROWS, column, column, column, 1e10, 2e10, 3e10)
+    table = PriceTable(ROWS, column, column, column, column, 1e10, 2e10, 3e10)
     measured: list[Engine] = []
 
     def measure(engine: Engine) -> PriceTable:

@@ -241,6 +241,8 @@ def test_tiles_are_timed_on_scratch() -> None:
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="gemma2"):
         GpuEngine(make_routed("gemma2"))
+    with pytest.raises(InputError, match="a slice of an FFN itself"):
+        GpuEngine(make_routed("llama", fallback="slim"))
     with pytest.raises(InputError, match="int4"):
         GpuEngine(pair()[0].to(DEVICE), "int4")
     if DEVICE == "cpu":

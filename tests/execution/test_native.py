@@ -256,7 +256,7 @@ def test_policy_executes_whole_calls_where_skipping_costs_more() -> None:
         routed = model(input_ids=ids).logits
         assert 0.1 < model.routing_stats()["units"] < 0.9
         for forecaster, expected in ((dear, dense), (free, routed)):
-            engine.use_prices(PriceTable(ROWS, by_row, by_row, forecaster, 1e10, 1e10, 1e10))
+            engine.use_prices(PriceTable(ROWS, by_row, by_row, forecaster, free, 1e10, 1e10, 1e10))
             model.reset_routing_stats()
             torch.testing.assert_close(model(input_ids=ids).logits, expected)
             rounded_up = [unit["rounded_up"] for unit in model.routing_stats()["per_unit"]]

@@ -213,10 +213,11 @@ def test_other_refusals_say_why() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "smollm3", "qwen3"])
-@pytest.mark.parametrize("fallback", ["forecaster", "zero"])
+@pytest.mark.parametrize("fallback", ["forecaster", "zero", "slim"])
 @pytest.mark.parametrize("rule", [ExecuteRouted(), Threshold(0.0), AlwaysExecute()])
 def test_the_cpu_engine_is_the_masked_reference_and_counts_as_it_does(family: str, fallback: str, rule: Any) -> None:
-    model, ids = static_model(family, fallback=fallback), random_ids(2, 12)
+    share: dict[str, Any] = {"slice": 0.25} if fallback == "slim" else {}
+    model, ids = static_model(family, fallback=fallback, **share), random_ids(2, 12)
     mask = left_padded(ids, (0, 4))
     real = mask.bool()
     model.set_execution("masked")
@@ -283,8 +284,3 @@ def test_caches_of_the_cpu_engine_go_to_torch_and_back_but_not_on_to_the_origina
     assert torch.allclose(
         logits(model, ids, past_key_values=fresh), logits(make_tiny("llama", num_hidden_layers=5), ids), atol=1e-3
     )
-
-
-def test_a_slice_in_a_static_layer_runs_on_torch() -> None:
-    with pytest.raises(InputError, match=r"slice in a static layer|SlimFallback"):
-        static_model(fallback="slim", slice=0.25).set_execution("native")

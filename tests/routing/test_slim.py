@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from informed_routing.config.parts import ForecasterConfig, RouterConfig
 from informed_routing.errors import InputError
 from informed_routing.execution.formats import FORMATS
+from informed_routing.execution.gpu.availability import unsupported
 from informed_routing.models.families import FAMILIES as ROWS
 from informed_routing.models.fingerprint import print_of
 from informed_routing.models.slices import slice_output
@@ -215,12 +216,15 @@ def test_a_normed_output_needs_the_raw_target(target: Any) -> None:
         )
 
 
-def test_engines_say_why_torch_computes() -> None:
+def test_the_gpu_engine_says_why_torch_computes() -> None:
     model = slim()
-    with pytest.raises(InputError, match="SlimFallback"):
-        model.set_execution("native")
-    assert model.units[0].unknown_to_engines() is None
-    assert model.units[1].unknown_to_engines() == "a SlimFallback"
+    assert "only the CPU engine computes" in str(unsupported(model))
+    assert "slice" not in str(unsupported(make_routed()))
+
+
+def test_the_form_for_engines_has_the_slice() -> None:
+    forms = [unit.forms()[1] for unit in slim().units[:2]]
+    assert [form is not None and form.slice is not None for form in forms] == [False, True]
 
 
 # -- the fit ---------------------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def test_what_is_read_names_checkpoints_in_order_and_the_last_stage_always_calib
 
 
 def test_stages_read_only_sections_of_the_recipe() -> None:
-    dumped = {name: value for name, value in Recipe()}
+    dumped = dict(Recipe())
     for stage in STAGES:
         for setting in stage.settings:
             section, *rest = setting.split(".")

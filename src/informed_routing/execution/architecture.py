@@ -58,6 +58,12 @@ def unknown(model: Any, engine: NativeName) -> str | None:
     return None
 
 
+def slices_of(model: Any) -> list[int]:
+    """How many of its unit's neurons each slice has that approximated tokens get, in a model that is not `unknown`."""
+    forms = [unit.forms()[1] for unit in model.units]
+    return [len(form.slice) for form in forms if form is not None and form.slice is not None]
+
+
 def _unlike(model: Any, family: Family) -> str | None:
     """Settings that differ between layers where the engines have one for all."""
     attentions = [layer.attention_routing.unit.module(layer) for layer in model.decoder.layers]

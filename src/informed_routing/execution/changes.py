@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..models.calls import is_watched
 
@@ -54,9 +54,10 @@ def unchanging(model: Any) -> AbstractContextManager[None]:
     return model.weights_fixed() if hasattr(model, "weights_fixed") else nullcontext()
 
 
-def copied(model: Any) -> Iterable[nn.Parameter]:
-    """The parameters that an engine may have copied: all but the embeddings, which are looked up where they are."""
+def copied(model: Any) -> Iterable[Tensor]:
+    """The tensors that an engine may have copied: all but the embeddings, which are looked up where they are."""
     yield from model.decoder.layers.parameters()
+    yield from model.decoder.layers.buffers()  # which neurons a slice has
     yield from model.decoder.norm.parameters()
     yield from model.get_output_embeddings().parameters()
 

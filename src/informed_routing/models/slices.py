@@ -60,6 +60,12 @@ def _is_plain(linear: Any) -> bool:
     return type(linear) is nn.Linear and type(linear.weight) in (Tensor, nn.Parameter)
 
 
+def chosen_first(index: Tensor, of: int) -> Tensor:
+    """All `of` neurons, those in `index` int64 [k] before the others, each ascending: int64 [of]."""
+    others = torch.ones(of, dtype=torch.bool, device=index.device).index_fill(0, index, False)
+    return torch.cat([index, others.nonzero()[:, 0]])
+
+
 def most_important(importance: Tensor, count: int) -> Tensor:
     """The `count` largest of [n], ascending by place: int64 [count]."""
     return torch.topk(importance, count).indices.sort().values

@@ -70,8 +70,6 @@ class RoutedUnit(nn.Module):
 
     def unknown_to_engines(self) -> str | None:
         """What of this unit's parts no engine computes; None where `forms` has them all."""
-        if self.is_static and self.forecaster is not None and self.forecaster.chosen() is not None:
-            return "a slice in a static layer"
         if self.router is None and not self.is_static:
             return "tokens or layers that always execute (selection)"
         if self.router is not None and self.router.form() is None:
@@ -80,16 +78,14 @@ class RoutedUnit(nn.Module):
             return f"a {type(self.forecaster).__name__}"
         return None
 
-    def forms(self) -> tuple[RouterForm, LowRankForm | None]:
-        """Router and forecaster as engines compute them; no forecaster gives an update of zero.
+    def forms(self) -> tuple[RouterForm | None, LowRankForm | None]:
+        """Router (static units have none) and forecaster as engines compute them; without one the update is zero.
 
-        For units with a router. Raises InputError where there is no such form (`unknown_to_engines`).
+        Raises InputError where there is no such form (`unknown_to_engines`).
         """
         if reason := self.unknown_to_engines():
             raise InputError(f"no engine computes {reason}", "Use execution='sparse'")
-        assert self.router is not None
-        router = self.router.form()
-        assert router is not None
+        router = None if self.router is None else self.router.form()
         return router, None if self.forecaster is None else self.forecaster.form()
 
     def features(self, hidden: Tensor, x: Tensor) -> Tensor:

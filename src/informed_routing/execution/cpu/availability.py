@@ -6,7 +6,8 @@ from typing import Any
 
 from ...errors import InformedRoutingError
 from ...progress import Progress
-from ..architecture import unknown
+from ..architecture import slices_of, unknown
+from ..formats import GROUP
 from .build import compiler, is_built, library
 
 
@@ -24,6 +25,9 @@ def unsupported(model: Any) -> str | None:
     ):
         if width % step:
             return f"{name} {width} is no multiple of {step}"
+    for count in slices_of(model):
+        if not count or count % GROUP:
+            return f"a slice of {count} neurons, which come in {GROUP}s"
     return None
 
 

@@ -134,12 +134,13 @@ class CpuEngine:
         faster = table.torch_macs_per_second > TORCH_ADVANTAGE * table.macs_per_second
         self.torch_prefill = faster and FORMATS[self.weights].has_dtype
         execute = [table.per_row(seconds) for seconds in (table.attention, table.ffn)]
-        approximate = table.per_row(table.forecaster)
-        self.prices = Prices(limit=len(approximate))
-        for kind, prices in enumerate(execute):
-            self.prices.execute[kind] = prices.data_ptr()
-            self.prices.approximate[kind] = approximate.data_ptr()
-        self._price_tensors = (*execute, approximate)
+        forecast = table.per_row(table.forecaster)
+        approximate = [forecast, forecast + table.per_row(table.slice)]
+        self.prices = Prices(limit=len(forecast))
+        for kind in range(2):
+            self.prices.execute[kind] = execute[kind].data_ptr()
+            self.prices.approximate[kind] = approximate[kind].data_ptr()
+        self._price_tensors = (*execute, *approximate)
 
     @property
     def balance(self) -> Balance:

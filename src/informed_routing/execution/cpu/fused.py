@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...errors import InformedRoutingError
 from .build import library
@@ -20,8 +19,8 @@ from .build import library
 MULTIPLE = 16
 """Widths, and tokens of a sequence in attention, come in so many: the widest vector of floats."""
 
-CHUNK = 512
-"""Rows of logits at once: 50 MB in bfloat16 at a vocabulary of 50k."""
+CHUNK = 256
+"""Rows of logits at once: 25 MB in bfloat16 at a vocabulary of 50k."""
 
 
 def available() -> bool:
@@ -115,7 +114,7 @@ class _Mix(torch.autograd.Function):
 
 
 def mix(hidden: Tensor, gate: Tensor, executed: Tensor, approximated: Tensor) -> Tensor:
-    """hidden + gate executed + (1 - gate) approximated, float32 [..., d]; updates are bfloat16, the gate float32 [...]."""
+    """hidden + gate executed + (1 - gate) approximated: float32 [..., d], of bfloat16 updates and a float32 gate."""
     return _apply(_Mix, hidden, gate, executed, approximated)
 
 
@@ -193,10 +192,13 @@ class _TokenLosses(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, teacher: Tensor | None, share: float
     ) -> Tensor:
         gradient, losses = torch.empty_like(hidden), torch.empty(len(hidden))
+        # Used again: the system would clear fresh memory for each chunk, which takes as long as a product.
+        room = hidden.new_empty(1 if teacher is None else 2, min(CHUNK, len(hidden)), len(weight))
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
-            logits = F.linear(hidden[rows], weight)
-            wanted = None if teacher is None else F.linear(teacher[rows], weight)
+            count = len(losses[rows])
+            logits = torch.mm(hidden[rows], weight.t(), out=room[0, :count])
+            wanted = None if teacher is None else torch.mm(teacher[rows], weight.t(), out=room[-1, :count])
             _call("ir_token_losses", logits, wanted, targets[rows], *logits.shape, share, losses[rows])
             torch.mm(logits, weight, out=gradient[rows])
         ctx.save_for_backward(gradient)

@@ -19,7 +19,7 @@ _int, _float, _pointer = ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
 class Linear(ctypes.Structure):
     """A linear layer of packed weights."""
 
-    _fields_ = (("type", _int), ("n", _int), ("k", _int), ("pad", _int), ("data", _pointer), ("bias", _pointer))
+    _fields_ = (*((name, _int) for name in ("type", "n", "k", "packed")), ("data", _pointer), ("bias", _pointer))
 
 
 class Routing(ctypes.Structure):
@@ -43,7 +43,7 @@ class Layer(ctypes.Structure):
 
     _fields_ = (
         *((name, _pointer) for name in ("attention_norm", "ffn_norm", "q_norm", "k_norm")),
-        *((name, Linear) for name in ("q", "kv", "o", "gate_up", "down")),
+        *((name, Linear) for name in ("q", "kv", "o", "gate_up", "down", "gate_up_slice", "down_slice")),
         ("attention", Routing),
         ("ffn", Routing),
         ("residual", _float),
@@ -89,7 +89,7 @@ class Call(ctypes.Structure):
 
 
 ABI: dict[str, int | None] = {
-    "ABI": 1,
+    "ABI": 2,
     **{part.__name__: ctypes.sizeof(part) for part in (Linear, Routing, Layer, Model, Prices, Call)},
     "OUTCOMES": len(OUTCOMES),
     "PHASES": len(PHASES),

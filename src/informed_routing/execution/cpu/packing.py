@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...errors import InputError
 from ...models.families import Family
 from ...models.projections import Projection, gate_and_up, head_norms, projections
+from ...models.slices import chosen_first
 from ...routing.costs import UnitCost
 from ...routing.routed_unit import RoutedUnit
 from ..architecture import is_gelu
@@ -51,13 +52,33 @@ class Packer:
         packed = torch.empty(size, dtype=torch.uint8)
         self.library.ir_pack(kind.id, _at(source), n, k, _at(packed), self.threads)
         self.kept.append(packed)
-        return Linear(kind.id, n, k, 0, packed.data_ptr(), self.vector(bias, padded=True))
+        return Linear(kind.id, n, k, k, packed.data_ptr(), self.vector(bias, padded=True))
 
-    def gate_up(self, gate: Projection, up: Projection) -> Linear:
-        """Gate and up projections with their rows interleaved by half panels, so that tiles hold pairs."""
+    def ffn(self, family: Family, mlp: Any, slice_: Tensor | None) -> dict[str, Linear]:
+        """A gated FFN, and as parts of the same weights what it computes for the neurons `slice_` int64 [k] alone.
+
+        Neurons are packed with these first: the first panels of gate_up, the first inputs of down.
+        """
+        gate, up = gate_and_up(family, mlp)
+        rows, bias = mlp.down_proj.weight, mlp.down_proj.bias
+        if slice_ is None:
+            return {"gate_up": self.gate_up(gate, up), "down": self.linear(rows, bias, self.body)}
+        order = chosen_first(slice_, rows.shape[1])
+        gate_up, down = self.gate_up(gate, up, order), self.linear(rows[:, order], bias, self.body)
+        return {
+            "gate_up": gate_up,
+            "down": down,
+            "gate_up_slice": _part(gate_up, 2 * len(slice_), gate_up.k),
+            "down_slice": _part(down, down.n, len(slice_)),
+        }
+
+    def gate_up(self, gate: Projection, up: Projection, order: Tensor | None = None) -> Linear:
+        """Gate and up projections with their rows, in an `order`, interleaved by half panels: tiles hold pairs."""
         half = self.panel // 2
 
         def interleave(a: Tensor, b: Tensor) -> Tensor:
+            if order is not None:
+                a, b = a[order], b[order]
             missing = -a.shape[0] % half
             a, b = (nn.functional.pad(t.float(), (0,) * (2 * t.dim() - 1) + (missing,)) for t in (a, b))
             pairs = torch.stack([a.unflatten(0, (-1, half)), b.unflatten(0, (-1, half))], dim=1)
@@ -68,11 +89,9 @@ class Packer:
 
     def routing(self, unit: RoutedUnit) -> Routing:
         """Router (where it has one) and forecaster of a unit, packed."""
+        router, forecast = unit.forms()
         packed = Routing()
-        if unit.is_static:
-            forecast = None if unit.forecaster is None else unit.forecaster.form()
-        else:
-            router, forecast = unit.forms()
+        if router is not None:
             packed.router_out = self.vector(router.outer, padded=True)
             packed.router_bias, packed.router_relu = router.bias.item(), router.relu
             packed.router_residual = unit.reads_residual
@@ -96,6 +115,7 @@ class Packer:
         """A decoder layer, packed."""
         block: Any = attention.unit.module(layer)
         mlp: Any = ffn.unit.module(layer)
+        _, forecast = ffn.forms()
         q, k, v = projections(family, block)
         query_norm, key_norm = head_norms(family, block)
         bias = None if k.bias is None or v.bias is None else torch.cat([k.bias, v.bias])
@@ -107,8 +127,7 @@ class Packer:
             q=self.linear(q.weight, q.bias, self.body),
             kv=self.linear(torch.cat([k.weight, v.weight]), bias, self.body),
             o=self.linear(block.o_proj.weight, block.o_proj.bias, self.body),
-            gate_up=self.gate_up(*gate_and_up(family, mlp)),
-            down=self.linear(mlp.down_proj.weight, mlp.down_proj.bias, self.body),
+            **self.ffn(family, mlp, None if forecast is None else forecast.slice),
             residual=1.0,
             window=cost.window or 0,
             rope=family.has_rope(block),
@@ -118,6 +137,11 @@ class Packer:
         packed.attention = self.routing(attention)
         packed.ffn = self.routing(ffn)
         return packed
+
+
+def _part(whole: Linear, n: int, k: int) -> Linear:
+    """The first n outputs of a packed layer, which read its first k inputs: the same weights."""
+    return Linear(whole.type, n, k, whole.packed, whole.data, whole.bias)
 
 
 def _at(tensor: Tensor) -> ctypes.c_void_p:

@@ -57,6 +57,8 @@ class PriceTable:
     """Q and O projections of executed tokens (scores not counted: they only add to what skipping saves)."""
     ffn: tuple[float, ...]
     forecaster: tuple[float, ...]
+    slice: tuple[float, ...]
+    """What approximated tokens get of the FFN itself, beside the forecast; nothing in models without."""
     bytes_per_second: float
     macs_per_second: float
     torch_macs_per_second: float
@@ -96,7 +98,8 @@ def price_table(engine: Priced) -> PriceTable:
 
 def _parts(layer: Any) -> tuple[Any, ...]:
     ffn, attention = layer.ffn, layer.attention
-    return layer.q, layer.o, layer.gate_up, layer.down, attention.forecast_in, attention.forecast_out, ffn.forecast_in
+    body = layer.q, layer.o, layer.gate_up, layer.down, layer.gate_up_slice, layer.down_slice
+    return *body, attention.forecast_in, attention.forecast_out, ffn.forecast_in
 
 
 def measure(engine: Priced) -> PriceTable:
@@ -106,6 +109,7 @@ def measure(engine: Priced) -> PriceTable:
         "attention": [[layer.q, layer.o] for layer in layers],
         "ffn": [[layer.gate_up, layer.down] for layer in layers],
         "forecaster": [[layer.ffn.forecast_in, layer.ffn.forecast_out] for layer in layers],
+        "slice": [[layer.gate_up_slice, layer.down_slice] for layer in layers],
     }
     widest = max(max(part.n, part.k) for part in _parts(layers[0]))
     x, y = torch.zeros(MANY, widest), torch.empty(MANY, widest)
@@ -137,6 +141,7 @@ def measure(engine: Priced) -> PriceTable:
         attention=prices["attention"],
         ffn=prices["ffn"],
         forecaster=prices["forecaster"],
+        slice=prices["slice"],
         bytes_per_second=stored / prices["ffn"][0],
         macs_per_second=weights * MANY / seconds("ffn", MANY),
         torch_macs_per_second=_torch_rate(groups["ffn"][0][0], engine.weights),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...progress import Progress
-from ..architecture import unknown
+from ..architecture import slices_of, unknown
 
 OLDEST = (8, 0)
 """Compute capability: bfloat16 tensor cores and asynchronous copies."""
@@ -27,6 +27,8 @@ def unsupported(model: Any) -> str | None:
         return reason
     if model.routing_config.selection.static_layers:
         return "static layers"
+    if any(slices_of(model)):
+        return "a slice of an FFN itself (forecaster.fallback = slim), which only the CPU engine computes"
     if find_spec("triton") is None:
         return "Triton is not installed"
     if not interpreted():

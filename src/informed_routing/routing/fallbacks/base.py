@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LowRankForm:
-    """outer_weight act(inner_weight x + inner_bias) + outer_bias, act being SiLU or nothing: engines compute it."""
+    """outer_weight act(inner_weight x + inner_bias) + outer_bias, act being SiLU or nothing, and a slice of the unit:
+    what engines compute for approximated tokens."""
 
     inner_weight: Tensor
     """[r, d]"""
@@ -27,6 +28,8 @@ class LowRankForm:
     """[d, r]"""
     outer_bias: Tensor
     silu: bool
+    slice: Tensor | None = None
+    """int64 [k], ascending: what approximated tokens get beside it of the unit's own neurons; None for none of them."""
 
     @property
     def rank(self) -> int:

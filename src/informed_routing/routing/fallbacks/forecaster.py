@@ -62,7 +62,7 @@ class Forecaster(Fallback):
             self.outer.weight.copy_(solution.outer[:, : self.rank])
             self.outer.bias.copy_(solution.outer_bias)
 
-    def form(self) -> LowRankForm | None:
+    def form(self) -> LowRankForm:
         inner, outer = self.inner, self.outer
         return LowRankForm(
             inner.weight.detach(),

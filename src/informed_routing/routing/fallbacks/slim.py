@@ -7,6 +7,7 @@ than all of it. The slice reads the base model's own weights: of it a routing fo
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from ...config.parts import ForecasterConfig
 from ...errors import InputError
 from ...models.slices import most_important
 from ...models.units import Unit
-from .base import Fallback
+from .base import Fallback, LowRankForm
 from .forecaster import Forecaster
 
 MULTIPLE = 32
@@ -77,8 +78,8 @@ class SlimFallback(Forecaster):
             return None
         return f"index is no ascending choice of {self.of} neurons"
 
-    def form(self) -> None:
-        return None
+    def form(self) -> LowRankForm:
+        return replace(super().form(), slice=self.index)
 
 
 KIND = SlimFallback

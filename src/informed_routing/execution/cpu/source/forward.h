@@ -120,19 +120,19 @@ struct Forward {
         });
     }
 
-    void forecast_out(const Routing& r) {
+    void forecast_out(const Routing& r, const Tasks* plan = nullptr) {
         if (!r.forecast_in.n) return;
         const Rows z{s.z.store.data(), (size_t)padded(r.forecast_in.n), nullptr, (int)s.approximated.size()};
-        add(r.forecast_out, z, s.approximated.data(), 1.0f);
+        add(r.forecast_out, z, s.approximated.data(), 1.0f, plan);
     }
 
     // residual[index[i]] += factor * (row i of x) W^T
-    void add(const Linear& w, const Rows& x, const int32_t* index, float factor) {
+    void add(const Linear& w, const Rows& x, const int32_t* index, float factor, const Tasks* plan = nullptr) {
         multiply(w, x, tid, threads, [&](int i, int column, vf a, vf b) {
             float* out = c.hidden + (size_t)index[i] * m.d + column;
             store(out, load(out) + a * factor);
             store(out + VL, load(out + VL) + b * factor);
-        });
+        }, plan);
     }
 
     void store_to(const Linear& w, const Rows& x, float* out) {
@@ -299,27 +299,38 @@ struct Forward {
         lap(OUT);
     }
 
-    // Not inlined: beside the exponentials compilers keep fewer sums of the product in registers.
-    static __attribute__((noinline)) void gated(bool gelu, vf gate, vf up, float* out) {
-        store(out, (gelu ? vgelu_tanh(gate) : vsilu(gate)) * up);
+    // Activations of the neurons of some rows: h [rows, width].
+    // A panel of gate_up is VL gates beside the same VL ups, so that their product is made in registers.
+    void neurons(const Layer& layer, const Linear& gate_up, const std::vector<int32_t>& of, float* h, size_t width) {
+        multiply(gate_up, {s.x.store.data(), (size_t)m.d, of.data(), (int)of.size()}, tid, threads,
+                 [&](int i, int column, vf gate, vf up) {
+                     gated(layer.gelu, gate, up, h + i * width + column / 2);
+                 });
+    }
+
+    // What approximated rows get, of whose slice `h` has the activations.
+    void approximate(const Layer& layer, const float* h) {
+        const int n = (int)s.approximated.size(), k = layer.down_slice.k;
+        if (!n || !layer.down_slice.n) return forecast_out(layer.ffn);
+        // Slice and forecast add to the same elements: by one plan the same thread does, one after the other.
+        const int most = 2 * block_height(std::max(k, layer.ffn.forecast_in.n));
+        const Tasks plan(n, panels(layer.down_slice), threads, most, STEP);
+        add(layer.down_slice, {h, (size_t)k, nullptr, n}, s.approximated.data(), layer.residual, &plan);
+        forecast_out(layer.ffn, &plan);
     }
 
     void ffn_unit(const Layer& layer, int index) {
         route(layer.ffn_norm, layer.ffn, 2 * index + 1);
         lap(ROUTE);
-        const int n = (int)s.executed.size();
-        float* h = s.h.store.data();
-        const size_t width = padded(m.ff);
-        // A panel of gate_up is VL gates beside the same VL ups, so that their product is made in registers.
-        multiply(layer.gate_up, {s.x.store.data(), (size_t)m.d, s.executed.data(), n}, tid, threads,
-                 [&](int i, int column, vf gate, vf up) {
-                     gated(layer.gelu, gate, up, h + i * width + column / 2);
-                 });
+        const size_t width = padded(m.ff), n = s.executed.size();
+        float *h = s.h.store.data(), *slice = h + n * width;
+        neurons(layer, layer.gate_up, s.executed, h, width);
+        neurons(layer, layer.gate_up_slice, s.approximated, slice, layer.down_slice.k);
         forecast_in(layer.ffn);
 #pragma omp barrier
         lap(GATE_UP);
-        add(layer.down, {h, width, nullptr, n}, s.executed.data(), layer.residual);
-        forecast_out(layer.ffn);
+        add(layer.down, {h, width, nullptr, (int)n}, s.executed.data(), layer.residual);
+        approximate(layer, slice);
 #pragma omp barrier
         lap(DOWN);
     }
@@ -336,10 +347,12 @@ struct Forward {
             for (int unit = 2 * index; unit < 2 * index + 2; unit++) select(unit, false);
         }
         lap(ROUTE);
+        float* slice = s.h.store.data();
+        neurons(layer, layer.gate_up_slice, s.approximated, slice, layer.down_slice.k);
         forecast_in(layer.ffn);
 #pragma omp barrier
         lap(GATE_UP);
-        forecast_out(layer.ffn);
+        approximate(layer, slice);
 #pragma omp barrier
         lap(DOWN);
     }

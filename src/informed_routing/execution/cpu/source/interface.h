@@ -3,7 +3,7 @@
 #include "linear.h"
 
 // Counts the meanings of what is below: raise it, here and there, when a field means something else.
-constexpr int32_t ABI = 1;
+constexpr int32_t ABI = 2;
 
 struct Routing {
     Linear router_in;         // hidden layer of an mlp or low-rank router; n = 0 for a linear one
@@ -18,6 +18,9 @@ struct Routing {
 struct Layer {
     const float *attention_norm, *ffn_norm, *q_norm, *k_norm;
     Linear q, kv, o, gate_up, down;
+    // The first panels of gate_up and the first inputs of down, where the packed neurons begin with those that
+    // approximated tokens get too: parts of the same weights. n = 0: they get none.
+    Linear gate_up_slice, down_slice;
     Routing attention, ffn;
     float residual;
     int32_t window, rope, gelu;
@@ -33,7 +36,7 @@ struct Model {
     float eps, scale, qk_eps;
 };
 
-// What executing or approximating n rows costs, in seconds, n = 0 .. limit - 1: see prices.py.
+// What executing or approximating n rows costs, in seconds, n = 0 .. limit - 1: see price_table.py.
 struct Prices {
     const float* execute[2];
     const float* approximate[2];

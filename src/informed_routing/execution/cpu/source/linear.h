@@ -5,8 +5,9 @@
 #include "formats.h"
 
 struct Linear {
-    int32_t type, n, k, pad;
-    const void* data;   // packed weights
+    int32_t type, n, k;
+    int32_t packed;     // inputs of a panel, of which the first k are read: fewer in a part of another layer
+    const void* data;   // packed weights; null with n = 0 for no layer
     const float* bias;  // [n rounded up to NR] or null
 };
 
@@ -62,12 +63,12 @@ static const uint32_t* panel_pairs(Unpack unpack, const char* panel, int k, floa
 // Many rows by matrix instructions. Panels are pairs already where there is no `unpack`.
 template <class Out>
 static void multiply_tiles(
-    const Linear& w, const Rows& x, size_t bytes, Unpack unpack, int tid, int threads, Out&& out
+    const Linear& w, const Rows& x, size_t bytes, Unpack unpack, int tid, int threads, Out&& out, const Tasks* given
 ) {
     const int steps = steps_of(w.k);
     const size_t stack = (size_t)steps * 16 * STEP;
     // Rows of a block fit a quarter of a private cache.
-    const Tasks plan(x.count, panels(w), threads, 262144 / (steps * STEP), 32);
+    const Tasks plan = given ? *given : Tasks(x.count, panels(w), threads, 262144 / (steps * STEP), 32);
     thread_local Aligned<float> plain;
     thread_local Aligned<bf16> rows;
     thread_local Aligned<vi> pairs;
@@ -105,9 +106,10 @@ static void multiply_tiles(
 // tile(rows, first row, pointers to the rows, panel, acc).
 template <int MOST, class Panel, class Tile, class Out>
 INLINE void multiply_blocks(
-    const Linear& w, const Rows& x, int height, int tid, int threads, Panel&& panel, Tile&& tile, Out&& out
+    const Linear& w, const Rows& x, int height, int tid, int threads, Panel&& panel, Tile&& tile, Out&& out,
+    const Tasks* given
 ) {
-    const Tasks plan(x.count, panels(w), threads, height, MR);
+    const Tasks plan = given ? *given : Tasks(x.count, panels(w), threads, height, MR);
     for (int task = plan.begin(tid); task < plan.begin(tid + 1); task++) {
         const auto [low, high, from, to] = plan.at(task);
         for (int p = from; p < to; p++) {
@@ -150,9 +152,9 @@ INLINE int block_height(int k) { return 65536 / k; }
 
 // Few rows, by panels as they are.
 template <class Format, class Out>
-static void multiply_direct(const Linear& w, const Rows& x, int tid, int threads, Out&& out) {
+static void multiply_direct(const Linear& w, const Rows& x, int tid, int threads, Out&& out, const Tasks* given) {
     const int k = w.k, groups = k / GROUP;
-    const size_t bytes = Format::panel_bytes(k);
+    const size_t bytes = Format::panel_bytes(w.packed);
     const float* sums = Format::SUMS ? group_sums(x, k) : nullptr;
     multiply_blocks<Format::TILE_ROWS>(
         w, x, block_height(k), tid, threads, [&](int p) { return panel_at(w, bytes, p); },
@@ -160,14 +162,14 @@ static void multiply_direct(const Linear& w, const Rows& x, int tid, int threads
             constexpr int M = decltype(rows)::value;
             Format::template tile<M>(k, a, Format::SUMS ? sums + (size_t)i0 * groups : nullptr, src, acc);
         },
-        out
+        out, given
     );
 }
 
 // Many rows: a panel is unpacked once for all of a block.
 template <class Out>
 static void multiply_unpacked(
-    const Linear& w, const Rows& x, size_t bytes, Unpack unpack, int tid, int threads, Out&& out
+    const Linear& w, const Rows& x, size_t bytes, Unpack unpack, int tid, int threads, Out&& out, const Tasks* given
 ) {
     thread_local Aligned<float> unpacked;
     const int k = w.k;
@@ -181,7 +183,7 @@ static void multiply_unpacked(
         [&](auto rows, int, const float* const* a, const char* src, auto acc) __attribute__((always_inline)) {
             Float32::tile<decltype(rows)::value>(k, a, nullptr, src, acc);
         },
-        out
+        out, given
     );
 }
 
@@ -200,27 +202,29 @@ static Rows rounded_rows(const Rows& x, int k) {
 #endif
 
 template <class Format, class Out>
-static void multiply_as(const Linear& w, const Rows& x, int tid, int threads, Out&& out) {
+static void multiply_as(const Linear& w, const Rows& x, int tid, int threads, Out&& out, const Tasks* given) {
     const bool direct = x.count <= Format::DIRECT_ROWS;
+    const size_t bytes = Format::panel_bytes(w.packed);
 #if HAS_TILES
     if (Format::TILES && tiles_ready()) {
         const Unpack unpack = Format::PAIRS ? nullptr : Format::unpack;
-        if (!direct) return multiply_tiles(w, x, Format::panel_bytes(w.k), unpack, tid, threads, out);
+        if (!direct) return multiply_tiles(w, x, bytes, unpack, tid, threads, out, given);
         // So that a row's result does not depend on how many there are.
-        if (Format::PAIRS) return multiply_direct<Format>(w, rounded_rows(x, w.k), tid, threads, out);
+        if (Format::PAIRS) return multiply_direct<Format>(w, rounded_rows(x, w.k), tid, threads, out, given);
     }
 #endif
-    if (direct) return multiply_direct<Format>(w, x, tid, threads, out);
-    multiply_unpacked(w, x, Format::panel_bytes(w.k), Format::unpack, tid, threads, out);
+    if (direct) return multiply_direct<Format>(w, x, tid, threads, out, given);
+    multiply_unpacked(w, x, bytes, Format::unpack, tid, threads, out, given);
 }
 
 // out(i, column, v0, v1) gets the product of row i with the outputs column .. column + NR.
-// Called by every thread of a parallel region; no barrier at its end.
+// Called by every thread of a parallel region; no barrier at its end. A plan that is `given` divides the work instead of
+// the product's own, so that threads do the same rows and outputs of several products.
 template <class Out>
-static void multiply(const Linear& w, const Rows& x, int tid, int threads, Out&& out) {
-    if (!x.count) return;
+static void multiply(const Linear& w, const Rows& x, int tid, int threads, Out&& out, const Tasks* given = nullptr) {
+    if (!x.count || !w.n) return;
     const bool known = Formats::with(w.type, [&](auto format) {
-        multiply_as<decltype(format)>(w, x, tid, threads, out);
+        multiply_as<decltype(format)>(w, x, tid, threads, out, given);
     });
     if (!known) unknown_format(w.type);
 }

@@ -56,6 +56,11 @@ float dot(const float* a, const float* b, int n) {
     return s;
 }
 
+// Not inlined: beside the exponentials compilers keep fewer sums of the product in registers.
+__attribute__((noinline)) void gated(bool gelu, vf gate, vf up, float* out) {
+    store(out, (gelu ? vgelu_tanh(gate) : vsilu(gate)) * up);
+}
+
 // The halves of a head are rotated against each other; `factor` scales the result.
 void rotate(float* x, const float* cos, const float* sin, int hd, float factor) {
     const int half = hd / 2;

@@ -1,0 +1,174 @@
+"""Quality at equal measured time: perplexity over the speed-up of routed and static models, in one engine and format.
+
+    python benchmarks/equal_time.py slim=out/levers/slim pruned-4=out/pruned-4 --json docs/data/equal_time.json
+    python benchmarks/equal_time.py --table docs/data/equal_time.json
+
+Each NAME=FOLDER is a routing folder, measured over its dial, or a folder of `prune` or a base model, which is one
+point. On held-out rows of 512 tokens (Wikipedia and C4): seconds of prefill and of decode steps behind it, all models
+and settings in turns with the dense base model, and perplexity by the same engine on more such rows. Speed-ups are
+ratios of sums over the timed rows; perplexities are ratios to the dense model. The table reads each curve at the asked
+speed-ups by a line through the points around them (log perplexity over log speed-up); it never goes beyond a curve's
+end. Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from shared import BASE, PROGRESS, TEXTS
+from torch import Tensor
+
+from informed_routing.assets import load_model, load_texts, load_tokenizer, pack
+from informed_routing.baselines.static import is_static_folder, load_static
+from informed_routing.evaluation.engines import RoutedEngine
+from informed_routing.evaluation.environment import environment
+from informed_routing.evaluation.perplexity import token_perplexity
+from informed_routing.evaluation.speed import decode_callable, prefill_callable
+from informed_routing.evaluation.timing import measure
+from informed_routing.files.atomic import write_json
+from informed_routing.persistence.folder import is_routing_folder
+from informed_routing.routed_model import RoutedModelForCausalLM
+
+SPEEDUPS = (1.25, 1.5, 2.0)
+SETTINGS = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
+
+
+class Point:
+    """One model at one setting of its dial, in the native engine."""
+
+    def __init__(self, name: str, model: Any, weights: str, sparsity: float) -> None:
+        self.name, self.model, self.sparsity = name, model, sparsity
+        self.engine = RoutedEngine(model, weights)
+
+    def use(self) -> None:
+        self.engine.use(self.sparsity, None)
+
+
+def points_of(name: str, folder: str, weights: str) -> list[Point]:
+    """The points of a folder: a curve of a routed model, or a single one."""
+    if Path(folder).is_dir() and is_routing_folder(folder):
+        model: Any = RoutedModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        low, high = model.calibrated_range()
+        inside = [s for s in SETTINGS if max(low, 0.01) <= s <= high]
+        return [Point(f"{name} {s:g}", model, weights, s) for s in inside]
+    static = Path(folder).is_dir() and is_static_folder(folder)
+    base = load_static(folder)[0] if static else load_model(folder, dtype=torch.float32)[0]
+    return [Point(name, RoutedModelForCausalLM.attach(base.float()), weights, 0.0)]
+
+
+def seconds(points: list[Point], rows: Tensor, new: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Sums over the rows of the median seconds of each point: of a prefill, and of `new` steps behind it."""
+    found: dict[str, dict[str, float]] = {point.name: {"prefill": 0.0, "decode": 0.0} for point in points}
+    PROGRESS.stage("rows timed", len(rows))
+    for done, row in enumerate(rows, start=1):
+        ids = row[None]
+        work = {p.name: prefill_callable(p.engine, ids, p.use) for p in points}
+        for name, timing in measure(work, repeats, 1).items():
+            found[name]["prefill"] += timing.median
+        work = {p.name: decode_callable(p.engine, ids[:, :-new], ids[:, -new:], p.use) for p in points}
+        for name, timing in measure(work, max(repeats // 2, 1), 1).items():
+            found[name]["decode"] += timing.median
+        PROGRESS.advance(done)
+    return found
+
+
+def quality(point: Point, texts: dict[str, Tensor]) -> dict[str, Any]:
+    """Perplexity on each text, and what was approximated of it."""
+    found: dict[str, Any] = {}
+    point.use()
+    for name, rows in texts.items():
+        point.model.reset_routing_stats()
+        found[name] = token_perplexity(point.model, rows, 1).token_perplexity
+        stats = point.model.routing_stats()
+        found[f"{name} shares"] = {key: stats[key] for key in ("units", "attention", "ffn", "macs")}
+    return found
+
+
+def measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything, in turns."""
+    torch.set_grad_enabled(False)
+    tokenizer = load_tokenizer(BASE)
+    texts = {text: pack(load_texts(text, "heldout"), tokenizer, 512) for text in TEXTS}
+    timed = torch.cat([rows[: arguments.timed] for rows in texts.values()])
+    points = points_of("dense", arguments.base, arguments.weights)
+    for given in arguments.models:
+        name, _, folder = given.partition("=")
+        points += points_of(name, folder, arguments.weights)
+    with ExitStack() as unchanged:  # as text generation has it: weights are compared once, not at each step
+        for point in points:
+            unchanged.enter_context(point.engine.fixed())
+        times = seconds(points, timed, arguments.new_tokens, arguments.repeats)
+    rows: list[dict[str, Any]] = []
+    PROGRESS.stage("perplexity", len(points))
+    for done, point in enumerate(points, start=1):
+        found = quality(point, {name: some[: arguments.rows] for name, some in texts.items()})
+        speed = {phase: times["dense"][phase] / times[point.name][phase] for phase in ("prefill", "decode")}
+        rows.append({"name": point.name, "sparsity": point.sparsity, "seconds": times[point.name], **speed, **found})
+        PROGRESS.advance(done)
+    settings = {key: value for key, value in vars(arguments).items() if key not in ("json", "table")}
+    return {"environment": environment(), "threads": torch.get_num_threads(), "settings": settings, "rows": rows}
+
+
+def at(curve: list[tuple[float, float]], speedup: float) -> float | None:
+    """The ratio of a curve of (speed-up, ratio) at a speed-up; None beyond its ends."""
+    for (low, a), (high, b) in itertools.pairwise(sorted([(1.0, 1.0), *curve])):
+        if low <= speedup <= high:
+            part = (math.log(speedup) - math.log(low)) / (math.log(high) - math.log(low))
+            return math.exp(math.log(a) + part * (math.log(b) - math.log(a)))
+    return None
+
+
+def table(result: dict[str, Any]) -> str:
+    """Ratios of perplexity to dense at equal speed-ups, by phase; then every point."""
+    dense, *rows = result["rows"]
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        curves.setdefault(row["name"].rpartition(" ")[0] or row["name"].rpartition("-")[0] or row["name"], []).append(
+            row
+        )
+    lines = ["| at | " + " | ".join(curves) + " |", "| --- " * (len(curves) + 1) + "|"]
+    for phase, speedup in itertools.product(("prefill", "decode"), SPEEDUPS):
+        cells = []
+        for curve in curves.values():
+            found = [at([(row[phase], row[text] / dense[text]) for row in curve], speedup) for text in TEXTS]
+            cells.append(" / ".join("-" if one is None else f"{one:.3f}" for one in found))
+        lines.append(f"| {phase} {speedup:g}x | {' | '.join(cells)} |")
+    lines += ["", "| point | prefill | decode | MACs saved, wiki / C4 | wiki / C4 |", "| --- " * 5 + "|"]
+    for row in rows:
+        macs = " / ".join(f"{row[f'{text} shares']['macs']:.3f}" for text in TEXTS)
+        ratios = " / ".join(f"{row[text] / dense[text]:.3f}" for text in TEXTS)
+        lines.append(f"| {row['name']} | {row['prefill']:.2f}x | {row['decode']:.2f}x | {macs} | {ratios} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="NAME=FOLDER")
+    parser.add_argument("--base", default=BASE)
+    parser.add_argument("--weights", default="bfloat16")
+    parser.add_argument("--rows", type=int, default=32, help="rows of 512 tokens a text for perplexity")
+    parser.add_argument("--timed", type=int, default=4, help="rows a text that are timed")
+    parser.add_argument("--new-tokens", type=int, default=32, help="decode steps that are timed")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--table", type=Path, help="print the table of a result")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table(json.loads(arguments.table.read_text())))
+        return
+    result = measured(arguments)
+    PROGRESS.done()
+    if arguments.json:
+        write_json(arguments.json, result)
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
