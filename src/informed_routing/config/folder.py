@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import InputError
-from .parts import Budget, ForecasterConfig, RouterConfig, SelectionConfig, check_parts
+from .parts import Budget, ForecasterConfig, RouterConfig, SelectionConfig, check_kv, check_parts
 from .types import Frozen, describe
 
 FORMAT_VERSION = 1
@@ -120,6 +120,10 @@ class RoutingConfig(Frozen):
     @model_validator(mode="after")
     def _parts_go_together(self) -> RoutingConfig:
         check_parts(self.forecaster, self.router, self.selection)
+        check_kv(self.kv, self.selection)
+        beyond = [layer for layer in self.selection.static_layers if layer >= self.num_layers]
+        if beyond:
+            raise ValueError(f"selection.static_layers {beyond[0]} is beyond the model's {self.num_layers} layers")
         return self
 
     @model_validator(mode="after")

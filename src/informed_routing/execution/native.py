@@ -168,7 +168,9 @@ class Plan:
         output = self.engine.forward(
             self.embeddings, rope, self.rows, self.cache, state, stats, keep=keep, forced=forced
         )
-        stats.add_tokens(length, past, self.rows.start, self.rows.valid, routed=not state.dense)
+        stats.add_tokens(
+            length, past, self.rows.start, self.rows.valid, routed=not state.dense, original=state.original
+        )
         return output
 
 

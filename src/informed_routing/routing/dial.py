@@ -39,6 +39,13 @@ def _between(
     if not rows:
         raise InputError("the routing has not been calibrated", "Run `fit` to the end, or training.calibrate")
     shares = [getattr(row, budget) for row in rows]
+    if config.selection.static_layers:
+        if sparsity < shares[0] - RANGE_SLACK:
+            raise InputError(
+                f"sparsity {sparsity} is less than the {shares[0]:.3f} ({budget}) that the static layers save already",
+                "Choose that or more, or 0 for the original model",
+            )
+        sparsity = max(sparsity, shares[0])
     if not shares[0] <= sparsity <= shares[-1] + RANGE_SLACK:
         raise InputError(
             f"sparsity {sparsity} is outside the calibrated range {max(shares[0], 0):.3f} to "

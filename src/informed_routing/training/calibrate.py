@@ -52,8 +52,9 @@ def calibrate(
     progress = progress or NullProgress()
     text = _Text(model, rows, budget, config.batch_size, split=True)
     dense = text.measure(text.part, text.everywhere(float("-inf")))
-    ceiling = text.meter.attainable(dense.margins.isfinite().float().mean(1))  # some tokens may always execute
-    targets = _below(config.targets, ceiling)
+    ceiling = text.meter.attainable((dense.margins < torch.inf).float().mean(1))  # some tokens may always execute
+    floor = max(getattr(dense.row, budget), 0.0)  # what static layers save
+    targets = _between(config.targets, floor, ceiling)
     progress.stage("calibrate", len(targets))
     near = text.measure(text.part, text.place(dense.margins, targets[0]))
     found: list[Measured] = []
@@ -61,12 +62,11 @@ def calibrate(
         near = text.reach(target, near)
         found.append(near)
         progress.advance(done, target=target, realised=getattr(near.row, budget))
-    low = text.everywhere(min(float(dense.margins.min()), *(float(one.margins.min()) for one in found)) - 1e-3)
-    none = {"units": 0.0, "attention": 0.0, "ffn": 0.0, "macs": dense.row.macs, "latency": dense.row.latency}
-    table = [ThresholdRow(threshold=low.value, by_context=low.by_context, **none)]
+    low = text.everywhere(min(_lowest(one.margins) for one in (dense, *found)) - 1e-3)
+    table = [dense.row.model_copy(update={"threshold": low.value, "by_context": low.by_context})]
     table += [one.row for one in found]
     # Margins have long tails: without these rows, low sparsities would be interpolated across the tail.
-    table += [text.estimate(target, found[0]) for target in (targets[0] / 8, targets[0] / 2)]
+    table += [text.estimate(target, found[0]) for target in (floor + (targets[0] - floor) / part for part in (8, 2))]
     # The last target may be realised a little short; with a row behind it, the dial reaches it all the same.
     table.append(text.estimate(min(targets[-1] + BEYOND, (targets[-1] + ceiling) / 2), found[-1]))
     return tuple(sorted(table, key=lambda row: row.threshold))
@@ -75,20 +75,37 @@ def calibrate(
 def attainable(model: RoutedModelForCausalLM, meter: BudgetMeter, length: int) -> float:
     """The share saved when everything that may be approximated is, in rows of `length` tokens."""
     first = model.routing_config.selection.first_tokens
-    return meter.attainable(torch.tensor([u.is_routed * max(length - first, 0) / length for u in model.units]))
+    share = max(length - first, 0) / length
+    return meter.attainable(torch.tensor([1.0 if u.is_static else u.is_routed * share for u in model.units]))
+
+
+def saved_always(model: RoutedModelForCausalLM, meter: BudgetMeter) -> float:
+    """The share that static layers save whatever routers say, which those have to be paid from; 0 without any."""
+    static = torch.tensor([float(unit.is_static) for unit in model.units])
+    return meter.attainable(static) if bool(static.any()) else 0.0
 
 
 def reachable(
     targets: Sequence[float], model: RoutedModelForCausalLM, meter: BudgetMeter, length: int
 ) -> tuple[float, ...]:
     """The targets that a calibration on rows of `length` tokens will keep; InputError where there are none."""
-    return tuple(_below(targets, attainable(model, meter, length)))
+    return tuple(_between(targets, saved_always(model, meter), attainable(model, meter, length)))
 
 
-def _below(targets: Sequence[float], ceiling: float) -> list[float]:
+def _lowest(margins: Tensor) -> float:
+    """The lowest margin of a router: those of static units are infinite."""
+    return float(margins[margins > -torch.inf].min())
+
+
+def _between(targets: Sequence[float], floor: float, ceiling: float) -> list[float]:
     if not targets:
         raise InputError("calibration.targets is empty", "Give one share or more, such as [0.25], or leave it out")
-    found = [target for target in targets if target < ceiling - MARGIN]
+    found = [target for target in targets if floor < target < ceiling - MARGIN]
+    if not found and max(targets) <= floor:
+        raise InputError(
+            f"static layers save {floor:.2f} already, and the highest calibration target is {max(targets):g}",
+            "Raise calibration.targets",
+        )
     if not found:
         raise InputError(
             f"no calibration target is below the attainable {ceiling - MARGIN:.2f}: the lowest is {min(targets):g}",

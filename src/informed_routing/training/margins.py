@@ -116,11 +116,11 @@ def predicted(margins: Tensor, threshold: float | Tensor, meter: BudgetMeter) ->
 def quantile(margins: Tensor, meter: BudgetMeter, target: float) -> float:
     """The threshold below which the margins' summed weights reach the target: a weighted quantile.
 
-    Never infinite: tokens that always execute do.
+    Never infinite: what always executes, and static layers, have no threshold.
     """
     ordered, order = margins.reshape(-1).sort()
     weight = (meter.weights / margins.shape[1]).unsqueeze(1).expand_as(margins).reshape(-1)[order]
     saved = weight.double().cumsum(0) - meter.overhead
     place = int(torch.searchsorted(saved, torch.tensor(target, dtype=torch.float64)))
-    last = int(ordered.isfinite().sum()) - 1
-    return float(ordered[min(place, last)]) if last >= 0 else 0.0
+    first, count = int((ordered == -torch.inf).sum()), int(ordered.isfinite().sum())
+    return float(ordered[max(min(place, first + count - 1), first)]) if count else 0.0

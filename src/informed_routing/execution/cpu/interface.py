@@ -50,6 +50,8 @@ class Layer(ctypes.Structure):
         ("window", _int),
         ("rope", _int),
         ("gelu", _int),
+        ("is_static", _int),
+        ("pad", _int),
     )
 
 

@@ -26,7 +26,9 @@ class DecisionRule(ABC):
     """
 
     dense: ClassVar[bool] = False
-    """Everything executes: routers need not be asked."""
+    """All that is routed executes: routers need not be asked."""
+    original: ClassVar[bool] = False
+    """Static layers execute, too: the base model."""
     causal: ClassVar[bool] = True
     """A token's gate does not depend on later tokens, so that text can be generated."""
     hard: ClassVar[bool] = False
@@ -100,9 +102,10 @@ class Custom(DecisionRule):
 
 @dataclass(frozen=True)
 class AlwaysExecute(DecisionRule):
-    """The dense model."""
+    """The dense model, static layers included."""
 
     dense: ClassVar[bool] = True
+    original: ClassVar[bool] = True
     hard: ClassVar[bool] = True
 
     @property
@@ -111,6 +114,13 @@ class AlwaysExecute(DecisionRule):
 
     def __call__(self, logits: Tensor) -> Tensor:
         return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+
+
+@dataclass(frozen=True)
+class ExecuteRouted(AlwaysExecute):
+    """All that is routed executes, while static layers are approximated; the dense model where there are none."""
+
+    original: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ struct Layer {
     Routing attention, ffn;
     float residual;
     int32_t window, rope, gelu;
+    int32_t is_static;  // one forecast of the whole layer for all rows, by that of its ffn
+    int32_t pad;
 };
 
 struct Model {
@@ -46,7 +48,7 @@ struct Call {
     const float *cos, *sin;  // [B N, head_dim]
     const uint8_t* valid;    // [B N] or null
     const int32_t* start;    // [B]: first key that is no padding
-    void** keys;             // per layer: [B, kv_heads, capacity / NR, head_dim, NR]
+    void** keys;             // per layer, null where it is static: [B, kv_heads, capacity / NR, head_dim, NR]
     void** values;           // per layer: [B, kv_heads, capacity, head_dim]
     const uint8_t* forced;   // [units, B N] gates to use whatever the routers say, or null
     const float* limits;     // [B N]: the margin above which a row executes; null where all do
@@ -59,7 +61,8 @@ struct Call {
     float* logits;           // [B keep, vocabulary] or null
     double* seconds;         // [PHASES] or null
     Prices prices;
-    int32_t batch, length, past, capacity, keep, dense;
+    int32_t batch, length, past, capacity, keep;
+    int32_t dense;  // 1: all that is routed executes; 2: static layers, too
 };
 
 // Prices are good to a few percent: a smaller saving may be none, and the text is better without it.
