@@ -22,10 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .config.folder import BaseModelReference, RoutingConfig, ThresholdRow
 from .config.kinds import kind, kinds_of
-from .config.parts import KINDS, Budget, Decision, ForecasterConfig, RouterConfig, SelectionConfig, method_of
+from .config.parts import Budget, Decision, ForecasterConfig, RouterConfig, SelectionConfig, method_of
 from .config.types import describe
 from .errors import InputError
-from .execution.layer import NOT_CAUSAL, add_routing, routed_decoder_class
+from .execution.attach import check_selection, route_decoder, units_of
+from .execution.layer import NOT_CAUSAL
 from .execution.self_check import Check, check_engine, skipped
 from .models import calls
 from .models.families import family_of
@@ -34,7 +35,7 @@ from .models.restore import all_or_nothing
 from .models.runtime_classes import made_by
 from .persistence.auto_config import RoutedConfig
 from .persistence.pretrained import FromRoutingFolder
-from .routing.costs import UnitCost, unit_costs
+from .routing.costs import UnitCost
 from .routing.decision import AlwaysExecute, DecisionRule
 from .routing.dial import RANGE_SLACK
 from .routing.routed_unit import RoutedUnit
@@ -88,14 +89,10 @@ class RoutedModelForCausalLM(FromRoutingFolder):
             reference = reference_to(model, name, revision)
             forecaster, router = forecaster or ForecasterConfig(), router or RouterConfig()
             routing_config = _fresh_config(model, reference, forecaster, router, selection or SelectionConfig(), kv)
-        forecaster, router, selection = routing_config.forecaster, routing_config.router, routing_config.selection
+        forecaster, selection = routing_config.forecaster, routing_config.selection
         kind("fallbacks", forecaster.fallback).check(forecaster, hidden_size)
         decoder = cast(Any, model).model
-        if selection.first_layer >= len(decoder.layers):
-            raise InputError(
-                f"selection.first_layer {selection.first_layer} leaves none of {len(decoder.layers)} layers to route",
-                "Choose a lower one",
-            )
+        check_selection(model.config, len(decoder.layers), selection)
         calls.check_own_forwards((model, decoder, *decoder.layers))
         with nullcontext() if self_check else skipped():
             check = Check(model, routing_config)
@@ -118,7 +115,7 @@ class RoutedModelForCausalLM(FromRoutingFolder):
     @property
     def units(self) -> list[RoutedUnit]:
         """All routed units in order: attention and ffn of layer 0, of layer 1, ..."""
-        return list(_units_of(self.decoder))
+        return list(units_of(self.decoder))
 
     @property
     def costs(self) -> list[UnitCost]:
@@ -155,12 +152,12 @@ class RoutedModelForCausalLM(FromRoutingFolder):
     # -- the dial ---------------------------------------------------------------------------------------
 
     def set_sparsity(self, sparsity: float, budget: Budget | None = None, decision: Decision | None = None) -> None:
-        """Choose how much is approximated, without retraining. 0 is the dense model.
+        """Choose how much is approximated, without retraining. 0 is the dense model, its static layers included.
 
         `budget` says what the number means (default: what the routers were trained for). `decision` is how tokens are
         chosen: by `threshold`, or the `top-k` of each sequence, which is what MoD is trained and scored with but cannot
         generate (default: the method's own). Raises InputError outside the calibrated range, when the model has not
-        been calibrated, or for top-k of routers that do not rank.
+        been calibrated, for less than static layers save, or for top-k of routers that do not rank.
         """
         if not 0 <= sparsity < 1:
             raise InputError(f"sparsity {sparsity} is not between 0 and 1", "Give a share such as 0.25")
@@ -248,6 +245,8 @@ class RoutedModelForCausalLM(FromRoutingFolder):
             raise InputError("policy 'auto' needs the native engine", "Use execution='native'")
         state = self.routing_state
         kept = state.kv if kv is None else kv
+        if kept == "drop" and self.routing_config.selection.static_layers:
+            raise InputError("kv='drop' does not go with static layers", "Use kv='keep'")
         native = None
         if execution == "native":
             from .execution.native import NativeExecution
@@ -294,22 +293,15 @@ class RoutedModelForCausalLM(FromRoutingFolder):
         gates = self.routing_state.forward.gates
         if not gates:
             return torch.ones(0)
-        return torch.stack([gate.float() for gate in gates.values()]).mean(0)
+        compute = torch.stack([gate.float() for gate in gates.values()]).mean(0)
+        if not self.routing_state.dense:
+            return compute
+        return 1 - (1 - compute) * len(gates) / len(self.units)  # only static units have gates
 
 
 def _with_routing(model: PreTrainedModel, config: RoutingConfig) -> RoutedModelForCausalLM:
     """Give the layers of a dense model their routed units, and layers, decoder and model their routed classes."""
-    family, decoder = family_of(model.config.model_type), cast(Any, model).model
-    state = RoutingState(kv=config.kv)
-    device = decoder.embed_tokens.weight.device
-    parts = (config.hidden_size, config.forecaster, config.router, config.selection)
-    for i, layer in enumerate(decoder.layers):
-        pair = [RoutedUnit(2 * i + j, kind, family, layer, *parts).to(device) for j, kind in enumerate(KINDS)]
-        add_routing(layer, state, *pair)
-    costs = unit_costs(decoder.layers, list(_units_of(decoder)))
-    decoder.routing_state = state
-    decoder.routing_stats_counter = RoutingStats.empty(costs, [u.kind for u in _units_of(decoder)])
-    decoder.__class__ = routed_decoder_class(type(decoder))  # type: ignore[arg-type]
+    state = route_decoder(cast(Any, model).model, config)
     training = model.training
     model.__class__ = _routed_model_class(type(model))  # type: ignore[arg-type]
     routed = cast(RoutedModelForCausalLM, model)
@@ -341,12 +333,6 @@ def _fresh_config(
         )
     except ValidationError as error:
         raise InputError(*describe(error)) from None
-
-
-def _units_of(decoder: Any) -> Iterator[RoutedUnit]:
-    for layer in decoder.layers:
-        yield layer.attention_routing
-        yield layer.ffn_routing
 
 
 @functools.cache

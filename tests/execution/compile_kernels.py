@@ -70,13 +70,13 @@ def compile_all(capability: int, dtype: torch.dtype = torch.bfloat16) -> list[di
     forecaster = ForecasterWeights(
         Matrix(empty(rank, d, dtype=dtype), empty(rank)), Matrix(empty(d, rank, dtype=dtype), empty(d)), False
     )
-    norm, bias, threshold = empty(d, dtype=dtype), empty(1), empty(1)
+    norm, bias = empty(d, dtype=dtype), empty(1)
     linear = RouterWeights(None, None, empty(d), bias, False, False)
     mlp = RouterWeights(empty(832, d, dtype=dtype), empty(832), empty(832), bias, True, False)
     for rows in (1, 8, 4096):
         hidden, chosen = empty(rows, d, dtype=dtype), Selection.empty(1, rows, torch.device("cpu"))
         for router in (linear, mlp):
-            route.route(hidden, norm, 1e-5, router, threshold, None, 1)
+            route.route(hidden, norm, 1e-5, router, empty(rows), None, 1)
         for shape in tiles.candidates(dtype, rows):
             for w in (plain, *scaled.values()):
                 z = empty(rows, rank, dtype=dtype)

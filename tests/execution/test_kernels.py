@@ -95,9 +95,9 @@ def test_route(dtype: torch.dtype, kind: str, batch: int, length: int) -> None:
         residual=kind == "low-rank" and batch == 3,
     )
     for value in (-1e9, 0.0, 0.3, 1e9):
-        threshold = torch.full((1,), value, device=DEVICE)
+        limits = torch.full((batch * length,), value, device=DEVICE) + 0.2 * randn(batch * length, seed=11)
         for valid in (None, (randn(batch * length, seed=8) > -1).to(torch.int8)):
-            settings = (hidden, norm, 1e-5, router, threshold, valid, batch)
+            settings = (hidden, norm, 1e-5, router, limits, valid, batch)
             x, found = route.route(*settings)
             expected_x, expected = route.route_reference(*settings)
             close(x, expected_x, dtype)

@@ -108,7 +108,9 @@ def test_routing_config(folder: Path, kind: str) -> None:
     _refused(folder, message)
 
 
-@pytest.mark.parametrize("name", ["routing_config.json", "routing.safetensors", "generation_config.json"])
+@pytest.mark.parametrize(
+    "name", ["routing_config.json", "routing.safetensors", "generation_config.json", "config.json"]
+)
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[" * 100_000])
 def test_damaged_files(folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)

@@ -115,7 +115,7 @@ def test_a_start_on_another_model_is_refused(recipe: Recipe, whole: dict[str, An
         (["lora"], None, "route before lora"),
         (["route"], None, "forecast before route"),
         (["calibrate"], None, "needs a start"),
-        ([], "somewhere", "some of forecast"),
+        ([], "somewhere", "some of static"),
         (["forecast", "route"], "somewhere", "has forecasters already"),
     ],
 )

@@ -18,7 +18,7 @@ import typer
 from informed_routing.errors import InformedRoutingError, InputError, WorkError
 from informed_routing.files.user_files import shown
 
-from . import benchmark, demo, evaluate, fit, generate, prune, streams, study, whatif
+from . import benchmark, calibrate, demo, evaluate, fit, generate, prune, streams, study, whatif
 from .arguments import refuse_empty
 
 _PROGRAM = "informed-routing"
@@ -37,6 +37,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("fit")(fit.fit)
+app.command("calibrate")(calibrate.calibrate)
 app.command("prune")(prune.prune)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
@@ -195,7 +196,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _again(command: str) -> str:
-    if command in ("fit", "prune"):
+    if command in ("fit", "calibrate", "prune"):
         return "; run again with --resume to continue"
     return "; run again to continue" if command in _RESUMABLE else ""
 

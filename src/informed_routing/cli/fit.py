@@ -42,7 +42,8 @@ def fit(
         typer.Option("--budget", help="Share of what: units (the paper), macs, or latency (measured)."),
     ] = None,
     stages: Annotated[
-        str | None, typer.Option("--stages", help="Some of forecast,route,lora, or calibrate.", rich_help_panel=_SIZES)
+        str | None,
+        typer.Option("--stages", help="Some of static,forecast,route,lora, or calibrate.", rich_help_panel=_SIZES),
     ] = None,
     start: Annotated[
         str | None,
@@ -70,6 +71,15 @@ def fit(
     slice_: Annotated[
         float | None,
         typer.Option("--slice", help="Of --fallback slim: share of an FFN's neurons.", rich_help_panel=_SIZES),
+    ] = None,
+    static_layers: Annotated[
+        int | None,
+        typer.Option(
+            "--static-layers",
+            metavar="N",
+            help="Find N layers to approximate for every token, without router and keys.",
+            rich_help_panel=_SIZES,
+        ),
     ] = None,
     router: Annotated[
         str | None, typer.Option("--router", help="mlp, linear or low-rank.", rich_help_panel=_SIZES)
@@ -126,6 +136,8 @@ def fit(
             **in_stages("objective.kind", objective, ("route", "lora")),
         },
     )
+    if static_layers is not None:
+        chosen = _with_search(chosen, static_layers)
     if chosen.start:
         decided = {"--rank": rank, "--fallback": fallback, "--slice": slice_, "--router": router}
         _refuse_idle_flags(chosen.stages, decided, budget, sparsity)
@@ -149,6 +161,13 @@ def fit(
             model=chosen.model,
             dtype=_dtype(report, chosen),
         )
+
+
+def _with_search(recipe: Recipe, layers: int) -> Recipe:
+    """The recipe with the stage that looks for so many static layers, or for 0 without it."""
+    check_at_least("--static-layers", [layers], 0)
+    others = [name for name in recipe.stages if name != "static"]
+    return recipe.with_overrides({"static.layers": layers, "stages": ["static", *others] if layers else others})
 
 
 def _refuse_idle_flags(

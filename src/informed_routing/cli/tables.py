@@ -67,7 +67,7 @@ def _measured(values: Mapping[str, Any], metric: str, error: str | None = None) 
 
 def speed_table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:
     """Seconds, tokens per second, the speed-up against dense, and the limit of the row's own selections."""
-    columns = ["engine", "phase", "sparsity", "batch", "prompt", "new", "ms", "min-max", "tokens/s"]
+    columns = ["engine", "phase", "sparsity", "units", "MACs", "batch", "prompt", "new", "ms", "min-max", "tokens/s"]
     table = new_table(title, [*columns, "speed-up", "limit", "of limit"], left=3)
     for row in rows:
         seconds = row["seconds"]
@@ -75,6 +75,7 @@ def speed_table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:
             row["engine"],
             row["phase"],
             target_label(row["sparsity"]),
+            *(share_cells(row["sparsity"])[i] for i in (0, 3)),
             str(row["batch"]),
             str(row["prompt_tokens"]),
             str(row.get("new_tokens", "")),

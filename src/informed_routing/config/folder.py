@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import InputError
-from .parts import Budget, ForecasterConfig, RouterConfig, SelectionConfig, check_parts
+from .parts import Budget, ForecasterConfig, RouterConfig, SelectionConfig, check_kv, check_parts
 from .types import Frozen, describe
 
 FORMAT_VERSION = 1
+
+ByContext = tuple[tuple[int, float], ...]
+"""(context, threshold) pairs: for tokens that see so many keys or more, themselves included, up to the next pair."""
+
+
+def contexts_rise(contexts: Sequence[int]) -> bool:
+    """Whether contexts begin ranges that hold every token: with 1, and rising."""
+    return contexts[0] == 1 and all(low < high for low, high in itertools.pairwise(contexts))
 
 
 class _Measured(BaseModel):
@@ -52,6 +62,9 @@ class ThresholdRow(_Measured):
     ffn: float
     macs: float
     latency: float = Field(0.0, description="share of the time saved, by the table of RoutingConfig.latency")
+    by_context: ByContext = Field(
+        (), description="thresholds that realise these shares whatever tokens see; none: `threshold` for all"
+    )
 
 
 class BasePrint(Frozen):
@@ -96,8 +109,21 @@ class RoutingConfig(Frozen):
     thresholds: tuple[ThresholdRow, ...] = ()
 
     @model_validator(mode="after")
+    def _rows_have_the_same_contexts(self) -> RoutingConfig:
+        ranges = {tuple(context for context, _ in row.by_context) for row in self.thresholds if row.by_context}
+        if len(ranges) > 1:
+            raise ValueError("by_context has other ranges in one row than in another")
+        if any(not contexts_rise(found) for found in ranges):
+            raise ValueError("by_context: ranges begin with a context of 1 and rise")
+        return self
+
+    @model_validator(mode="after")
     def _parts_go_together(self) -> RoutingConfig:
         check_parts(self.forecaster, self.router, self.selection)
+        check_kv(self.kv, self.selection)
+        beyond = [layer for layer in self.selection.static_layers if layer >= self.num_layers]
+        if beyond:
+            raise ValueError(f"selection.static_layers {beyond[0]} is beyond the model's {self.num_layers} layers")
         return self
 
     @model_validator(mode="after")
@@ -105,8 +131,9 @@ class RoutingConfig(Frozen):
         rows = [*self.thresholds, *([] if self.latency is None else [self.latency])]
         for row in rows:
             for name, value in row:
-                if isinstance(value, float) and not math.isfinite(value):
-                    raise ValueError(f"{name} is {value} where a measured number should be")
+                numbers = [number for _, number in value] if isinstance(value, tuple) else [value]
+                if wrong := [x for x in numbers if isinstance(x, float) and not math.isfinite(x)]:
+                    raise ValueError(f"{name} is {wrong[0]} where a measured number should be")
         return self
 
     @classmethod

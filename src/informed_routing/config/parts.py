@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from .kinds import check_kind
 from .types import Frozen, Size
@@ -128,19 +135,57 @@ class SelectionConfig(Frozen):
     decision: Rule = Field(
         "threshold", description="threshold on the margin; top-k of each sequence and unit (MoD), which is not causal"
     )
+    static_layers: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (),
+        description="layers that are approximated for every token: one fallback for the whole layer in place of its "
+        "FFN, no router, no keys (never layer 0, by whose keys a cache is measured)",
+    )
+
+    @field_validator("static_layers")
+    @classmethod
+    def _each_static_layer_once(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(set(value)))
+
+    @model_serializer(mode="wrap")
+    def _without_no_static_layers(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Left out where there are none: earlier versions then read the folder, and a study knows its cells again."""
+        stored: dict[str, Any] = plain(self)
+        if not stored.get("static_layers"):
+            stored.pop("static_layers", None)
+        return stored
+
+    def is_static(self, layer: int) -> bool:
+        """Whether a layer is approximated for every token."""
+        return layer in self.static_layers
 
     def routes(self, layer: int) -> bool:
         """Whether the units of a layer are routed at all."""
+        if self.is_static(layer):
+            return False
         return layer >= self.first_layer and (layer - self.first_layer) % self.every == 0
 
 
 def check_parts(forecaster: ForecasterConfig, router: RouterConfig, selection: SelectionConfig) -> None:
     """Raises ValueError for parts of a routed unit that do not go together."""
+    if selection.static_layers:
+        _check_static(selection)
     if (router.kind == "ranking") != (selection.decision == "top-k"):
         raise ValueError("router.kind ranking and selection.decision top-k need each other")
     whole = selection.granularity == "unit" and selection.first_layer == 0 and selection.every == 1
     if forecaster.is_fitted and not (whole and selection.decision == "threshold"):
         raise ValueError("forecasters go with thresholds on single units of all layers: set forecaster.fallback = zero")
+
+
+def _check_static(selection: SelectionConfig) -> None:
+    for name, plain in (("granularity", "unit"), ("decision", "threshold"), ("first_tokens", 0)):
+        if (value := getattr(selection, name)) != plain:
+            raise ValueError(f"selection.static_layers goes with selection.{name} = {plain}, not {value}")
+
+
+def check_kv(kv: str, selection: SelectionConfig) -> None:
+    """Raises ValueError for static layers in a cache that counts executed tokens."""
+    if kv == "drop" and selection.static_layers:
+        raise ValueError("selection.static_layers does not go with kv = drop: set kv = keep")
 
 
 def method_of(forecaster: ForecasterConfig, selection: SelectionConfig) -> str:

@@ -5,11 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from ..errors import InputError
 from .kinds import stages_in_order
-from .parts import Budget, ForecasterConfig, RouterConfig, SelectionConfig, check_parts
+from .parts import Budget, ForecasterConfig, RouterConfig, SelectionConfig, check_kv, check_parts
 from .types import LARGEST_SIZE, Frozen, Label, Reference, Seed, Size, describe
 
 
@@ -37,6 +45,20 @@ class StageConfig(Frozen):
     weight_decay: float = Field(0.01, ge=0)
     gradient_clip: float = Field(1.0, gt=0)
     checkpoint_every: int = Field(25, ge=1)
+
+
+class StaticSearch(Frozen):
+    """The stage `static`: a greedy search for layers that are approximated for every token.
+
+    Layer by layer the one is taken without which the model stays nearest to the original: by the KL divergence of their
+    next tokens, the layer's forecaster being fitted in closed form to what the layers taken before leave.
+    """
+
+    layers: int = Field(0, ge=0, description="how many to find; 0 without the stage")
+    tokens: int = Field(4096, ge=1, description="text on which candidates are compared")
+    fit_tokens: int = Field(8192, ge=1, description="text on which their forecasters are fitted, anew for each layer")
+    candidates: int = Field(8, ge=1, description="how many of the first round's best later rounds compare")
+    sequence_length: int = Field(512, ge=2, le=LARGEST_SIZE)
 
 
 class ForecastStage(StageConfig):
@@ -123,8 +145,8 @@ class Recipe(Frozen):
     data: tuple[Reference, ...] = Field(("demo:wiki", "demo:c4"), min_length=1)
     stages: tuple[StageName, ...] = Field(
         ("forecast", "route"),
-        description="forecast, route and lora; or joint, which trains routers and LoRA together, in place of the last "
-        "two; or calibrate alone: a new threshold table for a routed model",
+        description="static, forecast, route and lora; or joint, which trains routers and LoRA together, in place of "
+        "the last two; or calibrate alone: a new threshold table for a routed model",
     )
     start: Reference | None = Field(
         None,
@@ -140,17 +162,26 @@ class Recipe(Frozen):
     forecaster: ForecasterConfig = ForecasterConfig()
     router: RouterConfig = RouterConfig()
     selection: SelectionConfig = SelectionConfig()
+    static: StaticSearch = StaticSearch()
     forecast: ForecastStage = ForecastStage()
     route: RouteStage = RouteStage()
     lora: LoraStage = LoraStage()
     calibration: CalibrationConfig = CalibrationConfig()
+
+    @model_serializer(mode="wrap")
+    def _without_idle_search(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Left out where there is none: a study knows its cells again."""
+        stored: dict[str, Any] = plain(self)
+        if self.static == StaticSearch():
+            stored.pop("static", None)
+        return stored
 
     @field_validator("stages")
     @classmethod
     def _stages_in_order(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         order = [name for name in stages_in_order() if name in value]
         if len(order) != len(value) or not value:
-            raise ValueError("stages must be some of forecast, route, lora, each once, or calibrate alone")
+            raise ValueError("stages must be some of static, forecast, route, lora, each once, or calibrate alone")
         if "joint" in value and {"route", "lora"} & set(value):
             raise ValueError("stages cannot hold joint with route or lora: it does the work of both")
         # Every fit calibrates at its end: the name matters only where it stands alone.
@@ -172,8 +203,29 @@ class Recipe(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _static_layers_are_given_or_found(self) -> Recipe:
+        found, searched = self.static.layers, "static" in self.stages
+        if searched and not found:
+            raise ValueError("the stage static needs static.layers: how many to find")
+        if found and not searched:
+            raise ValueError("static.layers needs the stage static: name it first in stages")
+        if found and self.selection.static_layers:
+            raise ValueError("selection.static_layers names what static.layers would look for: leave one of them out")
+        if found and self.start is not None:
+            raise ValueError("the stage static does not go with a start, whose layers have routers already")
+        if found and self.forecaster.activation != "none":
+            raise ValueError("the stage static fits in closed form: set forecaster.activation = none")
+        if (found or self.selection.static_layers) and self.route.budget == "latency":
+            raise ValueError("route.budget latency does not know static layers: use macs or units")
+        if found:
+            check_parts(self.forecaster, self.router, self.selection.model_copy(update={"static_layers": (1,)}))
+            check_kv(self.kv, self.selection.model_copy(update={"static_layers": (1,)}))
+        return self
+
+    @model_validator(mode="after")
     def _parts_go_together(self) -> Recipe:
         check_parts(self.forecaster, self.router, self.selection)
+        check_kv(self.kv, self.selection)
         if self.selection.decision == "top-k" and (self.route.budget != "units" or self.route.penalty != "mean"):
             raise ValueError("selection.decision top-k is a share of units: leave route.budget and penalty as they are")
         if "joint" in self.stages and not self.route.steps:
@@ -182,7 +234,8 @@ class Recipe(Frozen):
             raise ValueError("route.penalty token counts units: leave route.budget at units")
         if self.router.warm_start and {"route", "joint"} & set(self.stages) and self.start is None:
             plain = self.router.kind in ("mlp", "linear", "low-rank") and self.router.input != "layer"
-            if not plain or self.selection != SelectionConfig():
+            routed = self.selection.model_copy(update={"static_layers": ()})
+            if not plain or routed != SelectionConfig():
                 raise ValueError("router.warm_start knows plain routers of single units: set it to false")
         return self
 
@@ -210,7 +263,7 @@ class Recipe(Frozen):
         None means "not given", or with `none_counts` is a value like others. Raises InputError naming what is unknown
         or breaks a bound.
         """
-        data = self.model_dump()
+        data = {**self.model_dump(), "static": self.static.model_dump()}
         for key, value in overrides.items():
             if value is None and not none_counts:
                 continue

@@ -93,7 +93,7 @@ def may_share(model: Any) -> bool:
     state = getattr(model, "routing_state", None)
     if state is None:
         return not getattr(model, "_is_stateful", False)
-    return state.kv == "keep" and state.decision.threshold is not None
+    return state.kv == "keep" and state.decision.by_margin
 
 
 def _score(scores: Tensor, continuation: list[int]) -> tuple[float, bool]:

@@ -19,7 +19,7 @@ from ..models.runtime_classes import made_by
 from ..routing.routed_unit import RoutedUnit
 from ..routing.state import Forward, RoutingState
 from ..routing.stats import RoutingStats
-from . import masked, sparse
+from . import masked, sparse, static
 from .cache import ExecutedKeysLayer, keep_executed_only
 
 NOT_CAUSAL = (
@@ -32,6 +32,8 @@ def _run_layer(self: Any, hidden: Tensor, call: calls.Call) -> Tensor:
     state: RoutingState = self.routing_state
     attention, ffn = self.attention_routing, self.ffn_routing
     skips = state.skips(self.training)
+    if attention.is_static:
+        return static.run(self, state, hidden, call)
     run = sparse.run if skips else masked.run
     state.forward.layer_input = hidden
     if not attention.joins:
@@ -79,6 +81,9 @@ def routed_decoder_class(base: type[nn.Module]) -> type[nn.Module]:
             contexts=contexts,
             modules_whole="output_attentions" in calls.records(self, call.options),
         )
+        has_static = any(layer.ffn_routing.is_static for layer in self.layers)
+        if has_static and state.forward.modules_whole and not state.original:
+            raise InputError("output_attentions: static layers have none", "Leave it out, or use sparsity 0")
         if state.ranks and call.cache is not None and call.cache.get_seq_length():
             raise InputError(*NOT_CAUSAL)
         if state.kv == "drop" and not state.dense and state.skips(self.training):
@@ -132,9 +137,14 @@ def _with_dropping_cache(decoder: Any, forward: Any, call: calls.Call) -> dict[s
     return given
 
 
-def add_routing(layer: Any, state: RoutingState, attention: RoutedUnit, ffn: RoutedUnit) -> None:
-    """Make a live decoder layer a routed one."""
+def add_units(layer: Any, attention: RoutedUnit, ffn: RoutedUnit) -> None:
+    """Give a layer its units, or others."""
     layer.attention_routing = attention
     layer.ffn_routing = ffn
+
+
+def add_routing(layer: Any, state: RoutingState, attention: RoutedUnit, ffn: RoutedUnit) -> None:
+    """Make a live decoder layer a routed one."""
+    add_units(layer, attention, ffn)
     layer.routing_state = state
     layer.__class__ = routed_layer_class(type(layer))  # type: ignore[arg-type]

@@ -145,7 +145,7 @@ def may_run(model: Any) -> bool:
         return False
     if state.observer is not None or state.record_margins or state.kv != "keep":
         return False
-    return state.decision.threshold is not None
+    return state.decision.by_margin
 
 
 @dataclass
@@ -168,7 +168,9 @@ class Plan:
         output = self.engine.forward(
             self.embeddings, rope, self.rows, self.cache, state, stats, keep=keep, forced=forced
         )
-        stats.add_tokens(length, past, self.rows.start, self.rows.valid, routed=not state.dense)
+        stats.add_tokens(
+            length, past, self.rows.start, self.rows.valid, routed=not state.dense, original=state.original
+        )
         return output
 
 

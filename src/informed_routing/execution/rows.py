@@ -17,6 +17,11 @@ class Rows:
     valid: Tensor | None
     """[B, N] uint8, on the host; None when all are real."""
 
+    def contexts(self, past: int, length: int) -> Tensor:
+        """Keys that each of the `length` tokens after `past` sees, itself included: [B, N] int64, 0 for padding."""
+        seen = torch.arange(past + 1, past + 1 + length)[None] - self.start.long()[:, None]
+        return seen if self.valid is None else seen * self.valid
+
     @classmethod
     def from_mask(cls, mask: Tensor | None, batch: int, length: int) -> Rows | None:
         """None when the mask [B, past + N] has holes, which the engines do not do."""

@@ -23,6 +23,7 @@ from transformers import DynamicCache
 
 from ..assets.cache import cache_dir
 from ..config.folder import RoutingConfig
+from ..config.parts import SelectionConfig
 from ..errors import InformedRoutingError, InputError
 from ..files.atomic import write_json
 from ..models import calls
@@ -73,7 +74,7 @@ class Check:
         self.key = _key(model, config, "torch")
         if not _remembered(self.key):
             with _quiet(model):
-                base = _states(model.model, _first_layers(model), _tokens(model))
+                base = _states(model.model, _first_layers(model, config.selection), _tokens(model))
             # A model that computes no numbers is said to by whoever runs it; there is nothing to compare.
             self.base = base if bool(base.isfinite().all()) else None
 
@@ -81,7 +82,7 @@ class Check:
         """Compare the routed model with the base, and the torch back ends with each other. Raises InputError."""
         if self.base is None:
             return
-        layers = _first_layers(model)
+        layers = _first_layers(model, model.routing_config.selection)
         tokens = _tokens(model)
         with _quiet(model), _own_state(model):
             dense = _states(model.decoder, layers, tokens)
@@ -100,7 +101,7 @@ def check_engine(model: Any, native: NativeExecution) -> None:
     key = _key(model, model.routing_config, f"native {weights}")
     if os.environ.get(SKIP_VARIABLE) == "1" or _remembered(key):
         return
-    layers = _first_layers(model)
+    layers = _first_layers(model, model.routing_config.selection)
     with _quiet(model), _own_state(model), native.fixed():
         model.routing_state.choose(native=native)
         trial = _Trial(model, layers)
@@ -188,12 +189,12 @@ def _tokens(model: Any) -> Tensor:
     return (places * 7919 + 5) % model.get_input_embeddings().weight.shape[0]
 
 
-def _first_layers(model: Any) -> int:
+def _first_layers(model: Any, selection: SelectionConfig) -> int:
     """How many layers have at least one of each kind that the model has, and no fewer than two."""
     kinds = getattr(model.config, "layer_types", None) or ()
     no_rope = getattr(model.config, "no_rope_layers", None) or ()
     layers = len(model.model.layers)
-    each = [(kinds[i : i + 1], no_rope[i : i + 1]) for i in range(layers)]
+    each = [(kinds[i : i + 1], no_rope[i : i + 1], selection.is_static(i)) for i in range(layers)]
     found = [repr(kind) for kind in each]
     return min(max(2, max(found.index(kind) for kind in set(found)) + 1), layers)
 

@@ -3,7 +3,7 @@
 routing_config.json            settings, base model reference and fingerprint, thresholds
 routing.safetensors            routers and forecasters, and which neurons slices have
 lora/                          the stage 3 adapter, if any
-config.json                    lets AutoModelForCausalLM recognise the folder
+config.json                    lets AutoModelForCausalLM recognise the folder; thresholds by context
 modeling_informed_routing.py   lets it do so in programs that import only transformers (with trust_remote_code)
 generation_config.json         the base model's
 """
@@ -11,6 +11,7 @@ generation_config.json         the base model's
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from ..files.atomic import disk_error, write_several
 from ..models.fingerprint import mismatch
 from .adapter_folder import Adapter, check_numbers
 from .base_location import path_between
+from .context_thresholds import AUTO_FILE, table_of, with_contexts, without_contexts
 from .load_options import HubOptions
 
 CONFIG_FILE = "routing_config.json"
@@ -35,20 +37,19 @@ LORA_FOLDER = "lora"
 GENERATION_FILE = "generation_config.json"
 MODULE = "modeling_informed_routing"
 
-FILES = (CONFIG_FILE, TENSOR_FILE, "config.json", GENERATION_FILE, f"{MODULE}.py")
+FILES = (CONFIG_FILE, TENSOR_FILE, AUTO_FILE, GENERATION_FILE, f"{MODULE}.py")
 """What `save` writes."""
 
 AGAIN = "Fit or download the routing folder again"
 
-_AUTO_CONFIG = """{
-  "model_type": "informed_routing",
-  "architectures": ["RoutedModelForCausalLM"],
-  "auto_map": {
-    "AutoConfig": "%(module)s.RoutedConfig",
-    "AutoModelForCausalLM": "%(module)s.RoutedModelForCausalLM"
-  }
+_AUTO_CONFIG = {
+    "model_type": "informed_routing",
+    "architectures": ["RoutedModelForCausalLM"],
+    "auto_map": {
+        "AutoConfig": f"{MODULE}.RoutedConfig",
+        "AutoModelForCausalLM": f"{MODULE}.RoutedModelForCausalLM",
+    },
 }
-"""
 
 _MODULE_TEXT = '''"""Lets transformers load this folder with trust_remote_code; needs `pip install informed-routing`."""
 
@@ -100,13 +101,14 @@ def save(model: Any, folder: Path, tensors: dict[str, Tensor] | None = None, *, 
     config = config.model_copy(update={"base_model": base})
 
     def write(building: Path) -> None:
-        (building / "config.json").write_text(_AUTO_CONFIG % {"module": MODULE}, encoding="utf-8")
+        auto = json.dumps({**_AUTO_CONFIG, **table_of(config)}, indent=2) + "\n"
+        (building / AUTO_FILE).write_text(auto, encoding="utf-8")
         (building / f"{MODULE}.py").write_text(_MODULE_TEXT, encoding="utf-8")
         if getattr(model, "generation_config", None) is not None:
             text = model.generation_config.to_json_string()
             (building / GENERATION_FILE).write_text(text, encoding="utf-8")
         save_file(ready, str(building / TENSOR_FILE), metadata={"format": "pt"})
-        (building / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (building / CONFIG_FILE).write_text(without_contexts(config), encoding="utf-8")
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +167,7 @@ def read_config(folder: Path) -> RoutingConfig:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}", AGAIN) from None
-    config = RoutingConfig.from_json(text, str(path))
+    config = with_contexts(RoutingConfig.from_json(text, str(path)), folder, AGAIN)
     wrong = _nonsense(config)
     if wrong:
         raise InputError(f"{path} is damaged: {wrong}", AGAIN)

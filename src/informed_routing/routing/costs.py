@@ -34,6 +34,8 @@ class UnitCost:
     """Elements of the KV cache read for each key attended to."""
     stream: float = 0
     """Activations read and written for each token: residual stream and normed input, elements."""
+    static: bool = False
+    """Whether every token is approximated, leaving no keys: nothing of it is always paid."""
     slice: float = 0
     """What of `forecaster` is by weights of the unit itself, which engines hold in the body's format."""
 
@@ -58,18 +60,20 @@ def unit_costs(layers: Sequence[nn.Module], units: Sequence[RoutedUnit]) -> list
         module = cast(Any, routed.unit.module(layer))
         router = 0 if routed.router is None else _weights(routed.router)
         forecaster = 0 if routed.forecaster is None else _weights(routed.forecaster)
-        hidden_size = routed.hidden_size
+        hidden_size, static = routed.hidden_size, routed.is_static
         if routed.kind == "ffn":
             weights = _base_weights(module)
             own = _slice_weights(routed, layer, weights)
-            costs.append(UnitCost(0, weights, 0, router, forecaster + own, stream=4 * hidden_size, slice=own))
+            costs.append(
+                UnitCost(0, weights, 0, router, forecaster + own, stream=4 * hidden_size, static=static, slice=own)
+            )
             continue
         config = module.config
         width, d = config.num_attention_heads * module.head_dim, config.hidden_size
         kv = 2 * d * config.num_key_value_heads * module.head_dim
         window = routed.unit.family.window(config, routed.index // 2)
         heads = 2 * config.num_key_value_heads * module.head_dim
-        costs.append(UnitCost(kv, 2 * d * width, 2 * width, router, forecaster, window, heads, 4 * d))
+        costs.append(UnitCost(kv, 2 * d * width, 2 * width, router, forecaster, window, heads, 4 * d, static))
     return costs
 
 

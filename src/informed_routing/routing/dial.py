@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..config.folder import RoutingConfig
+from ..config.folder import ByContext, RoutingConfig, ThresholdRow
 from ..config.parts import Budget
 from ..errors import InputError
 
@@ -14,6 +14,24 @@ RANGE_SLACK = 0.005
 
 def threshold_for(config: RoutingConfig, sparsity: float, budget: Budget | None = None) -> float:
     """The margin threshold that realises a sparsity, by interpolation in the calibrated table."""
+    (low, high), part = _between(config, sparsity, budget)
+    return low.threshold + part * (high.threshold - low.threshold)
+
+
+def thresholds_by_context(config: RoutingConfig, sparsity: float, budget: Budget | None = None) -> ByContext:
+    """The same for each range of contexts; empty where the table has one threshold for all."""
+    (low, high), part = _between(config, sparsity, budget)
+    contexts = [context for context, _ in low.by_context or high.by_context]
+    first, second = (
+        [threshold for _, threshold in row.by_context] or [row.threshold] * len(contexts) for row in (low, high)
+    )
+    return tuple((c, a + part * (b - a)) for c, a, b in zip(contexts, first, second, strict=True))
+
+
+def _between(
+    config: RoutingConfig, sparsity: float, budget: Budget | None
+) -> tuple[tuple[ThresholdRow, ThresholdRow], float]:
+    """The two rows of the table that a sparsity lies between, and how far it is from the first to the second."""
     budget = budget or config.budget
     if budget == "latency" and config.latency is None:
         raise InputError("this routing has no measured latency table", "Use units or macs, or fit with budget latency")
@@ -21,6 +39,13 @@ def threshold_for(config: RoutingConfig, sparsity: float, budget: Budget | None 
     if not rows:
         raise InputError("the routing has not been calibrated", "Run `fit` to the end, or training.calibrate")
     shares = [getattr(row, budget) for row in rows]
+    if config.selection.static_layers:
+        if sparsity < shares[0] - RANGE_SLACK:
+            raise InputError(
+                f"sparsity {sparsity} is less than the {shares[0]:.3f} ({budget}) that the static layers save already",
+                "Choose that or more, or 0 for the original model",
+            )
+        sparsity = max(sparsity, shares[0])
     if not shares[0] <= sparsity <= shares[-1] + RANGE_SLACK:
         raise InputError(
             f"sparsity {sparsity} is outside the calibrated range {max(shares[0], 0):.3f} to "
@@ -32,5 +57,5 @@ def threshold_for(config: RoutingConfig, sparsity: float, budget: Budget | None 
     ):
         if low <= sparsity <= high:
             part = 0.0 if math.isclose(low, high) else (sparsity - low) / (high - low)
-            return row.threshold + part * (following.threshold - row.threshold)
-    return rows[-1].threshold  # a hair above the last measured share
+            return (row, following), part
+    return (rows[-1], rows[-1]), 0.0  # a hair above the last measured share

@@ -66,7 +66,8 @@ def work_of(
     body = projected * always + run * execute + sliced * own
     moved = body * storage.body + (keys * kv * storage.kv if decode else 0.0)
     moved = moved + forecast * (forecaster - own) * storage.forecaster + decided * calls * router * storage.router
-    moved = moved + stats.tokens * stream * storage.stream
+    idle = 0.0 if dense else stats.column("static") * (kv > 0)  # a static attention touches nothing
+    moved = moved + (1 - idle) * stats.tokens * stream * storage.stream
     forwards = float(calls.max()) if len(calls) else 0.0
     return Work(macs, moved, head_rows * head_weights, forwards * head_weights * storage.head)
 

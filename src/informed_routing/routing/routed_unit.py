@@ -22,7 +22,9 @@ class RoutedUnit(nn.Module):
     """Router and forecaster beside one unit. The unit's own weights stay where the base model has them.
 
     A unit that is not routed (`selection.first_layer`, `every`) has no router and always executes; with
-    `selection.granularity` = layer an FFN has none either and takes the decision of its layer's attention.
+    `selection.granularity` = layer an FFN has none either and takes the decision of its layer's attention. Units of a
+    static layer (`selection.static_layers`) have none and never execute: the attention gives nothing, and the FFN's
+    forecaster predicts the update of the whole layer from the layer's input.
     """
 
     def __init__(
@@ -41,12 +43,15 @@ class RoutedUnit(nn.Module):
         self.index = index
         self.unit = Unit(kind, family)
         self.reads = router.input
-        self.predicts_raw = forecaster.target == "raw"
+        self.is_static = selection.is_static(index // 2)
+        self.predicts_raw = forecaster.target == "raw" and not self.is_static
         self.hidden_size = hidden_size
         self.first_tokens = selection.first_tokens
-        self.forecaster: Fallback | None = kind_of("fallbacks", forecaster.fallback).make_for(
-            forecaster, hidden_size, self.unit, layer
-        )
+        fallback = kind_of("fallbacks", forecaster.fallback)
+        make = fallback.make_static if self.is_static else fallback.make_for
+        self.forecaster: Fallback | None = None
+        if not (self.is_static and kind == "attention"):
+            self.forecaster = make(forecaster, hidden_size, self.unit, layer)
         rank = 0 if self.forecaster is None else self.forecaster.rank
         self.is_routed = selection.routes(index // 2)
         self.joins = self.is_routed and selection.granularity == "layer"
@@ -65,24 +70,22 @@ class RoutedUnit(nn.Module):
 
     def unknown_to_engines(self) -> str | None:
         """What of this unit's parts no engine computes; None where `forms` has them all."""
-        if self.router is None:
+        if self.router is None and not self.is_static:
             return "tokens or layers that always execute (selection)"
-        if self.router.form() is None:
+        if self.router is not None and self.router.form() is None:
             return f"a {type(self.router).__name__}"
         if self.forecaster is not None and self.forecaster.form() is None:
             return f"a {type(self.forecaster).__name__}"
         return None
 
-    def forms(self) -> tuple[RouterForm, LowRankForm | None]:
-        """Router and forecaster as engines compute them; no forecaster gives an update of zero.
+    def forms(self) -> tuple[RouterForm | None, LowRankForm | None]:
+        """Router (static units have none) and forecaster as engines compute them; without one the update is zero.
 
         Raises InputError where there is no such form (`unknown_to_engines`).
         """
         if reason := self.unknown_to_engines():
             raise InputError(f"no engine computes {reason}", "Use execution='sparse'")
-        assert self.router is not None
-        router = self.router.form()
-        assert router is not None
+        router = None if self.router is None else self.router.form()
         return router, None if self.forecaster is None else self.forecaster.form()
 
     def features(self, hidden: Tensor, x: Tensor) -> Tensor:
@@ -122,7 +125,7 @@ class RoutedUnit(nn.Module):
             logits = _with_margin(logits, first, torch.inf)
         if state.ranks and state.forward.valid is not None:
             logits = _with_margin(logits, ~state.forward.valid, -torch.inf)
-        gate = state.decision.decide(logits, self.index)
+        gate = state.decision.decide(logits, self.index, state.forward.contexts)
         if state.forward.valid is not None:
             gate = gate & state.forward.valid if gate.dtype == torch.bool else gate * state.forward.valid
         state.forward.gates[self.index] = gate
@@ -131,9 +134,11 @@ class RoutedUnit(nn.Module):
         return gate
 
     def _decided(self, state: RoutingState, hidden: Tensor) -> Tensor:
-        """The gate of a unit without a router: that of its layer's attention, or everything."""
+        """The gate of a unit without a router: that of its layer's attention, nothing (static), or everything."""
         first = self.index - 1
-        if self.joins:
+        if self.is_static:
+            gate = torch.zeros(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
+        elif self.joins:
             gate = state.forward.gates[first]
         elif state.forward.valid is not None:
             gate = state.forward.valid
@@ -141,8 +146,8 @@ class RoutedUnit(nn.Module):
             gate = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
         state.forward.gates[self.index] = gate
         if state.record_margins:
-            everything = torch.full(gate.shape, torch.inf, device=gate.device)
-            state.forward.margins[self.index] = state.forward.margins[first] if self.joins else everything
+            always = torch.full(gate.shape, -torch.inf if self.is_static else torch.inf, device=gate.device)
+            state.forward.margins[self.index] = state.forward.margins[first] if self.joins else always
         return gate
 
     def _ranked(self, state: RoutingState, score: Tensor, predicted: Tensor) -> Tensor:

@@ -158,8 +158,13 @@ class RoutingState:
 
     @property
     def dense(self) -> bool:
-        """Whether every token executes every unit."""
+        """Whether every token executes every unit that is routed."""
         return self.decision.dense
+
+    @property
+    def original(self) -> bool:
+        """Whether static layers execute, too."""
+        return self.decision.original
 
     @property
     def ranks(self) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .costs import UnitCost
-from .counts import ALL, OUTCOMES, ROUNDED_UP, count, visible, windows_of
+from .counts import ALL, NONE, OUTCOMES, ROUNDED_UP, count, visible, windows_of
 from .state import RoutingState
 
 
@@ -27,7 +27,7 @@ class RoutingStats:
     calls: Tensor = field(default_factory=lambda: torch.zeros(0))
     """[units, 4]: forwards in which a unit executed all tokens, some, none, or all because skipping costs more."""
     evicted: Tensor = field(default_factory=lambda: torch.zeros(0))
-    """[units]: tokens whose keys and values were neither computed nor kept (kv='drop')."""
+    """[units]: tokens whose keys and values were neither computed nor kept (kv='drop', static layers)."""
     routed: bool = False
     elsewhere: Callable[[RoutingStats], None] | None = None
     """Adds what an engine has counted on its device since it was last called."""
@@ -56,10 +56,13 @@ class RoutingStats:
         tokens, keys = int((flat > 0).sum()), visible(flat, windows).sum(1).cpu()
         self.tokens += tokens
         self.keys += keys
+        static = self.column("static") * (not state.original)
+        self.evicted += tokens * static
         if state.dense:
-            self.executed += tokens
-            self.executed_keys += keys
-            self.calls[:, ALL] += 1
+            self.executed += tokens * (1 - static)
+            self.executed_keys += keys * (1 - static)
+            self.calls[:, ALL] += 1 - static
+            self.calls[:, NONE] += static
             return
         self.routed = True
         gates = torch.stack([state.forward.gates[i].detach().reshape(-1) for i in range(len(self.costs))]) > 0.5
@@ -73,22 +76,26 @@ class RoutingStats:
         self.executed_keys += read
         self.calls += found.calls.cpu()
 
-    def add_tokens(self, length: int, past: int, start: Tensor, valid: Tensor | None, *, routed: bool) -> None:
+    def add_tokens(
+        self, length: int, past: int, start: Tensor, valid: Tensor | None, *, routed: bool, original: bool
+    ) -> None:
         """Count the tokens of a forward whose executed ones the native engine has counted already.
 
         `start` [B]: first visible key; `valid` [B, N]: which of the `length` tokens after `past` are real, or None.
         """
         self.routed = self.routed or routed
         windows = {c.window for c in self.costs}
+        tokens = len(start) * length if valid is None else float(valid.sum())
+        self.tokens += tokens
+        if not original and any(c.static for c in self.costs):
+            self.evicted += tokens * self.column("static")
         if windows == {None} and valid is None:
             rows = len(start)
-            self.tokens += rows * length
             self.keys += rows * (length * past + length * (length + 1) / 2) - length * int(start.sum())
             return
         places = torch.arange(past + 1, past + 1 + length, dtype=torch.float64)
         seen = places - start.double()[:, None]
         seen = seen if valid is None else seen * valid
-        self.tokens += seen.numel() if valid is None else float(valid.sum())
         whole = float(seen.sum())
         if windows == {None}:
             self.keys += whole
@@ -109,10 +116,8 @@ class RoutingStats:
         if dense:
             return self.tokens * (always + execute) + self.keys * per_key
         found = (self.tokens - self.evicted) * always + self.executed * execute + self.executed_keys * per_key
-        if self.routed:
-            router, forecaster = self.column("router"), self.column("forecaster")
-            found = found + self.tokens * router + (self.tokens - self.executed) * forecaster
-        return found
+        decided = self.tokens * self.column("router") if self.routed else 0.0
+        return found + decided + (self.tokens - self.executed) * self.column("forecaster")
 
     def column(self, name: str) -> Tensor:
         """[units] float64: one field of all costs."""

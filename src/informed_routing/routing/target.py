@@ -36,11 +36,15 @@ class BudgetMeter:
             self.weights = torch.full((len(costs),), 1.0 / len(costs))
             self.overhead = 0.0
         elif budget == "macs":
-            kept = 1.0 if kv == "keep" else 0.0
-            gain = torch.tensor([c.dense(context) - kept * c.always - c.forecaster for c in costs], dtype=torch.float32)
+            kept = [0.0 if kv == "drop" or c.static else c.always for c in costs]
+            gain = torch.tensor(
+                [c.dense(context) - own - c.forecaster for c, own in zip(costs, kept, strict=True)], dtype=torch.float32
+            )
             self.weights = gain / dense.sum()
             self.overhead = float(sum(c.router for c in costs) / dense.sum())
         elif budget == "latency":
+            if any(c.static for c in costs):
+                raise InputError("a latency budget does not know static layers", "Use the macs budget with them")
             if gains is None:
                 raise InputError("a latency budget needs a measured table", "Use `fit --budget latency`")
             count = {kind: sum(k == kind for k in kinds) for kind in kinds}

@@ -89,16 +89,19 @@ def gather_moments(
 
 @dataclass
 class ForecastReport:
-    """Quality of every unit's forecasts, in unit order, on text that the fit has not seen."""
+    """Quality of units' forecasts, in unit order, on text that the fit has not seen."""
 
     explained: list[float]
     """Share of the output variance explained by all that an approximated token gets."""
     relative: list[float]
     """The same with each token weighed by 1 / mean square of the residual stream: what the closed form optimises."""
     cosine: list[float]
+    units: list[int]
+    """Those that were judged, of which the lists are: all but attentions of static layers."""
 
     def as_dict(self, kinds: list[str]) -> dict[str, Any]:
-        """Means by kind of unit, and the figures of each, for `fit.json`."""
+        """Means by kind of unit, and the figures of each, for `fit.json`; `kinds` are those of all units."""
+        kinds = [kinds[index] for index in self.units]
 
         def means(values: list[float]) -> dict[str, float]:
             groups = {kind: [v for v, k in zip(values, kinds, strict=True) if k == kind] for kind in kinds}
@@ -110,7 +113,7 @@ class ForecastReport:
             "cosine": means(self.cosine),
             "per_unit": [
                 {
-                    "layer": i // 2,
+                    "layer": self.units[i] // 2,
                     "kind": kind,
                     "explained_variance": round(self.explained[i], 4),
                     "relative_explained_variance": round(self.relative[i], 4),
@@ -184,7 +187,11 @@ def measure(model: RoutedModelForCausalLM, rows: Tensor, progress: Progress | No
 
     observe(model, rows, observer, AlwaysExecute(), progress=progress)
     cosine = (cosines / plain.weight.clamp(min=1)).tolist()
-    return ForecastReport(plain.explained(), relative.explained(), cosine)
+    judged = [unit.index for unit in units if unit.forecaster is not None]
+    explained, weighed, cosine = (
+        [all_[i] for i in judged] for all_ in (plain.explained(), relative.explained(), cosine)
+    )
+    return ForecastReport(explained, weighed, cosine, judged)
 
 
 class ForecastObjective(nn.Module):

@@ -23,6 +23,8 @@ class Reading:
     """Decides, with the recipe's seed, in which order rows are taken; empty for that of the text."""
     counted: int
     """Rows that set weights, each as often as one process reads it; 0 where they only place a threshold or judge."""
+    even: bool = False
+    """As many rows of each text of the recipe as it has, not as many as its length is worth."""
 
     @property
     def tokens(self) -> int:
@@ -36,9 +38,9 @@ class Reading:
         return cls(split, length, rows, order, rows)
 
     @classmethod
-    def aside(cls, split: Split, length: int, tokens: int, order: str = "") -> Reading:
+    def aside(cls, split: Split, length: int, tokens: int, order: str = "", *, even: bool = False) -> Reading:
         """A choice of rows worth `tokens` tokens, one at least, that sets no weights."""
-        return cls(split, length, max(tokens // length, 1), order, 0)
+        return cls(split, length, max(tokens // length, 1), order, 0, even)
 
     @classmethod
     def steps(cls, config: StageConfig, order: str = "") -> Reading:

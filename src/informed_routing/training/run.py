@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..config.folder import LatencyGains
 from ..config.recipe import Recipe, StageConfig
 from ..files.folders import CHECKPOINTS
 from ..progress import Progress
@@ -45,6 +46,15 @@ class Run:
     """What routing saves, in rows of stage 2."""
     report: dict[str, Any] = field(default_factory=dict)
     """What each finished stage reports, by its name."""
+
+    def set_meter(self, gains: LatencyGains | None = None) -> None:
+        """Set the meter for the units that the model has now; `gains` are those of a latency budget."""
+        self.meter = self.meter_of(self.recipe.route.sequence_length, gains)
+
+    def meter_of(self, length: int, gains: LatencyGains | None = None) -> BudgetMeter:
+        """What routing saves in rows of `length` tokens."""
+        recipe, kinds = self.recipe, [unit.kind for unit in self.model.units]
+        return BudgetMeter(self.model.costs, kinds, recipe.route.budget, (length + 1) / 2, gains, recipe.kv)
 
     @property
     def checkpoints(self) -> Path:

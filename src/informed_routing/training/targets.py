@@ -9,37 +9,64 @@ from accelerate.utils import broadcast_object_list
 from ..config.folder import LatencyGains
 from ..errors import InputError
 from ..evaluation.latency import measure_latency
-from ..routing.target import BudgetMeter
-from .calibrate import attainable, reachable
+from .calibrate import attainable, reachable, saved_always
 from .folder import LATENCY_FILE, what_decides
 from .lora import lora_targets
 from .run import Run
 from .stages import stages_of
+from .static import eligible
 
 
 def set_targets(run: Run) -> None:
     """Set the meter; raises InputError for shares that cannot be reached and layers that cannot take LoRA."""
     recipe = run.recipe
     gains = _latency_gains(run) if recipe.route.budget == "latency" else None
-    run.meter = _meter(run, recipe.route.sequence_length, gains)
+    run.set_meter(gains)
+    if recipe.static.layers:
+        _check_search(run)
     _check_sparsities(run)
     _check_calibration(run, gains)
     if any(stage.adapts for stage in stages_of(recipe)):
         lora_targets(run.model, recipe.lora)
 
 
-def _meter(run: Run, length: int, gains: LatencyGains | None) -> BudgetMeter:
-    recipe, kinds = run.recipe, [unit.kind for unit in run.model.units]
-    return BudgetMeter(run.model.costs, kinds, recipe.route.budget, (length + 1) / 2, gains, recipe.kv)
+def _check_search(run: Run) -> None:
+    """Raises InputError for more static layers than there can be, or so many that routers have nothing left to save."""
+    config, context = run.recipe.static, (run.recipe.route.sequence_length + 1) / 2
+    places = eligible(run.model)
+    if config.layers > len(places):
+        raise InputError(f"static.layers {config.layers} is more than the {len(places)} that can be", "Lower it")
+    costs = run.model.costs
+    if run.recipe.route.budget == "units":
+        saved = [2 / len(costs)] * len(places)
+    else:
+        dense = [cost.dense(context) for cost in costs]
+        pairs = ((2 * place, 2 * place + 1) for place in places)
+        saved = [(dense[one] + dense[two] - costs[two].forecaster) / sum(dense) for one, two in pairs]
+    least = sum(sorted(saved)[: config.layers])
+    if run.recipe.route.sparsity <= least - run.meter.overhead:
+        raise InputError(
+            f"sparsity {run.recipe.route.sparsity} leaves nothing to routers: {config.layers} static layers save "
+            f"{least:.2f} ({run.recipe.route.budget})",
+            "Choose a higher sparsity or fewer static layers",
+        )
 
 
 def _check_sparsities(run: Run) -> None:
     recipe = run.recipe
-    ceiling = attainable(run.model, run.meter, recipe.route.sequence_length)
+    ceiling, floor = (
+        attainable(run.model, run.meter, recipe.route.sequence_length),
+        saved_always(run.model, run.meter),
+    )
     wanted = {"sparsity": recipe.route.sparsity}
     for stage in stages_of(recipe):
         wanted |= stage.sparsities(recipe)
     for name, value in wanted.items():
+        if 0 < value <= floor:
+            raise InputError(
+                f"{name} {value} leaves nothing to routers: static layers save {floor:.2f} ({recipe.route.budget})",
+                "Choose a higher sparsity or fewer static layers",
+            )
         if value >= ceiling:
             raise InputError(
                 f"{name} {value} cannot be reached: approximating everything saves "
@@ -50,7 +77,7 @@ def _check_sparsities(run: Run) -> None:
 
 def _check_calibration(run: Run, gains: LatencyGains | None) -> None:
     config = run.recipe.calibration
-    kept = reachable(config.targets, run.model, _meter(run, config.sequence_length, gains), config.sequence_length)
+    kept = reachable(config.targets, run.model, run.meter_of(config.sequence_length, gains), config.sequence_length)
     out_of_reach = [target for target in config.targets if target not in kept]
     if out_of_reach:
         shown = ", ".join(f"{target:g}" for target in out_of_reach)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..assets import Split, load_texts, pack
+from ..errors import InputError
 from .reading import Reading
 from .schedule import seed_of
 
@@ -39,8 +40,31 @@ class Texts:
         rows = self.rows(reading.split, reading.length)
         if not reading.order:
             return rows[: reading.rows]
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed_of(self.seed, reading.order)))
-        return rows[order[: reading.rows]]
+        if reading.even and len(set(self.data)) > 1:
+            return self._evenly(reading)
+        return rows[self._order(len(rows), reading.order)[: reading.rows]]
+
+    def _order(self, count: int, name: str) -> Tensor:
+        return torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(self.seed, name)))
+
+    def _evenly(self, reading: Reading) -> Tensor:
+        """Rows of the texts in turns, each text's in a random order, until there are enough or none is left."""
+        texts = [rows[self._order(len(rows), f"{reading.order} {i}")] for i, rows in enumerate(self._apart(reading))]
+        turns = sorted((turn, i) for i, rows in enumerate(texts) for turn in range(len(rows)))
+        return torch.stack([texts[i][turn] for turn, i in turns[: reading.rows]])
+
+    def _apart(self, reading: Reading) -> list[Tensor]:
+        """Rows [n, length] of each text; one that fills no row goes with the next ones, until they do."""
+        found: list[Tensor] = []
+        waiting: list[str] = []
+        for name in dict.fromkeys(self.data):
+            waiting += load_texts([name], reading.split)
+            try:
+                found.append(pack(waiting, self.tokenizer, reading.length))
+            except InputError:
+                continue
+            waiting = []
+        return found
 
     def some(self, split: Split, length: int, tokens: int, name: str) -> Tensor:
         """A random choice of rows worth `tokens` tokens, one at least; `name` and the seed decide which."""

@@ -27,7 +27,7 @@ from ..models.head import lm_head
 from ..progress import NullProgress, Progress
 from ..routed_model import RoutedModelForCausalLM
 from ..routing.closed_form import Moments, solve
-from ..routing.decision import AlwaysExecute, DecisionRule, Threshold
+from ..routing.decision import DecisionRule, ExecuteRouted, Threshold
 from ..routing.state import Observation
 from ..routing.target import BudgetMeter
 from .calibrate import threshold_at
@@ -68,7 +68,7 @@ def warm_start(
     losses: list[float] = []
     done = 0
     for number, rows in enumerate(sweeps):
-        rule: DecisionRule = AlwaysExecute()
+        rule: DecisionRule = ExecuteRouted()
         if number:
             some = rows[: max(THRESHOLD_TOKENS // rows.shape[1], 1)]
             rule = Threshold(threshold_at(model, some, target, meter.budget))
@@ -111,9 +111,10 @@ class _Statistics:
         self.width = model.routing_config.hidden_size
         self.relative = model.routing_config.forecaster.weighting == "relative"
         units = model.units
-        self.routers = [Moments(self.width, model.device, outputs=2) for _ in units]
+        self.routed = [unit for unit in units if unit.router is not None]
+        self.routers = [Moments(self.width, model.device, outputs=2) for _ in self.routed]
         self.forecasters = [Moments(self.width, model.device) for _ in units] if forecasters else None
-        self.costs = torch.zeros(len(units), dtype=torch.float64)
+        self.costs = torch.zeros(len(self.routed), dtype=torch.float64)
         self.tokens = 0
         self.last: list[Tensor] = []
         self.dense = True
@@ -130,7 +131,7 @@ class _Statistics:
             with model.routing_state.using(observer=self._observe), model.deciding(_Leaf(rule)):
                 hidden = model.hidden_states(batch)
                 loss = next_token_loss(hidden, batch, self.head, ObjectiveConfig(), reduction="sum")
-                seen = [self._seen[i] for i in range(len(self.routers))]
+                seen = [self._seen[unit.index] for unit in self.routed]
                 # After recomputation under activation checkpointing these are still the tensors of the graph.
                 wanted = [s.after for s in seen] + [s.gate for s in seen]
                 gradients = torch.autograd.grad(loss, wanted)
@@ -179,8 +180,8 @@ class _Statistics:
             explained.append((found.explained(0, miss), found.explained(1, sensitivity)))
         margins = torch.stack([(x @ w).cpu() + c for x, w, c in zip(self.last, weights, constants, strict=True)])
         margins = margins * MARGIN_SCALE
-        shift = _shift(margins, meter, target)
-        for unit, w, c in zip(self.model.units, weights, constants, strict=True):
+        shift = _shift(margins, [unit.index for unit in self.routed], meter, target)
+        for unit, w, c in zip(self.routed, weights, constants, strict=True):
             assert unit.router is not None
             unit.router.take(w * MARGIN_SCALE, c * MARGIN_SCALE - shift)
         return {
@@ -213,12 +214,16 @@ class _Regression:
         return float(gain / self.variance[output])
 
 
-def _shift(margins: Tensor, meter: BudgetMeter, target: float) -> float:
-    """The constant that makes sampled decisions save `target`: bisection on the monotone expected saving."""
+def _shift(margins: Tensor, units: list[int], meter: BudgetMeter, target: float) -> float:
+    """The constant that makes sampled decisions save `target`: bisection on the monotone expected saving.
+
+    `margins` are of some `units`; all tokens approximate the others, which are static.
+    """
+    approximated = torch.ones(len(meter.weights))
     low, high = float(margins.min()) - 20, float(margins.max()) + 20
     for _ in range(60):
         middle = (low + high) / 2
-        approximated = 1 - torch.sigmoid(margins - middle).mean(1)
+        approximated[units] = 1 - torch.sigmoid(margins - middle).mean(1)
         if float(meter.saved(approximated)) < target:
             low = middle
         else:

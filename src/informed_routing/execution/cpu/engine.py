@@ -196,15 +196,16 @@ class CpuEngine:
         cos, sin = (part.float().expand(batch, -1, -1).contiguous() for part in rope)
         if cos.shape != (batch, length, self.model.head_dim) or len(rows.start) != batch:
             raise InputError(f"{tuple(cos.shape)} are no positions of {batch} x {length} tokens", "Give one for each")
-        past, layers = self._room(cache, batch, length)
+        past, layers = self._room(cache, batch, length, state.original)
         gates = torch.empty(self.units, batch, length, dtype=torch.bool)
         output = torch.empty(batch, keep, self.vocabulary) if keep else torch.empty(batch, length, d)
         forced = None if forced is None else forced.to(torch.uint8).contiguous()
         pointers = ctypes.c_void_p * len(layers)
         # Named, so that they live as long as the call.
-        keys = pointers(*[cast(Tensor, layer.keys).data_ptr() for layer in layers])
-        values = pointers(*[cast(Tensor, layer.values).data_ptr() for layer in layers])
+        keys = pointers(*[None if layer.keys is None else layer.keys.data_ptr() for layer in layers])
+        values = pointers(*[None if layer.values is None else layer.values.data_ptr() for layer in layers])
         decision = state.decision
+        limits = None if decision.dense else decision.limits(rows.contexts(past, length)).contiguous()
         call = Call(
             hidden=hidden.data_ptr(),
             cos=cos.data_ptr(),
@@ -214,6 +215,7 @@ class CpuEngine:
             keys=ctypes.addressof(keys),
             values=ctypes.addressof(values),
             forced=None if forced is None else forced.data_ptr(),
+            limits=None if limits is None else limits.data_ptr(),
             gates=gates.data_ptr(),
             executed=stats.executed.data_ptr(),
             executed_keys=stats.executed_keys.data_ptr(),
@@ -227,14 +229,13 @@ class CpuEngine:
             past=past,
             capacity=cast(Tensor, layers[0].values).shape[2],
             keep=keep,
-            dense=decision.dense,
-            threshold=0.0 if decision.dense or decision.threshold is None else decision.threshold,
+            dense=2 if decision.original else int(decision.dense),
         )
         self.library.ir_forward(ctypes.byref(self.model), ctypes.byref(call), self._scratch)
-        for layer in layers:
+        for layer in self._keeping(layers, state.original):
             layer.length = past + length
         state.forward.valid = None if rows.valid is None else rows.valid.bool()
-        state.forward.gates = {} if state.dense else GateBlock(gates)
+        state.forward.gates = {} if state.original else GateBlock(gates)
         return output
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -268,14 +269,26 @@ class CpuEngine:
     def _is_own(self, layer: Any) -> bool:
         return isinstance(layer, PackedLayer) and layer.dtype == self.kv_dtype
 
-    def _room(self, cache: Cache | None, batch: int, length: int) -> tuple[int, Sequence[PackedLayer]]:
+    def _keeping(self, layers: Sequence[PackedLayer], original: bool) -> list[PackedLayer]:
+        """The layers of a cache that get keys."""
+        return [one for one, layer in zip(layers, self.layers, strict=True) if original or not layer.is_static]
+
+    def _room(self, cache: Cache | None, batch: int, length: int, original: bool) -> tuple[int, Sequence[PackedLayer]]:
         if cache is None:  # nothing is kept: one layer's room serves all
             layer = PackedLayer(*self.kv_shape, self.kv_dtype)
             layer.reserve(batch, length)
             return 0, [layer] * (self.units // 2)
         layers = engine_layers(cache, batch, self._is_own, self.fresh_layers)
-        past = layers[0].length
-        if not layers[0].has_room(past + length):
-            for layer in layers:
+        past, keeping = layers[0].length, self._keeping(layers, original)
+        mixed = original and any(layer.is_static for layer in self.layers)  # else all have grown together
+        if mixed and any(layer.length != past for layer in keeping):
+            raise InputError(
+                "the cache has no keys of layers that were static: the original model cannot go on with it",
+                "Use a fresh cache",
+            )
+        if not all(layer.has_room(past + length) for layer in (keeping if mixed else keeping[:1])):
+            for layer in keeping:
                 layer.reserve(batch, past + length + 1)
+        if mixed and len({cast(Tensor, layer.values).shape[2] for layer in keeping}) > 1:
+            raise InputError("the cache's layers have room for different lengths", "Use a fresh cache")
         return past, layers

@@ -105,9 +105,9 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        gate, executed, approximated = ctx.saved_tensors
+        gate, executed, approximated = ctx.saved_tensors  # read once: activation checkpointing gives them once
         grad = grads[0].contiguous()
-        dgate, dexecuted, dapproximated = (torch.empty_like(saved) for saved in ctx.saved_tensors)
+        dgate, dexecuted, dapproximated = map(torch.empty_like, (gate, executed, approximated))
         shape = (gate.numel(), grad.shape[-1])
         _call("ir_mix_back", grad, gate, executed, approximated, *shape, dgate, dexecuted, dapproximated)
         return grad, dgate, dexecuted, dapproximated

@@ -50,6 +50,8 @@ class Layer(ctypes.Structure):
         ("window", _int),
         ("rope", _int),
         ("gelu", _int),
+        ("is_static", _int),
+        ("pad", _int),
     )
 
 
@@ -78,16 +80,16 @@ class Call(ctypes.Structure):
 
     _fields_ = (
         *((name, _pointer) for name in ("hidden", "cos", "sin", "valid", "start", "keys", "values", "forced")),
+        ("limits", _pointer),
         *((name, _pointer) for name in ("gates", "margins", "executed", "executed_keys", "calls")),
         *((name, _pointer) for name in ("normed", "logits", "seconds")),
         ("prices", Prices),
         *((name, _int) for name in ("batch", "length", "past", "capacity", "keep", "dense")),
-        ("threshold", _float),
     )
 
 
 ABI: dict[str, int | None] = {
-    "ABI": 2,
+    "ABI": 3,
     **{part.__name__: ctypes.sizeof(part) for part in (Linear, Routing, Layer, Model, Prices, Call)},
     "OUTCOMES": len(OUTCOMES),
     "PHASES": len(PHASES),

@@ -88,16 +88,15 @@ class Packer:
         return self.linear(interleave(gate.weight, up.weight), bias, self.body)
 
     def routing(self, unit: RoutedUnit) -> Routing:
-        """Router and forecaster of a unit, packed."""
+        """Router (where it has one) and forecaster of a unit, packed."""
         router, forecast = unit.forms()
-        packed = Routing(
-            router_out=self.vector(router.outer, padded=True),
-            router_bias=router.bias.item(),
-            router_relu=router.relu,
-            router_residual=unit.reads_residual,
-        )
-        if router.inner_weight is not None:
-            packed.router_in = self.linear(router.inner_weight, router.inner_bias, FORMATS["float32"])
+        packed = Routing()
+        if router is not None:
+            packed.router_out = self.vector(router.outer, padded=True)
+            packed.router_bias, packed.router_relu = router.bias.item(), router.relu
+            packed.router_residual = unit.reads_residual
+            if router.inner_weight is not None:
+                packed.router_in = self.linear(router.inner_weight, router.inner_bias, FORMATS["float32"])
         if forecast is not None:
             missing = -forecast.rank % self.panel
             # Ranks are filled up with directions that read and give nothing.
@@ -133,6 +132,7 @@ class Packer:
             window=cost.window or 0,
             rope=family.has_rope(block),
             gelu=is_gelu(family, block.config),
+            is_static=ffn.is_static,
         )
         packed.attention = self.routing(attention)
         packed.ffn = self.routing(ffn)

@@ -25,6 +25,8 @@ def unsupported(model: Any) -> str | None:
     device = model.device
     if reason := unknown(model, "gpu"):
         return reason
+    if model.routing_config.selection.static_layers:
+        return "static layers"
     if any(slices_of(model)):
         return "a slice of an FFN itself (forecaster.fallback = slim), which only the CPU engine computes"
     if find_spec("triton") is None:

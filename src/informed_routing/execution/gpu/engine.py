@@ -144,7 +144,9 @@ class GpuEngine:
         dense = state.decision.dense
         self.counts.belong_to(stats)
         prepare(self, batch, length)
-        threshold = 0.0 if dense or state.decision.threshold is None else state.decision.threshold
+        contexts = rows.contexts(past, length)
+        limits = torch.zeros(contexts.shape) if dense else state.decision.limits(contexts)
+        exact = dense or self.policy == "exact"
         given = Inputs(
             hidden=embeddings.to(self.dtype).reshape(-1, d),
             cos=rope[0].float().expand(batch, -1, -1).reshape(batch * length, -1),
@@ -152,10 +154,10 @@ class GpuEngine:
             past=torch.full((1,), past, dtype=torch.int32, device=self.device),
             start=rows.start.to(self.device, torch.int32),
             valid=None if rows.valid is None else rows.valid.to(self.device).reshape(-1).to(torch.int8),
-            threshold=torch.full((1,), threshold, device=self.device),
+            limits=limits.to(self.device).reshape(-1),
             forced=None if forced is None else forced.to(self.device).reshape(self.units, -1),
             batch=batch,
-            whole=(False, False) if dense or self.policy == "exact" else self.whole(batch, length, threshold),
+            whole=(False, False) if exact else self.whole(batch, length, state.decision.nominal),
         )
         if length == 1 and cache is not None and rows.valid is None and self.records:
             hidden, gates = self._replayed(given, layers, dense)
@@ -221,7 +223,7 @@ class GpuEngine:
         """Normed rows and the selection, whose gate is written to `gate` [T]."""
         into = Selection.empty(given.batch, given.length, self.device)
         into.gate = gate
-        x, chosen = route(hidden, unit.norm, unit.eps, unit.router, given.threshold, given.valid, given.batch, into)
+        x, chosen = route(hidden, unit.norm, unit.eps, unit.router, given.limits, given.valid, given.batch, into)
         if given.forced is not None:
             chosen = select(given.forced[index], given.batch, into)
         return x, chosen

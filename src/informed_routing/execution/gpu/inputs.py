@@ -22,8 +22,8 @@ class Inputs:
     """[B] int32."""
     valid: Tensor | None
     """[T] int8."""
-    threshold: Tensor
-    """[1] float32."""
+    limits: Tensor
+    """[T] float32: the margin above which a row executes."""
     forced: Tensor | None
     """[units, T] bool."""
     batch: int

@@ -121,7 +121,7 @@ def price(
         past=torch.full((1,), past, **ints),
         start=torch.zeros(batch, **ints),
         valid=None,
-        threshold=torch.zeros(1, device=engine.device),
+        limits=torch.zeros(rows, device=engine.device),
         forced=None,
         batch=batch,
     )
@@ -135,9 +135,9 @@ def price(
         return time(lambda: engine.call(hidden, unit, given, rotation, keys, into, kind))
 
     whole = timed(None)
-    given.threshold.fill_(float("inf"))
+    given.limits.fill_(float("inf"))
     none = timed(gate)
-    given.threshold.fill_(float("-inf"))
+    given.limits.fill_(float("-inf"))
     return Price(whole, none, timed(gate))
 
 

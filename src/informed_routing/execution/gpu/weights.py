@@ -91,6 +91,7 @@ def _filled(weight: Tensor, bias: Tensor, dtype: torch.dtype, dim: int) -> Matri
 def router_weights(unit: RoutedUnit, dtype: torch.dtype) -> RouterWeights:
     """A unit's router, filled up to whole tiles."""
     form, _ = unit.forms()
+    assert form is not None  # static layers do not come here
     outer, bias = form.outer.float().contiguous(), form.bias.float()
     if form.inner_weight is None or form.inner_bias is None:
         return RouterWeights(None, None, outer, bias, False, unit.reads_residual)

@@ -1,4 +1,4 @@
-"""Which rows execute: RMSNorm, router, threshold and compaction, all on the device.
+"""Which rows execute: RMSNorm, router, thresholds and compaction, all on the device.
 
 A selection is one list of all rows: the executed ones first, in order, then the approximated ones from the far end.
 Every later kernel of the unit reads it; nothing is ever counted on the host.
@@ -79,7 +79,7 @@ class RouterWeights:
 
 
 def route_reference(
-    hidden: Tensor, norm: Tensor, eps: float, router: RouterWeights, threshold: Tensor, valid: Tensor | None, batch: int
+    hidden: Tensor, norm: Tensor, eps: float, router: RouterWeights, limits: Tensor, valid: Tensor | None, batch: int
 ) -> tuple[Tensor, Selection]:
     """Normed rows [T, d] and the selection, of hidden [T, d]."""
     scale = torch.rsqrt(hidden.float().square().mean(-1, keepdim=True) + eps)
@@ -90,7 +90,7 @@ def route_reference(
     else:
         inner = F.linear(read.float(), router.inner.float(), router.inner_bias)
         margin = (inner.relu() if router.relu else inner) @ router.outer
-    gate = margin + router.bias > threshold
+    gate = margin + router.bias > limits
     if valid is not None:
         gate = gate & valid.bool()
     return x, select_reference(gate, batch)
@@ -121,7 +121,7 @@ def _place(execute, t, inside, before, rows, offsets, gates, total, length):
 
 @triton.jit
 def _route_kernel(
-    hidden, norm, eps, inner, inner_bias, outer, bias, threshold, valid, x, partial, rows, offsets, gates,
+    hidden, norm, eps, inner, inner_bias, outer, bias, limits, valid, x, partial, rows, offsets, gates,
     total, length, batch, d, width,
     HAS_INNER: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr, HAS_VALID: tl.constexpr,
     DECIDE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -163,7 +163,7 @@ def _route_kernel(
             sums = tl.maximum(sums, 0.0)
         margin = tl.sum(sums * tl.load(outer + n, mask=n < width, other=0.0)[None, :], 1)
     if DECIDE:
-        execute = margin + tl.load(bias) > tl.load(threshold)
+        execute = margin + tl.load(bias) > tl.load(limits + t, mask=inside, other=0.0)
         if HAS_VALID:
             execute = execute & (tl.load(valid + t, mask=inside, other=0) != 0)
         count = _place(execute, t, inside, 0, rows, offsets, gates, total, length)
@@ -174,19 +174,18 @@ def _route_kernel(
 
 @triton.jit
 def _decide_kernel(
-    partial, bias, threshold, valid, rows, offsets, gates, total, length, batch, parts,
+    partial, bias, limits, valid, rows, offsets, gates, total, length, batch, parts,
     HAS_VALID: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The selection of all rows by one program: a few microseconds beside the matmuls of so many rows."""
     count = 0
-    limit = tl.load(threshold) - tl.load(bias)
     for at in range(0, total, BLOCK):
         t = at + tl.arange(0, BLOCK)
         inside = t < total
         margin = tl.zeros((BLOCK,), dtype=tl.float32)
         for part in range(parts):
             margin += tl.load(partial + part * total + t, mask=inside, other=0.0)
-        execute = margin > limit
+        execute = margin + tl.load(bias) > tl.load(limits + t, mask=inside, other=0.0)
         if HAS_VALID:
             execute = execute & (tl.load(valid + t, mask=inside, other=0) != 0)
         count = _place(execute, t, inside, count, rows, offsets, gates, total, length)
@@ -198,15 +197,15 @@ def route(
     norm: Tensor,
     eps: float,
     router: RouterWeights,
-    threshold: Tensor,
+    limits: Tensor,
     valid: Tensor | None,
     batch: int,
     into: Selection | None = None,
 ) -> tuple[Tensor, Selection]:
     """Normed rows [T, d] in the dtype of hidden [T, d], and which of them execute (paper 3.1; threshold on margins).
 
-    `norm` [d] is the RMSNorm's weight, `threshold` [1] float32 on the device, `valid` [T] marks real tokens. A few rows
-    are routed and compacted in one launch, many in two.
+    `norm` [d] is the RMSNorm's weight, `limits` [T] float32 on the device the margins above which rows execute, `valid`
+    [T] marks real tokens. A few rows are routed and compacted in one launch, many in two.
     """
     total, d = hidden.shape
     width = 0 if router.inner is None else router.inner.shape[0]
@@ -221,7 +220,7 @@ def route(
     gates = found.gate.view(torch.int8)
     _route_kernel[(triton.cdiv(total, rows), parts)](
         hidden, norm, eps, router.outer if router.inner is None else router.inner,
-        router.outer if router.inner_bias is None else router.inner_bias, router.outer, router.bias, threshold,
+        router.outer if router.inner_bias is None else router.inner_bias, router.outer, router.bias, limits,
         hidden if valid is None else valid, x, partial, found.rows, found.offsets, gates,
         total, total // batch, batch, d, width,
         HAS_INNER=router.inner is not None, RELU=router.relu, RESIDUAL=router.residual, HAS_VALID=valid is not None,
@@ -229,7 +228,7 @@ def route(
     )  # fmt: skip
     if not (few and parts == 1):
         _decide_kernel[(1,)](
-            partial, router.bias, threshold, hidden if valid is None else valid, found.rows, found.offsets, gates,
+            partial, router.bias, limits, hidden if valid is None else valid, found.rows, found.offsets, gates,
             total, total // batch, batch, parts,
             HAS_VALID=valid is not None, BLOCK=min(max(triton.next_power_of_2(total), 16), 4096), num_warps=8,
         )  # fmt: skip
@@ -240,10 +239,10 @@ def select(gate: Tensor, batch: int, into: Selection | None = None) -> Selection
     """As `select_reference`, on the device: the selection of a given gate [T]."""
     total = len(gate)
     found = into or Selection.empty(batch, total // batch, gate.device)
-    limit = torch.full((1,), 0.5, device=gate.device)
+    limits = torch.full((total,), 0.5, device=gate.device)
     _decide_kernel[(1,)](
-        gate.float(), torch.zeros_like(limit), limit, gate, found.rows, found.offsets, found.gate.view(torch.int8),
-        total, total // batch, batch, 1,
+        gate.float(), torch.zeros_like(limits[:1]), limits, gate,
+        found.rows, found.offsets, found.gate.view(torch.int8), total, total // batch, batch, 1,
         HAS_VALID=False, BLOCK=min(max(triton.next_power_of_2(total), 16), 4096), num_warps=8,
     )  # fmt: skip
     return found

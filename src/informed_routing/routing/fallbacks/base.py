@@ -57,6 +57,11 @@ class Fallback(nn.Module):
         """A fresh one for a unit of a layer. Raises InputError for a unit that this fallback cannot be for."""
         return cls.make(config, hidden_size)
 
+    @classmethod
+    def make_static(cls, config: ForecasterConfig, hidden_size: int, unit: Unit, layer: nn.Module) -> Fallback | None:
+        """A fresh one in place of an FFN that gives all tokens the update of the whole layer."""
+        return cls.make_for(config, hidden_size, unit, layer)
+
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """The update [..., d] for what the unit would have read, [..., d], less what the `chosen` neurons give."""

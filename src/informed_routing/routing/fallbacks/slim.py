@@ -59,6 +59,13 @@ class SlimFallback(Forecaster):
             )
         return cls(hidden_size, config.rank, count, of, config.activation)
 
+    @classmethod
+    def make_static(cls, config: ForecasterConfig, hidden_size: int, unit: Unit, layer: nn.Module) -> Fallback:
+        """A plain forecaster where the FFN's output is normed: what a slice gives is no part of the layer's update."""
+        if unit.family.ffn_out_norm is not None:
+            return Forecaster.make(config, hidden_size)
+        return cls.make_for(config, hidden_size, unit, layer)
+
     def chosen(self) -> Tensor:
         return self.index
 

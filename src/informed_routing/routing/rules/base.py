@@ -26,7 +26,9 @@ class DecisionRule(ABC):
     """
 
     dense: ClassVar[bool] = False
-    """Everything executes: routers need not be asked."""
+    """All that is routed executes: routers need not be asked."""
+    original: ClassVar[bool] = False
+    """Static layers execute, too: the base model."""
     causal: ClassVar[bool] = True
     """A token's gate does not depend on later tokens, so that text can be generated."""
     hard: ClassVar[bool] = False
@@ -39,12 +41,34 @@ class DecisionRule(ABC):
         """The margin above which a token executes; None when that is not all that the rule looks at."""
         return None
 
+    @property
+    def by_margin(self) -> bool:
+        """Whether a token's margin and context are all that the rule looks at: `limits` tells how."""
+        return self.threshold is not None
+
+    @property
+    def nominal(self) -> float:
+        """The one threshold nearest to the rule, by which calibrated tables are read."""
+        return 0.0 if self.threshold is None else self.threshold
+
+    def limits(self, contexts: Tensor) -> Tensor:
+        """The margins above which tokens execute, float32, where `contexts` says how many keys each of them sees.
+
+        Raises InputError for rules that are not `by_margin`.
+        """
+        if self.threshold is None:
+            raise InputError(f"{type(self).__name__} has no thresholds", "Ask `by_margin` first")
+        return torch.full(contexts.shape, self.threshold, dtype=torch.float32, device=contexts.device)
+
     @abstractmethod
     def __call__(self, logits: Tensor) -> Tensor:
         """The gate of one unit."""
 
-    def decide(self, logits: Tensor, unit: int) -> Tensor:
-        """The gate of the unit with this index, for rules that differ between units."""
+    def decide(self, logits: Tensor, unit: int, contexts: Tensor | None = None) -> Tensor:
+        """The gate [...] of the unit with this index, for rules that differ between units or contexts.
+
+        `contexts` [...]: keys that each token sees, itself included; 0 for padding.
+        """
         return self(logits)
 
 
@@ -78,9 +102,10 @@ class Custom(DecisionRule):
 
 @dataclass(frozen=True)
 class AlwaysExecute(DecisionRule):
-    """The dense model."""
+    """The dense model, static layers included."""
 
     dense: ClassVar[bool] = True
+    original: ClassVar[bool] = True
     hard: ClassVar[bool] = True
 
     @property
@@ -89,6 +114,13 @@ class AlwaysExecute(DecisionRule):
 
     def __call__(self, logits: Tensor) -> Tensor:
         return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+
+
+@dataclass(frozen=True)
+class ExecuteRouted(AlwaysExecute):
+    """All that is routed executes, while static layers are approximated; the dense model where there are none."""
+
+    original: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -132,6 +164,6 @@ class ByKind(DecisionRule):
     def __call__(self, logits: Tensor) -> Tensor:
         raise InputError("the rule differs between units", "Call decide(logits, unit)")
 
-    def decide(self, logits: Tensor, unit: int) -> Tensor:
+    def decide(self, logits: Tensor, unit: int, contexts: Tensor | None = None) -> Tensor:
         choice = self.ffn if unit % 2 else self.attention
         return torch.full(logits.shape[:-1], choice, dtype=torch.bool, device=logits.device)

@@ -25,7 +25,9 @@ class Calibrate(Stage):
 
     def reads(self, recipe: Recipe) -> dict[str, Reading]:
         config = recipe.calibration
-        return {"calibrate": Reading.aside("calibration", config.sequence_length, config.tokens, "calibrate")}
+        return {
+            "calibrate": Reading.aside("calibration", config.sequence_length, config.tokens, "calibrate", even=True)
+        }
 
     def run(self, run: Run) -> dict[str, Any]:
         from ...config.folder import ThresholdRow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ...config.recipe import Recipe
@@ -32,7 +33,8 @@ class Forecast(Stage):
         config, length = recipe.forecaster, recipe.forecast.sequence_length
         found: dict[str, Reading] = {}
         if config.fit == "closed-form" or config.start == "closed-form":
-            found["forecast"] = Reading.once("train", length, config.tokens, "forecast")
+            once = Reading.once("train", length, config.tokens, "forecast")
+            found["forecast"] = replace(once, counted=once.counted * (2 if _has_static(recipe) else 1))
         if config.fit == "gradient":
             found["forecast-gradient"] = Reading.steps(recipe.forecast, "forecast-gradient")
         found["forecast-quality"] = Reading.aside("calibration", length, MEASURE_TOKENS)
@@ -62,6 +64,10 @@ class Forecast(Stage):
 KIND = Forecast
 
 
+def _has_static(recipe: Recipe) -> bool:
+    return bool(recipe.selection.static_layers or recipe.static.layers)
+
+
 def _choose(run: Run, rows: Tensor) -> dict[str, Any]:
     from ..slices import CHOICE_TOKENS, choose_slices
 
@@ -72,13 +78,24 @@ def _choose(run: Run, rows: Tensor) -> dict[str, Any]:
 
 
 def _solve(run: Run, rows: Tensor) -> dict[str, Any]:
+    from ...routing.decision import AlwaysExecute, ExecuteRouted
     from ..forecast import fit_closed_form
 
-    run.progress.stage("forecast", len(rows))
-    seconds = fit_closed_form(
-        run.model, rows, run.recipe.forecaster, accelerator=run.accelerator, progress=run.progress
-    )
-    return {"pass_seconds": seconds[0], "solve_seconds": seconds[1], "tokens": rows.numel()}
+    seconds, tokens = [0.0, 0.0], 0
+    # Static layers are fitted to the original model first, then all once more at inputs that these have shifted.
+    for rule in (AlwaysExecute(), ExecuteRouted()) if _has_static(run.recipe) else (AlwaysExecute(),):
+        run.progress.stage("forecast", len(rows))
+        found = fit_closed_form(
+            run.model,
+            rows,
+            run.recipe.forecaster,
+            accelerator=run.accelerator,
+            progress=run.progress,
+            decision=rule,
+        )
+        tokens += rows.numel()
+        seconds = [one + other for one, other in zip(seconds, found, strict=True)]
+    return {"pass_seconds": seconds[0], "solve_seconds": seconds[1], "tokens": tokens}
 
 
 def _train(run: Run, tensors: dict[str, nn.Parameter], rows: Tensor) -> dict[str, Any]:

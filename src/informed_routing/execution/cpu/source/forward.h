@@ -245,6 +245,29 @@ struct Forward : Selecting {
         lap(DOWN);
     }
 
+    void static_layer(const Layer& layer, int index) {
+        int low, high;
+        share(rows, low, high);
+        float* x = s.x.store.data();
+        const size_t d = m.d;
+        for (int i = low; i < high; i++) rms_norm(c.hidden + i * d, layer.ffn_norm, m.d, m.eps, x + i * d);
+#pragma omp single
+        {
+            std::fill(s.gate.begin(), s.gate.begin() + rows, 0);
+            for (int unit = 2 * index; unit < 2 * index + 2; unit++) select(unit, false);
+        }
+        pack(layer.down_slice.n ? layer.gate_up_slice : layer.ffn.forecast_in);
+        lap(ROUTE);
+        const Handed slice(layer.down_slice, s.h.store.data(), layer.down_slice.k, rows);
+        neurons(layer, layer.gate_up_slice, approximated_rows(), slice);
+        forecast_in(layer.ffn);
+#pragma omp barrier
+        lap(GATE_UP);
+        approximate(layer, slice);
+#pragma omp barrier
+        lap(DOWN);
+    }
+
     void finish() {
         const int d = m.d;
         int low, high;
@@ -273,6 +296,10 @@ struct Forward : Selecting {
         tid = omp_get_thread_num();
         mark = now();
         for (int i = 0; i < m.n_layers; i++) {
+            if (m.layers[i].is_static && c.dense < 2) {
+                static_layer(m.layers[i], i);
+                continue;
+            }
             attention_unit(m.layers[i], i);
             ffn_unit(m.layers[i], i);
         }

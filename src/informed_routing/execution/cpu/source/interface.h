@@ -3,7 +3,7 @@
 #include "linear.h"
 
 // Counts the meanings of what is below: raise it, here and there, when a field means something else.
-constexpr int32_t ABI = 2;
+constexpr int32_t ABI = 3;
 
 struct Routing {
     Linear router_in;         // hidden layer of an mlp or low-rank router; n = 0 for a linear one
@@ -24,6 +24,8 @@ struct Layer {
     Routing attention, ffn;
     float residual;
     int32_t window, rope, gelu;
+    int32_t is_static;  // one forecast of the whole layer for all rows, by that of its ffn
+    int32_t pad;
 };
 
 struct Model {
@@ -46,9 +48,10 @@ struct Call {
     const float *cos, *sin;  // [B N, head_dim]
     const uint8_t* valid;    // [B N] or null
     const int32_t* start;    // [B]: first key that is no padding
-    void** keys;             // per layer: [B, kv_heads, capacity / NR, head_dim, NR]
+    void** keys;             // per layer, null where it is static: [B, kv_heads, capacity / NR, head_dim, NR]
     void** values;           // per layer: [B, kv_heads, capacity, head_dim]
     const uint8_t* forced;   // [units, B N] gates to use whatever the routers say, or null
+    const float* limits;     // [B N]: the margin above which a row executes; null where all do
     uint8_t* gates;          // [units, B N] or null
     float* margins;          // [units, B N] or null
     double* executed;        // [units]: counts are added
@@ -58,8 +61,8 @@ struct Call {
     float* logits;           // [B keep, vocabulary] or null
     double* seconds;         // [PHASES] or null
     Prices prices;
-    int32_t batch, length, past, capacity, keep, dense;
-    float threshold;
+    int32_t batch, length, past, capacity, keep;
+    int32_t dense;  // 1: all that is routed executes; 2: static layers, too
 };
 
 // Prices are good to a few percent: a smaller saving may be none, and the text is better without it.

@@ -34,8 +34,8 @@ struct Selecting {
         low = (int)((long)n * tid / threads), high = (int)((long)n * (tid + 1) / threads);
     }
 
-    // Norms, margins, gates and the two lists of rows. Afterwards s.x holds the normed rows, and s.stacks, too, where
-    // `reader`, which reads all of them, takes them from there.
+    // Norms, margins, gates and the two lists of rows. Afterwards s.x holds the normed rows, and s.stacks, too, if
+    // `reader` takes them from there.
     void route(const float* norm, const Routing& r, const Linear& reader, int unit) {
         const int d = m.d;
         const bool decides = !c.dense;
@@ -62,7 +62,7 @@ struct Selecting {
                 const float margin = r.router_bias + (deep
                     ? dot(s.router.store.data() + (size_t)i * width, r.router_out, r.router_in.n)
                     : dot(read + (size_t)i * d, r.router_out, d));
-                gate = margin > c.threshold;
+                gate = margin > c.limits[i];
                 if (c.margins) c.margins[(size_t)unit * rows + i] = margin;
                 if (c.forced) gate = c.forced[(size_t)unit * rows + i];
                 if (c.valid && !c.valid[i]) gate = 0;
@@ -72,11 +72,19 @@ struct Selecting {
 #pragma omp barrier
 #pragma omp single
         select(unit, decides);
+        pack(reader);
+    }
+
+    // Normed rows for matrix instructions, once for all products of the unit, if `reader` takes them.
+    void pack(const Linear& reader) {
         stacked = reads_stacks(reader, rows);
-        if (!stacked) return;
 #if HAS_TILES
-        // Once for all products of the unit, by the thread that has the row at hand.
-        for (int i = low; i < high; i++) pack_row(x + (size_t)i * d, d, in_stacks(s.stacks.data(), d, s.place[i], 0));
+        if (!stacked) return;
+        const size_t d = m.d;
+        int low, high;
+        share(rows, low, high);  // whoever has normed a row has it at hand
+        for (int i = low; i < high; i++)
+            pack_row(s.x.store.data() + i * d, m.d, in_stacks(s.stacks.data(), d, s.place[i], 0));
 #pragma omp barrier
 #endif
     }
