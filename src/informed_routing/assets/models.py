@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import torch
 
 DEMO_MODEL = "demo:smollm2-135m"
+DEMO_ROUTED = "demo:smollm2-135m-routed"
+"""A routing of the embedded model that comes with the package: trained on more text than a demo has time for."""
 DEMO_HINT = f"`{DEMO_MODEL}` always works"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -48,7 +50,14 @@ class ModelSource:
     @property
     def reference(self) -> str:
         """What to write down: it means the same from every working directory."""
+        if self.kind == "routing" and self.path_or_id == str(embedded_routing()):
+            return DEMO_ROUTED
         return f"demo:{self.path_or_id}" if self.kind == "demo" else self.path_or_id
+
+
+def embedded_routing() -> Path:
+    """The routing folder that comes with the package."""
+    return Path(__file__).parent / "smollm2-135m-routed"
 
 
 def resolve_model(ref: str | Path, revision: str | None = None) -> ModelSource:
@@ -67,8 +76,12 @@ def resolve_model(ref: str | Path, revision: str | None = None) -> ModelSource:
 
 def _resolve(text: str, revision: str | None) -> ModelSource:
     if text.startswith("demo:"):
+        if text == DEMO_ROUTED:
+            return ModelSource("routing", str(embedded_routing()))
         if text != DEMO_MODEL:
-            raise InputError(f"There is no embedded model {text!r}", f"The embedded model is `{DEMO_MODEL}`")
+            raise InputError(
+                f"There is no embedded model {text!r}", f"There are `{DEMO_MODEL}` and, routed, `{DEMO_ROUTED}`"
+            )
         return ModelSource("demo", text.removeprefix("demo:"))
     if not exists(text):
         path = Path(text)

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..assets.models import DEMO_ROUTED, embedded_routing
 from ..config.folder import RoutingConfig
 from ..errors import InputError, WorkError
 from ..files.atomic import disk_error, write_several
@@ -126,6 +127,10 @@ def save(model: Any, folder: Path, tensors: dict[str, Tensor] | None = None, *, 
 def locate(reference: str | Path, subfolder: str = "", hub: HubOptions | None = None) -> Path:
     """The local folder of a routing reference, downloading it from the Hub if need be."""
     hub = hub or HubOptions()
+    if str(reference) == DEMO_ROUTED:
+        if subfolder or hub.revision not in (None, "main"):
+            raise InputError(f"{DEMO_ROUTED} has no revisions and no folders", "Leave out revision and subfolder")
+        return embedded_routing()
     path = Path(reference).expanduser()
     if path.exists():
         path = path / subfolder
