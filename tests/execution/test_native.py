@@ -328,14 +328,16 @@ def test_a_failing_compiler_leaves_nothing_and_falls_back(tmp_path: Any, monkeyp
         build.library_path.cache_clear()
 
 
-def product(library: Any, weights: Packed, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def product(
+    library: Any, weights: Packed, x: Tensor, weight: Tensor, bias: Tensor | None, threads: int = 2
+) -> tuple[Tensor, Tensor]:
     """x W^T + bias by the engine, and the weights that the packed ones stand for."""
     packer = Packer(library, weights, 2)
     packed = packer.linear(weight, bias, packer.body)
-    stands_for, found = torch.empty_like(weight), torch.empty(len(x), len(weight))
+    stands_for, found = torch.empty_like(weight), torch.full((len(x), len(weight)), torch.nan)
     at = ctypes.c_void_p
     library.ir_unpack(packed.type, at(packed.data), *weight.shape, at(stands_for.data_ptr()))
-    library.ir_linear(ctypes.byref(packed), at(x.data_ptr()), len(x), at(found.data_ptr()), 2)
+    library.ir_linear(ctypes.byref(packed), at(x.data_ptr()), len(x), at(found.data_ptr()), threads)
     return found, stands_for
 
 
@@ -392,6 +394,17 @@ def test_a_row_of_bfloat16_does_not_depend_on_how_many_there_are(plain_tiles: An
         many, _ = product(library, "bfloat16", x, weight, None)
         alone = torch.cat([product(library, "bfloat16", row[None].contiguous(), weight, None)[0] for row in x])
         torch.testing.assert_close(alone, many, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [40, 272, 350])
+def test_every_number_of_threads_does_all_rows_and_outputs(plain_tiles: Any, rows: int) -> None:
+    """Blocks of rows of which the last one is lower: threads get alike work, not alike numbers of blocks."""
+    weight, x = torch.randn(330, 1536), torch.randn(rows, 1536)
+    for library in (build.library(), plain_tiles):
+        for weights in ("float32", "bfloat16"):
+            one, _ = product(library, weights, x, weight, None, threads=1)
+            for threads in (2, 3, 5, 40):
+                assert torch.equal(product(library, weights, x, weight, None, threads)[0], one)
 
 
 @pytest.mark.parametrize("tiles", ["of the machine", "plain"])

@@ -166,6 +166,8 @@ static void attend(
         most_low = low[i] > most_low ? low[i] : most_low;
         state[i] = {MASKED, 0.0f};
     }
+    constexpr int MASSES = 16;
+    alignas(64) float masses[MASSES * VL];
     std::memset(out, 0, sizeof(float) * (size_t)n * hd);
     for (int start = from / KEY_BLOCK * KEY_BLOCK; start < to; start += KEY_BLOCK) {
         const int used = to - start < KEY_BLOCK ? to - start : KEY_BLOCK;
@@ -183,8 +185,7 @@ static void attend(
             }
             vf top = load(row);
             for (int c = VL; c < width; c += VL) top = vmax(top, load(row + c));
-            float peak = state[i].peak;
-            for (int c = 0; c < VL; c++) peak = top[c] > peak ? top[c] : peak;
+            const float highest = most(top), peak = highest > state[i].peak ? highest : state[i].peak;
             if (peak > state[i].peak) {
                 const float shrink = vexp((vf){} + (state[i].peak - peak))[0];
                 state[i].mass *= shrink;
@@ -197,7 +198,14 @@ static void attend(
                 store(row + c, products.rounds ? rounded_to_bf16(e) : e);
                 mass += e;
             }
-            state[i].mass += sum(mass);
+            store(masses + i % MASSES * VL, mass);
+            // Many at once: one alone is a chain of additions.
+            if (i % MASSES == MASSES - 1 || i == n - 1)
+                for (int j = i / MASSES * MASSES; j <= i; j++) {
+                    float s = 0;
+                    for (int c = 0; c < VL; c++) s += masses[j % MASSES * VL + c];
+                    state[j].mass += s;
+                }
         }
         products.mix(start, used);
     }

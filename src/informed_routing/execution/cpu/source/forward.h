@@ -9,121 +9,31 @@
 #include <algorithm>
 #include <vector>
 
-#include "interface.h"
-#include "scratch.h"
+#include "selection.h"
 
 namespace {
 
-struct Forward {
-    const Model& m;
-    const Call& c;
-    Scratch& s;
-    const int rows, threads;
-    int tid = 0;
-    double mark = 0;
+struct Forward : Selecting {
+    using Selecting::Selecting;
 
-    Forward(const Model& model, const Call& call, Scratch& scratch)
-        : m(model), c(call), s(scratch), rows(call.batch * call.length), threads(model.threads) {}
-
-    void lap(int phase) {
-        if (tid || !c.seconds) return;
-        const double t = now();
-        c.seconds[phase] += t - mark;
-        mark = t;
+    // What lies between the halves of the forecast: [approximated, rank].
+    Handed forecast_inner(const Routing& r) {
+        return {r.forecast_out, s.z.store.data(), (size_t)padded(r.forecast_in.n), (int)s.approximated.size()};
     }
 
-    void share(int n, int& low, int& high) const {
-        low = (int)((long)n * tid / threads), high = (int)((long)n * (tid + 1) / threads);
-    }
-
-    // Norms, margins, gates and the two lists of rows. Afterwards s.x holds the normed rows.
-    void route(const float* norm, const Routing& r, int unit) {
-        const int d = m.d;
-        const bool decides = !c.dense;
-        const bool deep = r.router_in.n > 0;
-        int low, high;
-        share(rows, low, high);
-        float* x = s.x.store.data();
-        for (int i = low; i < high; i++) rms_norm(c.hidden + (size_t)i * d, norm, d, m.eps, x + (size_t)i * d);
-        const float* read = r.router_residual ? c.hidden : x;
-        const int width = padded(r.router_in.n);
-        if (decides && deep) {
-            float* inner = s.router.store.data();
-#pragma omp barrier
-            multiply(r.router_in, {read, (size_t)d, nullptr, rows}, tid, threads, [&](int i, int column, vf a, vf b) {
-                if (r.router_relu) a = vmax(a, (vf){}), b = vmax(b, (vf){});
-                store(inner + (size_t)i * width + column, a);
-                store(inner + (size_t)i * width + column + VL, b);
-            });
-#pragma omp barrier
-        }
-        for (int i = low; i < high; i++) {
-            uint8_t gate = 1;
-            if (decides) {
-                const float margin = r.router_bias + (deep
-                    ? dot(s.router.store.data() + (size_t)i * width, r.router_out, r.router_in.n)
-                    : dot(read + (size_t)i * d, r.router_out, d));
-                gate = margin > c.limits[i];
-                if (c.margins) c.margins[(size_t)unit * rows + i] = margin;
-                if (c.forced) gate = c.forced[(size_t)unit * rows + i];
-                if (c.valid && !c.valid[i]) gate = 0;
-            }
-            s.gate[i] = gate;
-        }
-#pragma omp barrier
-#pragma omp single
-        select(unit, decides);
-    }
-
-    void select(int unit, bool decides) {
-        int n = 0, real = 0;
-        for (int i = 0; i < rows; i++) n += s.gate[i], real += c.valid ? c.valid[i] : 1;
-        const int kind = unit & 1, window = kind == 0 ? m.layers[unit / 2].window : 0;
-        int outcome = n >= real ? ALL : n ? SOME : NONE;  // as routing/counts.py has it
-        // Executing more than the router asks never harms the text; it is done where skipping saves nothing sure.
-        if (decides && n < rows && rows < c.prices.limit) {
-            const Prices& p = c.prices;
-            if (p.execute[kind][n] + p.approximate[kind][rows - n] >= WORTH * p.execute[kind][rows]) {
-                for (int i = 0; i < rows; i++) s.gate[i] = c.valid ? c.valid[i] : 1;
-                outcome = ROUNDED_UP;
-            }
-        }
-        c.calls[unit * OUTCOMES + outcome] += 1;
-        s.executed.clear();
-        s.approximated.clear();
-        for (int b = 0; b < c.batch; b++) {
-            s.first[b] = (int)s.executed.size();
-            for (int t = 0; t < c.length; t++) {
-                const int i = b * c.length + t;
-                (s.gate[i] ? s.executed : s.approximated).push_back(i);
-                if (s.gate[i] && (!c.valid || c.valid[i])) {
-                    c.executed[unit] += 1;
-                    const int seen = c.past + t + 1 - c.start[b];
-                    c.executed_keys[unit] += window && window < seen ? window : seen;
-                }
-            }
-        }
-        s.first[c.batch] = (int)s.executed.size();
-        if (c.gates) std::copy(s.gate.begin(), s.gate.begin() + rows, c.gates + (size_t)unit * rows);
-    }
-
-    // First half of the forecast: s.z [approximated, rank].
     void forecast_in(const Routing& r) {
         if (!r.forecast_in.n) return;
-        float* z = s.z.store.data();
-        const int width = padded(r.forecast_in.n);
-        const Rows x{s.x.store.data(), (size_t)m.d, s.approximated.data(), (int)s.approximated.size()};
-        multiply(r.forecast_in, x, tid, threads, [&](int i, int column, vf a, vf b) {
+        const Handed z = forecast_inner(r);
+        multiply(r.forecast_in, approximated_rows(), tid, threads, [&](int i, int column, vf a, vf b) {
             if (r.forecast_silu) a = vsilu(a), b = vsilu(b);
-            store(z + (size_t)i * width + column, a);
-            store(z + (size_t)i * width + column + VL, b);
+            z.put(i, column, a);
+            z.put(i, column + VL, b);
         });
     }
 
     void forecast_out(const Routing& r, const Tasks* plan = nullptr) {
         if (!r.forecast_in.n) return;
-        const Rows z{s.z.store.data(), (size_t)padded(r.forecast_in.n), nullptr, (int)s.approximated.size()};
-        add(r.forecast_out, z, s.approximated.data(), 1.0f, plan);
+        add(r.forecast_out, forecast_inner(r).read(), s.approximated.data(), 1.0f, plan);
     }
 
     // residual[index[i]] += factor * (row i of x) W^T
@@ -152,7 +62,7 @@ struct Forward {
         int low, high;
         share(rows, low, high);
         for (int i = low; i < high; i++) {
-            float* row = s.kv.store.data() + i * width;
+            float* row = s.kv.store.data() + (stacked ? s.place[i] : i) * width;
             const int b = i / c.length, place = c.past + i % c.length;
             for (int h = 0; h < m.kv_heads; h++) {
                 float* k = row + h * hd;
@@ -187,7 +97,7 @@ struct Forward {
     }
 
     template <class T>
-    void attention(const Layer& layer, int index) {
+    void attention(const Layer& layer, int index, const Handed& mixed) {
         const int hd = m.head_dim, shared = m.heads / m.kv_heads;
         const size_t width = padded(m.heads * hd);
         const int per_task = std::max(1, QUERY_ROWS / shared);
@@ -201,7 +111,6 @@ struct Forward {
         while (c.length == 1 && whole * splits < threads * 4 && reach / (splits + 1) >= 128) splits++;
         const int span = (reach + splits * KEY_BLOCK - 1) / (splits * KEY_BLOCK) * KEY_BLOCK;
         const int height = per_task * shared;
-        float* mixed = s.mixed.store.data();
         thread_local Aligned<float> scores, local;
         const size_t room = (height + 15) / 16 * 16;  // whole tiles of rows
         scores.resize(room * KEY_BLOCK);
@@ -236,10 +145,10 @@ struct Forward {
             attend_to(kv, n, q.data(), first.data(), last.data(), since, until, local.data(), state.data(),
                       scores.data());
             for (int r = 0; r < n; r++) {
-                float* out = mixed + (size_t)(from + r / shared) * width + (size_t)(h * shared + r % shared) * hd;
+                const int row = from + r / shared, column = (h * shared + r % shared) * hd;
                 // Padding may see no key at all; what it gets only must be a number.
                 const float inverse = state[r].mass > 0 ? 1.0f / state[r].mass : 0.0f;
-                for (int e = 0; e < hd; e += VL) store(out + e, load(local.data() + r * hd + e) * inverse);
+                for (int e = 0; e < hd; e += VL) mixed.put(row, column + e, load(local.data() + r * hd + e) * inverse);
             }
         }
         if (splits == 1) return;
@@ -251,7 +160,7 @@ struct Forward {
                 float peak = MASKED, mass = 0;
                 auto at = [&](int part) { return (size_t)(item * splits + part) * height + g; };
                 for (int p = 0; p < splits; p++) peak = std::max(peak, s.states[at(p)].peak);
-                float* out = mixed + (size_t)s.first[b] * width + (size_t)(h * shared + g) * hd;
+                float* out = mixed.rows + (size_t)s.first[b] * width + (size_t)(h * shared + g) * hd;
                 std::fill(out, out + hd, 0.0f);
                 for (int p = 0; p < splits; p++) {
                     const float w = vexp((vf){} + (s.states[at(p)].peak - peak))[0];
@@ -273,13 +182,11 @@ struct Forward {
     }
 
     void attention_unit(const Layer& layer, int index) {
-        route(layer.attention_norm, layer.attention, 2 * index);
+        route(layer.attention_norm, layer.attention, layer.kv, 2 * index);
         lap(ROUTE);
-        float* x = s.x.store.data();
-        const size_t d = m.d;
         const int n = (int)s.executed.size();
-        store_to(layer.kv, {x, d, nullptr, rows}, s.kv.store.data());
-        store_to(layer.q, {x, d, s.executed.data(), n}, s.q.store.data());
+        store_to(layer.kv, all_rows(), s.kv.store.data());
+        store_to(layer.q, executed_rows(), s.q.store.data());
         forecast_in(layer.attention);
 #pragma omp barrier
         lap(PROJECT);
@@ -291,45 +198,48 @@ struct Forward {
 #pragma omp barrier
         lap(CACHE);
         if (!n) return;
-        with_elements([&](auto element) { attention<decltype(element)>(layer, index); });
-        lap(ATTEND);
         const size_t width = padded(m.heads * m.head_dim);
-        add(layer.o, {s.mixed.store.data(), width, nullptr, n}, s.executed.data(), layer.residual);
+        // Split keys are summed up in rows.
+        const Handed mixed(layer.o, s.mixed.store.data(), width, n, c.length > 1);
+        with_elements([&](auto element) { attention<decltype(element)>(layer, index, mixed); });
+        lap(ATTEND);
+        add(layer.o, mixed.read(), s.executed.data(), layer.residual);
 #pragma omp barrier
         lap(OUT);
     }
 
-    // Activations of the neurons of some rows: h [rows, width].
+    // Activations of the neurons of some rows.
     // A panel of gate_up is VL gates beside the same VL ups, so that their product is made in registers.
-    void neurons(const Layer& layer, const Linear& gate_up, const std::vector<int32_t>& of, float* h, size_t width) {
-        multiply(gate_up, {s.x.store.data(), (size_t)m.d, of.data(), (int)of.size()}, tid, threads,
-                 [&](int i, int column, vf gate, vf up) {
-                     gated(layer.gelu, gate, up, h + i * width + column / 2);
-                 });
+    void neurons(const Layer& layer, const Linear& gate_up, const Rows& x, const Handed& h) {
+        multiply(gate_up, x, tid, threads, [&](int i, int column, vf gate, vf up) {
+            h.put(i, column / 2, gated(layer.gelu, gate, up));
+        });
     }
 
     // What approximated rows get, of whose slice `h` has the activations.
-    void approximate(const Layer& layer, const float* h) {
+    void approximate(const Layer& layer, const Handed& h) {
         const int n = (int)s.approximated.size(), k = layer.down_slice.k;
         if (!n || !layer.down_slice.n) return forecast_out(layer.ffn);
         // Slice and forecast add to the same elements: by one plan the same thread does, one after the other.
         const int most = 2 * block_height(std::max(k, layer.ffn.forecast_in.n));
         const Tasks plan(n, panels(layer.down_slice), threads, most, STEP);
-        add(layer.down_slice, {h, (size_t)k, nullptr, n}, s.approximated.data(), layer.residual, &plan);
+        add(layer.down_slice, h.read(), s.approximated.data(), layer.residual, &plan);
         forecast_out(layer.ffn, &plan);
     }
 
     void ffn_unit(const Layer& layer, int index) {
-        route(layer.ffn_norm, layer.ffn, 2 * index + 1);
+        route(layer.ffn_norm, layer.ffn, layer.gate_up, 2 * index + 1);
         lap(ROUTE);
-        const size_t width = padded(m.ff), n = s.executed.size();
-        float *h = s.h.store.data(), *slice = h + n * width;
-        neurons(layer, layer.gate_up, s.executed, h, width);
-        neurons(layer, layer.gate_up_slice, s.approximated, slice, layer.down_slice.k);
+        const size_t width = padded(m.ff);
+        const int n = (int)s.executed.size(), rest = (int)s.approximated.size();
+        const Handed h(layer.down, s.h.store.data(), width, n);
+        const Handed slice(layer.down_slice, h.rows + n * width, layer.down_slice.k, rest);
+        neurons(layer, layer.gate_up, executed_rows(), h);
+        neurons(layer, layer.gate_up_slice, approximated_rows(), slice);
         forecast_in(layer.ffn);
 #pragma omp barrier
         lap(GATE_UP);
-        add(layer.down, {h, width, nullptr, (int)n}, s.executed.data(), layer.residual);
+        add(layer.down, h.read(), s.executed.data(), layer.residual);
         approximate(layer, slice);
 #pragma omp barrier
         lap(DOWN);
@@ -346,9 +256,10 @@ struct Forward {
             std::fill(s.gate.begin(), s.gate.begin() + rows, 0);
             for (int unit = 2 * index; unit < 2 * index + 2; unit++) select(unit, false);
         }
+        pack(layer.down_slice.n ? layer.gate_up_slice : layer.ffn.forecast_in);
         lap(ROUTE);
-        float* slice = s.h.store.data();
-        neurons(layer, layer.gate_up_slice, s.approximated, slice, layer.down_slice.k);
+        const Handed slice(layer.down_slice, s.h.store.data(), layer.down_slice.k, rows);
+        neurons(layer, layer.gate_up_slice, approximated_rows(), slice);
         forecast_in(layer.ffn);
 #pragma omp barrier
         lap(GATE_UP);
@@ -406,9 +317,10 @@ void reserve(const Model& m, const Call& c, Scratch& s) {
         }
     const int shared = m.heads / m.kv_heads, height = std::max(1, QUERY_ROWS / shared) * shared;
     s.x.get(rows * m.d);
+    if (s.stacks.size() < (rows + 32) * m.d) s.stacks.resize((rows + 32) * m.d);
     s.q.get(rows * padded(m.heads * m.head_dim));
     s.mixed.get(rows * padded(m.heads * m.head_dim));
-    s.kv.get(rows * padded(2 * m.kv_heads * m.head_dim));
+    s.kv.get((rows + 16) * padded(2 * m.kv_heads * m.head_dim));
     s.h.get(rows * padded(m.ff));
     s.z.get(rows * rank);
     s.router.get(rows * router);
@@ -418,6 +330,7 @@ void reserve(const Model& m, const Call& c, Scratch& s) {
         s.states.resize(parts * 4 * height);
     }
     s.gate.resize(rows);
+    s.place.resize(rows);
     s.executed.reserve(rows), s.approximated.reserve(rows);
     s.first.resize(c.batch + 1);
 }

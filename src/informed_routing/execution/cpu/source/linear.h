@@ -30,7 +30,12 @@ struct Tasks {
         columns = (panels + width - 1) / width;
         count = columns * blocks;
     }
-    int begin(int tid) const { return (int)((long)count * tid / threads); }
+    // Threads get alike numbers of rows times panels, although the last block may be lower than the others.
+    int begin(int tid) const {
+        const long whole = (long)height * columns, work = (long)rows * columns * tid / threads;
+        const long block = work / whole, tall = rows - block * height < height ? rows - block * height : height;
+        return tall ? (int)(block * columns + (work - block * whole) / tall) : count;
+    }
     struct Task { int low, high, from, to; };  // rows and panels
     Task at(int task) const {
         const int low = task / columns * height, from = task % columns * width;
@@ -38,12 +43,14 @@ struct Tasks {
     }
 };
 
-// The rows of a product: row i is base + index[i] * stride (index may be null: 0, 1, 2, ...).
+// The rows of a product: row i is base + index[i] * stride (index may be null: 0, 1, 2, ...), or they all lie in stacks
+// of tiles, one after the other.
 struct Rows {
     const float* base;
     size_t stride;
     const int32_t* index;
     int count;
+    const bf16* stacks = nullptr;
     const float* row(int i) const { return base + (size_t)(index ? index[i] : i) * stride; }
 };
 
@@ -60,44 +67,78 @@ static const uint32_t* panel_pairs(Unpack unpack, const char* panel, int k, floa
     return (const uint32_t*)pairs;
 }
 
+// Sums of a block of rows that wait to be given out.
+struct Finished {
+    int low = 0, count = 0, column = 0;
+    vf b0 = {}, b1 = {};
+    alignas(64) float sums[32 * NR];
+
+    // Rows from..to of the block, as far as it has them.
+    template <class Out>
+    __attribute__((always_inline)) void give(int from, int to, Out&& out) const {
+        to = to < count ? to : count;
+        for (int r = from; r < to; r++)
+            out(low + r, column, load(sums + r * NR) + b0, load(sums + r * NR + VL) + b1);
+    }
+};
+
+INLINE void prefetch(const char* from, const char* to) {
+    for (; from < to; from += 64) __builtin_prefetch(from, 0, 2);
+}
+
 // Many rows by matrix instructions. Panels are pairs already where there is no `unpack`.
+// While a block of sums is made, the block before it is given out and a part of the next panel is brought near.
 template <class Out>
 static void multiply_tiles(
     const Linear& w, const Rows& x, size_t bytes, Unpack unpack, int tid, int threads, Out&& out, const Tasks* given
 ) {
     const int steps = steps_of(w.k);
     const size_t stack = (size_t)steps * 16 * STEP;
-    // Rows of a block fit a quarter of a private cache.
-    const Tasks plan = given ? *given : Tasks(x.count, panels(w), threads, 262144 / (steps * STEP), 32);
+    // Rows of a block fit half of a private cache.
+    const Tasks plan = given ? *given : Tasks(x.count, panels(w), threads, 524288 / (steps * STEP), 32);
     thread_local Aligned<float> plain;
     thread_local Aligned<bf16> rows;
     thread_local Aligned<vi> pairs;
     if (unpack) plain.resize((size_t)w.k * NR), pairs.resize((size_t)w.k * NR / 2 / VL);
-    rows.resize((size_t)(plan.height + 15) / 16 * stack);
-    alignas(64) float sums[32 * NR];
-    int packed = -1;
+    if (!x.stacks) rows.resize((size_t)(plan.height + 15) / 16 * stack);
+    Finished blocks[2];
+    int packed = -1, turn = 0;
+    const char* const end = panel_at(w, bytes, panels(w));
     tiles_begin();
     for (int task = plan.begin(tid); task < plan.begin(tid + 1); task++) {
         const auto [low, high, from, to] = plan.at(task);
-        if (low != packed) {
+        if (low != packed && !x.stacks) {
             for (int i = low; i < high; i++)
                 pack_row(x.row(i), w.k, rows.data() + (i - low) / 16 * stack + (size_t)((i - low) % 16) * STEP);
             packed = low;
         }
+        const bf16* const tiles = x.stacks ? x.stacks + low / 16 * stack : rows.data();
+        const size_t ahead = (bytes * 32 / (high - low + 31) / steps + 63) / 64 * 64;
         for (int p = from; p < to; p++) {
             const char* src = panel_at(w, bytes, p);
+            const char* next = src + bytes;
             const uint32_t* panel =
                 unpack ? panel_pairs(unpack, src, w.k, plain.data(), pairs.data()) : (const uint32_t*)src;
-            vf b0 = {}, b1 = {};
-            if (w.bias) b0 = load(w.bias + p * NR), b1 = load(w.bias + p * NR + VL);
-            for (int i = low; i < high; i += 32) {
-                const int tall = high - i < 32 ? high - i : 32;
-                tile_rows_block(tall, steps, rows.data() + (i - low) / 16 * stack, stack, panel, sums, NR);
-                for (int r = 0; r < tall; r++)
-                    out(i + r, p * NR, load(sums + r * NR) + b0, load(sums + r * NR + VL) + b1);
+            for (int i = low; i < high; i += 32, turn ^= 1) {
+                const Finished& last = blocks[turn ^ 1];
+                Finished& block = blocks[turn];
+                const int share = (last.count + steps - 1) / steps;
+                auto between = [&](int s) __attribute__((always_inline)) {
+                    last.give(s * share, s * share + share, out);
+                    const char* until = next + ahead < end ? next + ahead : end;
+                    prefetch(next, until);
+                    next = until;
+                };
+                const bf16* a = tiles + (i - low) / 16 * stack;
+                block.low = i, block.count = high - i < 32 ? high - i : 32, block.column = p * NR;
+                block.b0 = block.b1 = (vf){};
+                if (w.bias) block.b0 = load(w.bias + p * NR), block.b1 = load(w.bias + p * NR + VL);
+                if (block.count > 16) tile_block<2>(steps, a, stack, panel, block.sums, NR, between);
+                else tile_block<1>(steps, a, stack, panel, block.sums, NR, between);
             }
         }
     }
+    blocks[turn ^ 1].give(0, 32, out);
     tiles_end();
 }
 #endif
@@ -228,3 +269,36 @@ static void multiply(const Linear& w, const Rows& x, int tid, int threads, Out&&
     });
     if (!known) unknown_format(w.type);
 }
+
+// Whether a product of so many rows may find them in stacks of tiles.
+INLINE bool reads_stacks(const Linear& w, int rows) {
+    bool can = false;
+#if HAS_TILES
+    Formats::with(w.type, [&](auto format) {
+        can = format.TILES && rows > format.DIRECT_ROWS && w.k % STEP == 0 && tiles_ready();
+    });
+#endif
+    return can;
+}
+
+// What one product writes and another reads: rows of float32, or stacks of tiles where the reader takes them. Stacks
+// need no more memory than rows: whole tiles of bfloat16 are less than the rows that make products of few rows.
+struct Handed {
+    float* rows;
+    size_t stride;
+    int count;
+    bool stacked;
+
+    Handed(const Linear& reader, float* rows, size_t stride, int count, bool may = true)
+        : rows(rows), stride(stride), count(count), stacked(may && reads_stacks(reader, count)) {}
+
+    __attribute__((always_inline)) void put(int i, int column, vf v) const {
+#if HAS_TILES
+        if (stacked) {
+            return store_packed(in_stacks((bf16*)rows, stride, i, column), v);
+        }
+#endif
+        store(rows + (size_t)i * stride + column, v);
+    }
+    Rows read() const { return {rows, stride, nullptr, count, stacked ? (const bf16*)rows : nullptr}; }
+};

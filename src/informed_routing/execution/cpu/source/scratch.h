@@ -28,8 +28,9 @@ struct Buffer {
 // Working memory of a process, kept between calls.
 struct Scratch {
     Buffer x, q, kv, mixed, h, z, router, partial;
+    Aligned<bf16> stacks;  // executed rows, filled up to whole tiles, then approximated ones
     std::vector<uint8_t> gate;
-    std::vector<int32_t> executed, approximated, first;
+    std::vector<int32_t> executed, approximated, first, place;
     std::vector<Partial> states;
 };
 
@@ -57,8 +58,8 @@ float dot(const float* a, const float* b, int n) {
 }
 
 // Not inlined: beside the exponentials compilers keep fewer sums of the product in registers.
-__attribute__((noinline)) void gated(bool gelu, vf gate, vf up, float* out) {
-    store(out, (gelu ? vgelu_tanh(gate) : vsilu(gate)) * up);
+__attribute__((noinline)) vf gated(bool gelu, vf gate, vf up) {
+    return (gelu ? vgelu_tanh(gate) : vsilu(gate)) * up;
 }
 
 // The halves of a head are rotated against each other; `factor` scales the result.

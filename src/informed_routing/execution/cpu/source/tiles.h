@@ -26,6 +26,13 @@ INLINE vi bf16_pairs(vf even, vf odd) {
     return ((a >> 16) & 0xffff) | (b & (int32_t)0xffff0000);
 }
 
+INLINE int whole_tiles(int rows) { return (rows + 15) / 16 * 16; }
+
+// Where a row's column lies in stacks of tiles of `width` columns, a multiple of STEP.
+INLINE bf16* in_stacks(bf16* stacks, size_t width, int row, int column) {
+    return stacks + row / 16 * 16 * width + (column / STEP * 16 + row % 16) * STEP + column % STEP;
+}
+
 #if HAS_TILES
 static_assert(VL == 16, "tiles are 16 outputs wide: compile with INFORMED_ROUTING_WIDE");
 
@@ -100,11 +107,22 @@ INLINE void pack_row(const float* x, int k, bf16* out) {
     for (int c = 0; c < STEP; c++) out[c] = c < k ? to_bf16(x[c]) : bf16{0};
 }
 
+// A vector as pack_row rounds it.
+INLINE void store_packed(bf16* out, vf x) {
+#if PLAIN_TILES
+    for (int c = 0; c < VL; c++) out[c] = to_bf16(x[c]);
+#else
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)x);
+    std::memcpy(out, &half, sizeof half);
+#endif
+}
+
 // sums [16 TALL][stride] = (or with ADD, +=) TALL stacks of tiles, `height` apart, times a panel of pairs
 // [steps][16][NR].
-template <int TALL, bool ADD = false>
+// between(s) is done while step s is under way: matrix instructions leave the vector units idle.
+template <int TALL, bool ADD = false, class Between>
 INLINE void tile_block(
-    int steps, const bf16* a, size_t height, const uint32_t* panel, float* sums, size_t stride
+    int steps, const bf16* a, size_t height, const uint32_t* panel, float* sums, size_t stride, Between&& between
 ) {
     memory_fence();
     float* lower = sums + 16 * stride;
@@ -134,6 +152,7 @@ INLINE void tile_block(
             TILE_PRODUCT(2, 7, 4);
             TILE_PRODUCT(3, 7, 5);
         }
+        between(s);
     }
     TILE_STORE(0, sums, stride * 4);
     TILE_STORE(1, sums + 16, stride * 4);
@@ -150,8 +169,8 @@ INLINE void tile_rows_block(
     int rows, int steps, const bf16* a, size_t height, const uint32_t* panel, float* sums, size_t stride
 ) {
     for (int i = 0; i < rows; i += 32, a += 2 * height, sums += 32 * stride) {
-        if (rows - i > 16) tile_block<2, ADD>(steps, a, height, panel, sums, stride);
-        else tile_block<1, ADD>(steps, a, height, panel, sums, stride);
+        if (rows - i > 16) tile_block<2, ADD>(steps, a, height, panel, sums, stride, [](int) {});
+        else tile_block<1, ADD>(steps, a, height, panel, sums, stride, [](int) {});
     }
 }
 

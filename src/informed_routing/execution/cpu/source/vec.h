@@ -101,6 +101,15 @@ INLINE float sum(vf v) {
     for (int i = 0; i < VL; i++) s += v[i];
     return s;
 }
+INLINE float most(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float m = v[0];
+    for (int i = 1; i < VL; i++) m = v[i] > m ? v[i] : m;
+    return m;
+#endif
+}
 INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
 
