@@ -33,7 +33,7 @@ def card(report: dict[str, Any], result: dict[str, Any]) -> str:
 SmolLM2-135M (Apache-2.0), its weights untouched, with routers and slim fallbacks: the example of informed-routing.
 
 Trained by the language-model loss for {train["steps"]} steps, {train["tokens"]:,} tokens of English Wikipedia, C4,
-books, code, documentation and questions, towards 30 % of multiply-accumulates saved. None of the held-out text below was
+books, code, documentation and questions, towards 30 % of multiply-accumulates saved. None of the held-out text below is
 among it. It knows nothing that its base model does not, and shares its faults.
 
 Measured by the CPU engine in bfloat16 ({machine["cpu"]}, {result["threads"]} threads, prompts of 512 tokens): ratios of

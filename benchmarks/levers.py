@@ -45,6 +45,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "slim-distill": {**FROM_SLIM, "route.objective.kind": "distill"},
     "slim-mixed": {**FROM_SLIM, "route.objective.kind": "mixed"},
     "slim-fast": {**FROM_SLIM, "route.objective.kind": "distill", "route.forecaster_learning_rate": 3e-3},
+    # A part of the budget is spent on layers that nobody executes.
+    "static-start": {**SLIM, "route.steps": 0, "stages": ["static", "forecast", "route"], "static.layers": 3},
+    "static": {"start": "out/levers/static-start", "stages": ["route"]},
     # How far more text goes; the dial of the longest ends higher.
     "slim-500": {**FROM_SLIM, "route.steps": 500},
     "slim-1000": {**FROM_SLIM, "route.steps": 1000, "calibration.targets": [0.15, 0.25, 0.35, 0.45, 0.5]},
