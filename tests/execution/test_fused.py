@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from informed_routing.config.parts import ForecasterConfig, RouterConfig
+from informed_routing.execution.attach import make_static
 from informed_routing.execution.cpu import fused, fused_unit
 from informed_routing.routed_model import RoutedModelForCausalLM
-from informed_routing.routing.decision import AlwaysExecute, Given
+from informed_routing.routing.decision import AlwaysExecute, ExecuteRouted, Given
 
 HALF = torch.bfloat16
 
@@ -149,6 +150,28 @@ def test_a_fused_model_is_the_model(fallback: str, family: str, training: bool) 
         grads = torch.autograd.grad(hidden.float().square().mean(), list(parameters.values())) if parameters else ()
         model.routing_state.choose(decision=AlwaysExecute())
         found.append([hidden, *grads, model.hidden_states(ids)])
+    for exact, half in zip(*found, strict=True):
+        assert (exact - half.float()).norm() <= 0.06 * exact.norm()
+
+
+@pytest.mark.usefixtures("with_tiles")
+@pytest.mark.parametrize("fallback", ["forecaster", "slim", "zero"])
+def test_layers_become_static_in_a_fused_model(fallback: str) -> None:
+    ids = torch.randint(0, 90, (2, 32))
+    found = []
+    for dtype in (torch.float32, HALF):
+        model = _routed(dtype, fallback, "llama")
+        fused_unit.fuse(model)
+        make_static(model, [2])
+        torch.manual_seed(4)
+        for _, parameter in model.routing_parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        hidden = []
+        for rule in (ExecuteRouted(), AlwaysExecute()):
+            model.routing_state.choose(decision=rule, execution="masked")
+            hidden.append(model.hidden_states(ids))
+        found.append(hidden)
+        assert all(isinstance(unit.unit, fused_unit.FusedUnit) is (dtype == HALF) for unit in model.units)
     for exact, half in zip(*found, strict=True):
         assert (exact - half.float()).norm() <= 0.06 * exact.norm()
 

@@ -138,7 +138,11 @@ def _with_dropping_cache(decoder: Any, forward: Any, call: calls.Call) -> dict[s
 
 
 def add_units(layer: Any, attention: RoutedUnit, ffn: RoutedUnit) -> None:
-    """Give a layer its units, or others."""
+    """Give a layer its units, or others, which compute as those before them did."""
+    for name, unit in (("attention_routing", attention), ("ffn_routing", ffn)):
+        before: RoutedUnit | None = getattr(layer, name, None)
+        if before is not None:
+            unit.unit = before.unit
     layer.attention_routing = attention
     layer.ffn_routing = ffn
 

@@ -18,6 +18,7 @@ from ..routing.state import RoutingState
 def run(layer: Any, state: RoutingState, hidden: Tensor, call: Call) -> Tensor:
     """The residual stream [B, N, d] behind a static layer, by its forecaster or, where the rule says so, by itself."""
     attention, ffn = layer.attention_routing, layer.ffn_routing
+    hidden = ffn.unit.stream(hidden)
     if state.original:
         check_cache(call.cache, attention.unit.module(layer).layer_idx, hidden.shape[1])
         after = _original(layer, hidden, call)
