@@ -57,6 +57,8 @@ def main() -> None:
     write_tensors(target / TENSOR_FILE, half, {"format": "pt"})
     report = json.loads((arguments.folder / "fit.json").read_text())
     result = json.loads(arguments.result.read_text())
+    own = f"{arguments.folder.name} "
+    result["rows"] = [row for row in result["rows"] if row["name"] == "dense" or row["name"].startswith(own)]
     (target / "README.md").write_text(card(report, result), encoding="utf-8")
     print(f"wrote {target}")
 
