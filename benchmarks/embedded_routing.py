@@ -22,7 +22,7 @@ from informed_routing.assets.models import DEMO_ROUTED, embedded_routing
 from informed_routing.files.atomic import write_tensors
 from informed_routing.persistence.folder import TENSOR_FILE
 
-COPIED = ("routing_config.json", "config.json", "generation_config.json", "modeling_informed_routing.py")
+COPIED = ("routing_config.json", "config.json", "generation_config.json")
 
 
 def card(report: dict[str, Any], result: dict[str, Any]) -> str:

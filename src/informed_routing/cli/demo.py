@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from .loading import Loaded
 
 SPARSITIES = (0.15, 0.25, 0.4)
-SHARES = (0.15, 0.25, 0.35)
-"""Of multiply-accumulates, at which the routing that comes with the package is shown."""
 PROMPT = "The river rises in the mountains and"
 PROMPT_TEXTS = ["demo:wiki"]
 SEQUENCE = 512  # tokens of a scored sequence
@@ -44,8 +42,7 @@ def demo(
 ) -> None:
     """Fit, evaluate and time a routed SmolLM2-135M on embedded text, in minutes on a CPU.
 
-    A finished fit in DIR is used again, an interrupted one is continued. Beside it stands demo:smollm2-135m-routed,
-    which comes with the package and has been trained for longer.
+    A finished fit in DIR is used again, an interrupted one is continued.
 
     Example: informed-routing demo --out demo-out
     """
@@ -57,7 +54,6 @@ def demo(
     overrides = {"seed": common.seed, "dtype": None if common.dtype == "auto" else common.dtype}
     recipe = build_recipe("demo", {**overrides, **in_stages("steps", steps, ("route",))})
     with session("demo", common, recipe.seed) as run:
-        from informed_routing.assets import DEMO_ROUTED
         from informed_routing.evaluation.environment import environment
 
         from .evaluate import DEFAULT_TEXTS, evaluate_runs, load_all
@@ -69,26 +65,14 @@ def demo(
         targets = _attainable(run, loaded)
         texts = load_all(DEFAULT_TEXTS, "heldout", loaded.tokenizer, SEQUENCE, rows)
         runs = evaluate_runs(run, loaded, str(out), texts, [0.0, *targets], "units", SEQUENCE, 4)
-        speed = _speed(run, loaded, targets, repeats, "units")
+        speed = _speed(run, loaded, targets, repeats)
         loaded.model.set_sparsity(targets[len(targets) // 2] if targets else 0.0, "units")
         sample = generate_sample(run, loaded, PROMPT, 32, routing=True)
-        trained = load_routed(DEMO_ROUTED, run)
-        trained_runs = [runs[0], *evaluate_runs(run, trained, DEMO_ROUTED, texts, SHARES, "macs", SEQUENCE, 4)]
-        trained_speed = _speed(run, trained, SHARES, repeats, "macs")
-        trained.model.set_sparsity(SHARES[1], "macs")
-        trained_sample = generate_sample(run, trained, PROMPT, 32, routing=True)
 
         def show(console: Console) -> None:
             show_samples(console, [sample])
             console.print()
             console.print(demo_table(runs, speed))
-            console.print()
-            console.print(
-                f"{DEMO_ROUTED}: the same base model, routed by longer training (shares of MACs)", markup=False
-            )
-            show_samples(console, [trained_sample])
-            console.print()
-            console.print(demo_table(trained_runs, trained_speed))
             console.print(
                 f"Routing folder: {out}. Next: informed-routing generate {out} --prompt TEXT --show-routing",
                 markup=False,
@@ -96,14 +80,7 @@ def demo(
             )
 
         run.finish(
-            {
-                "fit": report,
-                "runs": runs,
-                "rows": speed,
-                "samples": [sample],
-                "embedded": {"runs": trained_runs, "rows": trained_speed, "samples": [trained_sample]},
-                "environment": environment(),
-            },
+            {"fit": report, "runs": runs, "rows": speed, "samples": [sample], "environment": environment()},
             show,
             model=recipe.model,
             dtype=dtype_name(loaded.model),
@@ -177,7 +154,7 @@ def _attainable(run: Session, loaded: Loaded) -> list[float]:
     return kept
 
 
-def _speed(run: Session, loaded: Loaded, targets: Sequence[float], repeats: int, budget: str) -> list[dict[str, Any]]:
+def _speed(run: Session, loaded: Loaded, targets: Sequence[float], repeats: int) -> list[dict[str, Any]]:
     """Prefill at 512 tokens and batch-1 decode; the decode starts from a shorter prompt."""
     from informed_routing.evaluation.engines import make_engines
     from informed_routing.evaluation.speed import benchmark_rows, prompt_text
@@ -198,7 +175,7 @@ def _speed(run: Session, loaded: Loaded, targets: Sequence[float], repeats: int,
             prompt_tokens=[length],
             new_tokens=[new],
             phases=[phase],
-            budget=budget,
+            budget="units",
             repeats=repeats,
             progress=run.progress,
         )
