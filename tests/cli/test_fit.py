@@ -191,12 +191,14 @@ def test_ctrl_c_then_resume(
 def test_demo_runs_end_to_end_and_reuses_a_finished_fit(
     run: Run,
     tiny_folder: Path,
+    routing_folder: Path,
     tmp_path: Path,
     flags: list[object],
     text_file: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The demo's own flow on a tiny model and text in place of the embedded ones."""
+    """The demo's own flow on tiny models and text in place of the embedded ones."""
+    monkeypatch.setattr("informed_routing.assets.models.embedded_routing", lambda: routing_folder)
     recipe = tmp_path / "demo.yaml"
     recipe.write_text(f"model: {tiny_folder}\ndata: ['{text_file}']\nseed: 5\n" + RECIPE)
     monkeypatch.setattr("informed_routing.recipes.packaged_recipes", lambda: {"demo": recipe})
@@ -211,7 +213,10 @@ def test_demo_runs_end_to_end_and_reuses_a_finished_fit(
     content = json.loads((tmp_path / "result.json").read_text())
     assert content["seed"] == 5
     result = content["result"]
-    assert {"fit", "runs", "rows", "samples", "environment"} == set(result)
+    assert {"fit", "runs", "rows", "samples", "embedded", "environment"} == set(result)
+    assert {"runs", "rows", "samples"} == set(result["embedded"])
+    assert result["embedded"]["runs"][0] == result["runs"][0]
+    assert "demo:smollm2-135m-routed" in outcome.out
     assert result["runs"][0]["sparsity"]["target"] == 0
     assert {row["phase"] for row in result["rows"]} == {"prefill", "decode"}
     again = run("demo", "--repeats", 1, "--rows", 2)

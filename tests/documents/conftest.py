@@ -56,9 +56,19 @@ def _tiny_default(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def _tiny_routed(tmp_path_factory: pytest.TempPathFactory, _tiny_default: Path) -> Path:
+    """What `demo:smollm2-135m-routed` is here."""
+    folder = tmp_path_factory.mktemp("routed") / "out"
+    words = ["fit", "demo:smollm2-135m", "--recipe", "demo", "--steps", "1", "--out", str(folder), "-q"]
+    with embedded(_tiny_default), one_thread():
+        assert main(words) == 0
+    return folder
+
+
 @contextmanager
-def embedded(folder: Path) -> Iterator[None]:
-    """The embedded model is the one of this folder, its texts are short, fits read little, and there is no network."""
+def embedded(folder: Path, routed: Path | None = None) -> Iterator[None]:
+    """The embedded models are those of these folders, texts are short, fits read little, and there is no network."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError("no network")
@@ -73,6 +83,8 @@ def embedded(folder: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit, "build_recipe", with_less_text)
         patch.setattr(models, "_demo_folder", lambda name: folder)
+        if routed is not None:
+            patch.setattr(models, "embedded_routing", lambda: routed)
         patch.setattr(text, "demo_documents", lambda name: [story(n + 7 * len(name)) for n in range(600)])
         for place, name in ((socket.socket, "connect"), (socket.socket, "connect_ex"), (socket, "getaddrinfo")):
             patch.setattr(place, name, refuse)
@@ -80,8 +92,8 @@ def embedded(folder: Path) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _embedded(_tiny_default: Path) -> Iterator[None]:
-    with embedded(_tiny_default):
+def _embedded(_tiny_default: Path, _tiny_routed: Path) -> Iterator[None]:
+    with embedded(_tiny_default, _tiny_routed):
         yield
 
 

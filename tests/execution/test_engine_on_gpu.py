@@ -111,7 +111,7 @@ def test_a_demo_in_float16_times_float16(monkeypatch: pytest.MonkeyPatch) -> Non
         return []
 
     monkeypatch.setattr(speed, "benchmark_rows", note)
-    demo._speed(run, loaded, [], 1)
+    demo._speed(run, loaded, [], 1, "units")
     assert timed[0] == ["native float16", "transformers"]
 
 

@@ -11,13 +11,14 @@ from tests.tiny import make_tiny
 from torch import Tensor
 from torch.nn import functional as F
 
-from informed_routing.config.parts import ForecasterConfig, RouterConfig
+from informed_routing.config.parts import ForecasterConfig, RouterConfig, SelectionConfig
 from informed_routing.execution.attach import make_static
-from informed_routing.execution.cpu import fused, fused_unit
+from informed_routing.execution.cpu import build, fused, fused_unit
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.routing.decision import AlwaysExecute, ExecuteRouted, Given
 
 HALF = torch.bfloat16
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
 
 
 def _halves(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -115,10 +116,39 @@ def test_a_negative_target_loses_nothing() -> None:
     assert not grad[[1, 3]].any()
 
 
-def _routed(dtype: torch.dtype, fallback: str, family: str, **config: Any) -> RoutedModelForCausalLM:
+FULL, ODD = torch.zeros(2, 16), torch.zeros(1, 5, 2, 32).to(HALF)
+MISREAD: dict[str, Callable[[], Tensor]] = {
+    "norm of bfloat16": lambda: fused.norm(FULL.to(HALF), torch.ones(16), 1e-5),
+    "norm by another width": lambda: fused.norm(FULL, torch.ones(32), 1e-5),
+    "norm of no whole vectors": lambda: fused.norm(torch.zeros(2, 24), torch.ones(24), 1e-5),
+    "gated float32": lambda: fused.gated(FULL, FULL, gelu=False),
+    "gated shapes": lambda: fused.gated(FULL.to(HALF), torch.zeros(3, 16).to(HALF), gelu=False),
+    "mix of a bfloat16 stream": lambda: fused.mix(FULL.to(HALF), torch.ones(2), FULL.to(HALF), FULL.to(HALF)),
+    "mix of float32 updates": lambda: fused.mix(FULL, torch.ones(2), FULL, FULL),
+    "mix by too few gates": lambda: fused.mix(FULL, torch.ones(1), FULL.to(HALF), FULL.to(HALF)),
+    "rotate by other positions": lambda: fused.rotate(
+        torch.zeros(1, 4, 2, 32).to(HALF), torch.ones(1, 3, 32), torch.ones(1, 3, 32)
+    ),
+    "attend to odd lengths": lambda: fused.attend(ODD, ODD, ODD, 1.0),
+    "a target beyond the vocabulary": lambda: fused.token_losses(
+        FULL.to(HALF), torch.zeros(8, 16).to(HALF), torch.tensor([1, 8]), None, 0.0
+    ),
+}
+
+
+@pytest.mark.parametrize("what", MISREAD)
+def test_what_would_be_misread_is_refused(what: str) -> None:
+    with pytest.raises(ValueError, match=r"reads|multiple|shape|go with|are not of|is not of"):
+        MISREAD[what]()
+
+
+def _routed(
+    dtype: torch.dtype, fallback: str, family: str, selection: SelectionConfig | None = None, **config: Any
+) -> RoutedModelForCausalLM:
     torch.manual_seed(1)
     base = make_tiny(family, num_attention_heads=2, num_key_value_heads=1, head_dim=32, **config).to(dtype)
-    model = RoutedModelForCausalLM.attach(base, ForecasterConfig(fallback=fallback, rank=8), RouterConfig())
+    parts = ForecasterConfig(fallback=fallback, rank=8), RouterConfig()
+    model = RoutedModelForCausalLM.attach(base, *parts, selection=selection)
     for _, parameter in model.routing_parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model
@@ -174,6 +204,29 @@ def test_layers_become_static_in_a_fused_model(fallback: str) -> None:
         assert all(isinstance(unit.unit, fused_unit.FusedUnit) is (dtype == HALF) for unit in model.units)
     for exact, half in zip(*found, strict=True):
         assert (exact - half.float()).norm() <= 0.06 * exact.norm()
+
+
+@pytest.mark.usefixtures("with_tiles")
+def test_joined_units_of_a_fused_model() -> None:
+    """One decision for a layer (D-LLM) mixes by itself, and its first unit reads a stream in bfloat16."""
+    ids = torch.randint(0, 90, (2, 32))
+    found = []
+    for dtype in (torch.float32, HALF):
+        model = _routed(dtype, "zero", "llama", SelectionConfig(granularity="layer"))
+        fused_unit.fuse(model)
+        rule = Given(torch.rand(2, 32, generator=torch.Generator().manual_seed(3)) < 0.6)
+        model.routing_state.choose(decision=rule, execution="masked")
+        found.append(model.hidden_states(ids))
+    assert (found[0] - found[1].float()).norm() <= 0.06 * found[0].norm()
+
+
+@pytest.mark.usefixtures("with_tiles")
+def test_attention_that_drops_is_left_to_the_base_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "attend", lambda *_: pytest.fail("fused attention has no dropout"))
+    model = _routed(HALF, "forecaster", "llama", attention_dropout=0.5)
+    assert fused_unit.fuse(model)
+    model.train()
+    model.hidden_states(torch.randint(0, 90, (1, 16)))
 
 
 @pytest.mark.usefixtures("with_tiles")

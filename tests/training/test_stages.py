@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,6 +19,7 @@ from informed_routing.config.kinds import kinds_of
 from informed_routing.config.recipe import Recipe
 from informed_routing.config.types import Frozen
 from informed_routing.errors import InputError
+from informed_routing.training import loop
 from informed_routing.training.fit import fit
 from informed_routing.training.folder import in_checkpoints
 from informed_routing.training.reading import Reading
@@ -157,3 +160,18 @@ def test_seconds_are_those_of_a_part_or_of_all_its_parts() -> None:
     assert seconds_of(part) == 2.0
     assert seconds_of({"sparsity": 0.3, "train": part, "refit": {"seconds": 0.5}, "history": [{"seconds": 9}]}) == 2.5
     assert seconds_of(None) == 0.0
+
+
+@pytest.mark.parametrize("kept", ["fp16", None])
+def test_a_second_precision_in_one_process_is_refused(kept: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate keeps the first for good: with it another fit would train in what nobody asked for."""
+
+    def accelerator(**given: Any) -> Any:
+        if kept is None:
+            raise ValueError("has already been initialized")
+        return SimpleNamespace(mixed_precision=kept)
+
+    monkeypatch.setattr(loop, "Accelerator", accelerator)
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        with pytest.raises(InputError, match="in this process"):
+            loop.accelerator_for(device, dtype)

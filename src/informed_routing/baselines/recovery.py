@@ -14,7 +14,7 @@ from ..config.recipe import LoraStage
 from ..errors import InputError
 from ..models.head import lm_head
 from ..progress import NullProgress, Progress
-from ..training.loop import run_stage
+from ..training.loop import accelerator_for, run_stage
 from ..training.lora import add_lora, merge_lora
 from ..training.objectives import next_token_loss
 from ..training.route import freeze_all_but
@@ -58,7 +58,7 @@ def recover(
         raise InputError(
             f"rows have {rows.shape[1]} tokens, sequence_length is {config.sequence_length}", "Pack rows to this length"
         )
-    accelerator = accelerator or _accelerator(model)
+    accelerator = accelerator or accelerator_for(model.device.type, model.dtype)
     torch.manual_seed(seed_of(seed, "recovery"))
     tensors = add_lora(model, config)
     freeze_all_but(model, tensors)
@@ -75,6 +75,7 @@ def recover(
             checkpoint=checkpoint or Path(folder) / "recovery.safetensors",
             progress=progress or NullProgress(),
             offenders=lambda _: [],
+            compute=model.dtype,
         )
     merge_lora(model)
     model.requires_grad_(False)
@@ -86,10 +87,3 @@ def recover(
         "seconds": round(record.seconds, 2),
         "history": record.history,
     }
-
-
-def _accelerator(model: Any) -> Accelerator:
-    if model.device.type == "cpu":
-        return Accelerator(cpu=True)
-    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(model.dtype, "no")
-    return Accelerator(mixed_precision=precision)

@@ -16,11 +16,14 @@ from .common import Common, Session, check_at_least, dtype_name, session, with_c
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from informed_routing.config.parts import Budget
     from informed_routing.config.recipe import Recipe
 
     from .loading import Loaded
 
 SPARSITIES = (0.15, 0.25, 0.4)
+SHARES = (0.15, 0.25, 0.35)
+"""Of multiply-accumulates, at which the routing that comes with the package is shown."""
 PROMPT = "The river rises in the mountains and"
 PROMPT_TEXTS = ["demo:wiki"]
 SEQUENCE = 512  # tokens of a scored sequence
@@ -42,7 +45,8 @@ def demo(
 ) -> None:
     """Fit, evaluate and time a routed SmolLM2-135M on embedded text, in minutes on a CPU.
 
-    A finished fit in DIR is used again, an interrupted one is continued.
+    A finished fit in DIR is used again, an interrupted one is continued. Beside it stands demo:smollm2-135m-routed,
+    which comes with the package and has been trained for longer.
 
     Example: informed-routing demo --out demo-out
     """
@@ -54,6 +58,7 @@ def demo(
     overrides = {"seed": common.seed, "dtype": None if common.dtype == "auto" else common.dtype}
     recipe = build_recipe("demo", {**overrides, **in_stages("steps", steps, ("route",))})
     with session("demo", common, recipe.seed) as run:
+        from informed_routing.assets import DEMO_ROUTED
         from informed_routing.evaluation.environment import environment
 
         from .evaluate import DEFAULT_TEXTS, evaluate_runs, load_all
@@ -62,17 +67,30 @@ def demo(
 
         report = _fit(run, recipe, out, overwrite)
         loaded = load_routed(str(out), run)
-        targets = _attainable(run, loaded)
+        targets = _attainable(run, loaded, SPARSITIES, "units")
         texts = load_all(DEFAULT_TEXTS, "heldout", loaded.tokenizer, SEQUENCE, rows)
         runs = evaluate_runs(run, loaded, str(out), texts, [0.0, *targets], "units", SEQUENCE, 4)
-        speed = _speed(run, loaded, targets, repeats)
+        speed = _speed(run, loaded, targets, repeats, "units")
         loaded.model.set_sparsity(targets[len(targets) // 2] if targets else 0.0, "units")
         sample = generate_sample(run, loaded, PROMPT, 32, routing=True)
+        trained = load_routed(DEMO_ROUTED, run)
+        shares = _attainable(run, trained, SHARES, "macs")
+        trained_runs = [runs[0], *evaluate_runs(run, trained, DEMO_ROUTED, texts, shares, "macs", SEQUENCE, 4)]
+        trained_speed = _speed(run, trained, shares, repeats, "macs")
+        trained.model.set_sparsity(shares[len(shares) // 2] if shares else 0.0, "macs")
+        trained_sample = generate_sample(run, trained, PROMPT, 32, routing=True)
 
         def show(console: Console) -> None:
             show_samples(console, [sample])
             console.print()
             console.print(demo_table(runs, speed))
+            console.print()
+            console.print(
+                f"{DEMO_ROUTED}: the same base model, routed by longer training (shares of MACs)", markup=False
+            )
+            show_samples(console, [trained_sample])
+            console.print()
+            console.print(demo_table(trained_runs, trained_speed))
             console.print(
                 f"Routing folder: {out}. Next: informed-routing generate {out} --prompt TEXT --show-routing",
                 markup=False,
@@ -80,7 +98,14 @@ def demo(
             )
 
         run.finish(
-            {"fit": report, "runs": runs, "rows": speed, "samples": [sample], "environment": environment()},
+            {
+                "fit": report,
+                "runs": runs,
+                "rows": speed,
+                "samples": [sample],
+                "embedded": {"runs": trained_runs, "rows": trained_speed, "samples": [trained_sample]},
+                "environment": environment(),
+            },
             show,
             model=recipe.model,
             dtype=dtype_name(loaded.model),
@@ -145,16 +170,16 @@ def fit_state(out: Path) -> tuple[bool, bool]:
     return finished, not finished and (out / "checkpoints").is_dir()
 
 
-def _attainable(run: Session, loaded: Loaded) -> list[float]:
-    """The sparsities of the table that the fit was calibrated for."""
-    low, high = loaded.model.calibrated_range("units")
-    kept = [target for target in SPARSITIES if low <= target <= high]
-    if len(kept) < len(SPARSITIES):
-        run.progress.message(f"calibrated for {low:.0%} to {high:.0%} of the units: leaving out what lies outside")
+def _attainable(run: Session, loaded: Loaded, wanted: Sequence[float], budget: Budget) -> list[float]:
+    """The shares of a budget that lie in the table that the fit was calibrated for."""
+    low, high = loaded.model.calibrated_range(budget)
+    kept = [target for target in wanted if low <= target <= high]
+    if len(kept) < len(wanted):
+        run.progress.message(f"calibrated for {low:.0%} to {high:.0%} of the {budget}: leaving out what lies outside")
     return kept
 
 
-def _speed(run: Session, loaded: Loaded, targets: Sequence[float], repeats: int) -> list[dict[str, Any]]:
+def _speed(run: Session, loaded: Loaded, targets: Sequence[float], repeats: int, budget: str) -> list[dict[str, Any]]:
     """Prefill at 512 tokens and batch-1 decode; the decode starts from a shorter prompt."""
     from informed_routing.evaluation.engines import make_engines
     from informed_routing.evaluation.speed import benchmark_rows, prompt_text
@@ -175,7 +200,7 @@ def _speed(run: Session, loaded: Loaded, targets: Sequence[float], repeats: int)
             prompt_tokens=[length],
             new_tokens=[new],
             phases=[phase],
-            budget="units",
+            budget=budget,
             repeats=repeats,
             progress=run.progress,
         )

@@ -43,8 +43,9 @@ class Head:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         weight = getattr(self.linear, "weight", None)
-        read = hidden if weight is None else hidden.to(weight.dtype)
-        return self.scaling(cast(Tensor, self.linear(read)).float())
+        if weight is not None and weight.is_floating_point():  # a stream of float32 may end in a narrower head
+            hidden = hidden.to(weight.dtype)
+        return self.scaling(cast(Tensor, self.linear(hidden)).float())
 
     @property
     def weight(self) -> Tensor | None:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..assets.models import DEMO_ROUTED, embedded_routing
+from ..assets.models import DEMO_ROUTED, resolve_model
 from ..config.folder import RoutingConfig
 from ..errors import InputError, WorkError
 from ..files.atomic import disk_error, write_several
@@ -130,7 +130,7 @@ def locate(reference: str | Path, subfolder: str = "", hub: HubOptions | None = 
     if str(reference) == DEMO_ROUTED:
         if subfolder or hub.revision not in (None, "main"):
             raise InputError(f"{DEMO_ROUTED} has no revisions and no folders", "Leave out revision and subfolder")
-        return embedded_routing()
+        return Path(resolve_model(DEMO_ROUTED).path_or_id)
     path = Path(reference).expanduser()
     if path.exists():
         path = path / subfolder

@@ -6,14 +6,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-
 from ..assets.models import resolve_dtype
 from ..config.recipe import Recipe
 from ..files.atomic import disk_error
 from ..files.folders import only_writer
 from ..progress import NullProgress, Progress
+from .loop import accelerator_for
 from .report import result_of
 from .result import write_result
 from .setup import recipe_of, set_up
@@ -40,8 +38,7 @@ def fit(
     """
     recipe = model if isinstance(model, Recipe) else recipe_of(model, settings)
     out, progress = Path(out), progress or NullProgress()
-    half = device != "cpu" and resolve_dtype(recipe.dtype, device) == torch.float16
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="fp16" if half else None)
+    accelerator = accelerator_for(device, resolve_dtype(recipe.dtype, device))
     with only_writer(out) if accelerator.is_main_process else nullcontext():
         run = set_up(
             recipe,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -14,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..config.recipe import StageConfig
-from ..errors import WorkError
+from ..errors import InputError, WorkError
 from ..execution.cpu import fused
 from ..progress import Progress
 from .checkpoint import StageRecord, load_checkpoint, save_checkpoint
@@ -112,6 +113,27 @@ def run_stage(
     objective.eval()
     accelerator.wait_for_everyone()
     return record
+
+
+def accelerator_for(device: str, dtype: torch.dtype) -> Accelerator:
+    """What trains a model of a dtype on a device: in float16 it scales gradients; bfloat16 is `run_stage`'s own.
+
+    Raises InputError where this process has trained otherwise before, which accelerate keeps for good.
+    """
+    half = device != "cpu" and dtype == torch.float16
+    try:
+        found = Accelerator(cpu=device == "cpu", mixed_precision="fp16" if half else None)
+    except ValueError as error:
+        found, reason = None, str(error)[:80]
+    else:
+        reason = f"mixed precision is {found.mixed_precision}"
+    asked = ("fp16",) if half else ("no", os.environ.get("ACCELERATE_MIXED_PRECISION"))
+    if found is None or found.mixed_precision not in asked:
+        raise InputError(
+            f"{str(dtype).removeprefix('torch.')} on {device} cannot be trained in this process any more ({reason})",
+            "Train it in a process of its own",
+        )
+    return found
 
 
 def _groups(trainable: dict[str, nn.Parameter], rates: Mapping[str, float], default: float) -> list[dict[str, Any]]:

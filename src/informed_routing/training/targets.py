@@ -54,10 +54,8 @@ def _check_search(run: Run) -> None:
 
 def _check_sparsities(run: Run) -> None:
     recipe = run.recipe
-    ceiling, floor = (
-        attainable(run.model, run.meter, recipe.route.sequence_length),
-        saved_always(run.model, run.meter),
-    )
+    ceiling = attainable(run.model, run.meter, recipe.route.sequence_length)
+    floor = saved_always(run.model, run.meter)
     wanted = {"sparsity": recipe.route.sparsity}
     for stage in stages_of(recipe):
         wanted |= stage.sparsities(recipe)

@@ -31,12 +31,35 @@ def available() -> bool:
         return False
 
 
+_FULL, _HALF = torch.float32, torch.bfloat16
+_TENSORS: dict[str, tuple[torch.dtype, ...]] = {
+    "ir_norm": (_FULL, _FULL, _HALF, _FULL),
+    "ir_norm_back": (_HALF, _FULL, _FULL, _FULL, _FULL),
+    "ir_gated": (_HALF, _HALF, _HALF),
+    "ir_gated_back": (_HALF, _HALF, _HALF, _HALF, _HALF),
+    "ir_mix": (_FULL, _FULL, _HALF, _HALF, _FULL),
+    "ir_mix_back": (_FULL, _FULL, _HALF, _HALF, _FULL, _HALF, _HALF),
+    "ir_softmax": (_HALF,),
+    "ir_softmax_back": (_HALF, _HALF),
+    "ir_rotate": (_HALF, _FULL, _FULL, _HALF),
+    "ir_token_losses": (_HALF, _HALF, torch.int64, _FULL),
+}
+"""What the engine's functions take, in order: they get places in memory and would read anything."""
+
+
 def _call(name: str, *values: Any) -> None:
-    """Call a function of the engine: tensors by their place, whole numbers as int64, threads as torch has them."""
+    """Call a function of the engine: tensors by their place, whole numbers as int64, threads as torch has them.
+
+    Raises ValueError for tensors that it would misread; None, which not every function takes, stands for no tensor.
+    """
     given: list[Any] = []
+    wanted = iter(_TENSORS[name])
     for value in values:
+        if value is None or isinstance(value, Tensor):
+            dtype = next(wanted)
+            if value is not None and (value.dtype != dtype or not value.is_contiguous() or value.device.type != "cpu"):
+                raise ValueError(f"{name} reads {dtype} in order on the CPU, not {value.dtype} on {value.device}")
         if isinstance(value, Tensor):
-            assert value.is_contiguous()
             given.append(ctypes.c_void_p(value.data_ptr()))
         elif isinstance(value, bool):
             given.append(ctypes.c_int(value))
@@ -45,6 +68,18 @@ def _call(name: str, *values: Any) -> None:
         else:
             given.append(ctypes.c_void_p() if value is None else ctypes.c_float(value))
     getattr(library(), name)(*given, ctypes.c_int(torch.get_num_threads()))
+
+
+def _check(*sizes: int) -> None:
+    """Raises ValueError for sizes that are no whole vectors: the engine would read beyond them."""
+    if wrong := [size for size in sizes if size % MULTIPLE]:
+        raise ValueError(f"{wrong[0]} is no multiple of {MULTIPLE}")
+
+
+def _alike(*tensors: Tensor) -> None:
+    """Raises ValueError for shapes that differ."""
+    if len({tensor.shape for tensor in tensors}) > 1:
+        raise ValueError(f"shapes differ: {', '.join(str(tuple(tensor.shape)) for tensor in tensors)}")
 
 
 class _Norm(torch.autograd.Function):
@@ -67,6 +102,9 @@ class _Norm(torch.autograd.Function):
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight: bfloat16 [..., d] of float32 x [..., d] and float32 weight [d], which gets no gradient."""
+    _check(x.shape[-1])
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} is not of {tuple(x.shape)}")
     return _apply(_Norm, x, weight, eps)
 
 
@@ -90,6 +128,8 @@ class _Gated(torch.autograd.Function):
 
 def gated(gate: Tensor, up: Tensor, *, gelu: bool) -> Tensor:
     """silu(gate) * up, or with GELU by its tanh formula: bfloat16 [..., neurons]."""
+    _check(gate.shape[-1])
+    _alike(gate, up)
     return _apply(_Gated, gate, up, gelu)
 
 
@@ -115,6 +155,9 @@ class _Mix(torch.autograd.Function):
 
 def mix(hidden: Tensor, gate: Tensor, executed: Tensor, approximated: Tensor) -> Tensor:
     """hidden + gate executed + (1 - gate) approximated: float32 [..., d], of bfloat16 updates and a float32 gate."""
+    _check(hidden.shape[-1])
+    _alike(hidden, executed, approximated)
+    _alike(hidden[..., 0], gate)
     return _apply(_Mix, hidden, gate, executed, approximated)
 
 
@@ -139,6 +182,10 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of bfloat16 [B, N, heads, size] by float32 tables [B or 1, N, size]."""
+    _check(x.shape[-1] // 2)
+    batch, length, _, size = x.shape
+    if cos.shape != sin.shape or cos.shape not in ((1, length, size), (batch, length, size)):
+        raise ValueError(f"tables of shape {tuple(cos.shape)} are not of {tuple(x.shape)}")
     return _apply(_Rotate, x, cos, sin)
 
 
@@ -181,6 +228,10 @@ def _by_token(x: Tensor, batch: int, length: int, shared: int) -> Tensor:
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     """Causal attention of queries [B, N, heads, size] to keys and values [B, N, kv_heads, size], all bfloat16."""
+    _check(queries.shape[1])
+    _alike(keys, values)
+    if queries.shape[:2] != keys.shape[:2] or queries.shape[3] != keys.shape[3] or queries.shape[2] % keys.shape[2]:
+        raise ValueError(f"queries {tuple(queries.shape)} do not go with keys {tuple(keys.shape)}")
     return _apply(_Attend, queries, keys, values, scale)
 
 
@@ -216,6 +267,10 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, teacher: Tenso
     `weight` bfloat16 [V, d] is the output projection, `targets` int64 [n] the tokens that followed, `teacher` bfloat16
     [n, d] the dense model's hidden states. Only the hidden states get a gradient.
     """
+    if len(targets) != len(hidden) or (len(targets) and int(targets.max()) >= len(weight)):
+        raise ValueError(f"targets are not of {len(hidden)} states and a vocabulary of {len(weight)}")
+    if teacher is not None:
+        _alike(hidden, teacher)
     return _apply(_TokenLosses, hidden, weight, targets.contiguous(), teacher, share)
 
 

@@ -30,7 +30,7 @@ class FusedUnit(Unit):
 
     def normed(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         norm = self.input_norm(layer)
-        return fused.norm(hidden, norm.weight.float(), norm.variance_epsilon)
+        return fused.norm(self.stream(hidden), norm.weight.float(), norm.variance_epsilon)
 
     def run(self, layer: nn.Module, x: Tensor, call: Call) -> Tensor:
         module: Any = self.module(layer)
@@ -38,9 +38,10 @@ class FusedUnit(Unit):
             inner = self.activations(layer, x)
             self.seen[:] = [(x, inner)]
             return module.down_proj(inner)
-        if x.shape[1] % fused.MULTIPLE or call.rope is None or call.mask is not None or call.cache is not None:
+        drops = module.training and module.attention_dropout
+        if drops or call.rope is None or call.mask is not None or call.cache is not None:
             return super().run(layer, x, call)
-        if only_whole(module, call):
+        if x.shape[1] % fused.MULTIPLE or only_whole(module, call):
             return super().run(layer, x, call)
         made = projections(self.family, module)
         q, (k, v) = made.q(x), made.keys_values(x)

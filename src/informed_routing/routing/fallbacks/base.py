@@ -72,7 +72,7 @@ class Fallback(nn.Module):
 
     def choose(self, importance: Tensor) -> None:
         """Choose as many neurons as before, by the importance [neurons] of all. For those with `chosen` only."""
-        raise NotImplementedError
+        raise InputError(f"a {type(self).__name__} computes no neurons of its unit", "Use forecaster.fallback = slim")
 
     def fault(self) -> str | None:
         """What is wrong with tensors that were stored; None where they are sound."""
