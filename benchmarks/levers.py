@@ -3,6 +3,9 @@
     python benchmarks/levers.py --list
     python benchmarks/levers.py slim-start slim slim-distill    # runs, or goes on with, these
     python benchmarks/levers.py --table                         # docs/data/levers/*.json side by side
+    python benchmarks/levers.py slim-1000 --data demo:wiki --data demo:c4 --data demo:c4 --data out/mixture.jsonl
+
+The last needs the text that mixture.py makes.
 
 Each run is a fit of `recipes/small.yaml` for a budget of MACs with the overrides below, evaluated as in quality.py:
 ratio of perplexity to the dense model on held-out Wikipedia and C4 text at equal shares of MACs. A finished run is
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 import quality
@@ -76,8 +80,17 @@ def run(name: str, rows: int, data: list[str]) -> None:
         progress.message(f"{name} {goal}: " + ", ".join(f"{t['token_perplexity']:.2f}" for t in tasks.values()))
         runs.append({"target": goal, "tasks": tasks})
     progress.done()
+    _name_texts(report)
     record = {"name": name, "budget": "macs", "overrides": {**BASE, **RUNS[name]}, "fit": report, "runs": runs}
     write_json(target, {**record, "environment": environment(), "threads": torch.get_num_threads()})
+
+
+def _name_texts(report: dict[str, Any]) -> None:
+    """Files by their names, wherever they lie."""
+    recipe = report["recipe"]
+    recipe["data"] = [one if one.startswith("demo:") else Path(one).name for one in recipe["data"]]
+    for text in report["texts"]["sources"]:
+        text["ref"] = text["ref"] if text["ref"].startswith("demo:") else Path(text["ref"]).name
 
 
 def table() -> None:
