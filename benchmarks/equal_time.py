@@ -1,7 +1,7 @@
 """Quality at equal measured time: perplexity over the speed-up of routed and static models, in one engine and format.
 
     python benchmarks/equal_time.py slim=out/levers/slim pruned-4=out/pruned-4 --json docs/data/equal_time.json
-    python benchmarks/equal_time.py --table docs/data/equal_time.json
+    python benchmarks/equal_time.py --page docs/data/equal_time.json > docs/equal_time.md
 
 Each NAME=FOLDER is a routing folder, measured over its dial, or a folder of `prune` or a base model, which is one
 point. On held-out rows of 512 tokens (Wikipedia and C4): seconds of prefill and of decode steps behind it, all models
@@ -112,7 +112,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         speed = {phase: times["dense"][phase] / times[point.name][phase] for phase in ("prefill", "decode")}
         rows.append({"name": point.name, "sparsity": point.sparsity, "seconds": times[point.name], **speed, **found})
         PROGRESS.advance(done)
-    settings = {key: value for key, value in vars(arguments).items() if key not in ("json", "table")}
+    settings = {key: value for key, value in vars(arguments).items() if key not in ("json", "page")}
     return {"environment": environment(), "threads": torch.get_num_threads(), "settings": settings, "rows": rows}
 
 
@@ -148,6 +148,26 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def page(result: dict[str, Any]) -> str:
+    """The result in Markdown, with how it came about."""
+    asked, machine = result["settings"], result["environment"]
+    models = " ".join(asked["models"])
+    return f"""# Quality at equal time
+
+Ratio of perplexity to the dense model on held-out Wikipedia / C4 over the measured speed-up: {asked["base"]} in the
+CPU engine in {asked["weights"]}, policy `exact`; prompts of 512 tokens, then {asked["new_tokens"]} decode steps.
+{machine["cpu"]}, {result["threads"]} threads, commit {machine["commit"]}. Speed-ups are against the same engine's dense
+forward, medians of {asked["repeats"]} runs in turns on {asked["timed"]} rows of each text; perplexities are of
+{asked["rows"]} rows of each. A line is read between the points that were measured, never beyond them.
+
+`python benchmarks/equal_time.py {models}`; the models are those of `benchmarks/levers.py`, `slim-1000` is
+`demo:smollm2-135m-routed`, `pruned-N` lacks N layers (`prune --method shortened-ppl --recovery-steps 150
+--batch-size 2` on the same text: LoRA merged into its weights, which the routed models leave as they are).
+
+{table(result)}
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="NAME=FOLDER")
@@ -158,10 +178,10 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32, help="decode steps that are timed")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="where to write the result")
-    parser.add_argument("--table", type=Path, help="print the table of a result")
+    parser.add_argument("--page", type=Path, help="print the page of a result")
     arguments = parser.parse_args()
-    if arguments.table:
-        print(table(json.loads(arguments.table.read_text())))
+    if arguments.page:
+        print(page(json.loads(arguments.page.read_text())), end="")
         return
     result = measured(arguments)
     PROGRESS.done()

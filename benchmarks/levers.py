@@ -2,7 +2,7 @@
 
     python benchmarks/levers.py --list
     python benchmarks/levers.py slim-start slim slim-distill    # runs, or goes on with, these
-    python benchmarks/levers.py --table                         # docs/data/levers/*.json side by side
+    python benchmarks/levers.py --table > docs/levers.md        # docs/data/levers/*.json side by side
     python benchmarks/levers.py slim-1000 --data demo:wiki --data demo:c4 --data demo:c4 --data out/mixture.jsonl
 
 The last needs the text that mixture.py makes.
@@ -33,6 +33,12 @@ from informed_routing.training.fit import fit
 RESULTS = quality.ROOT / "docs" / "data" / "levers"
 WORK = quality.ROOT / "out" / "levers"
 TARGETS = (0.25, 0.35)
+INTRODUCTION = """# Levers of training
+
+SmolLM2-135M, trained for 30 % of MACs saved, one seed: ratio of perplexity to dense on held-out Wikipedia / C4 at equal
+shares of MACs (`benchmarks/levers.py`). `slim-1000` has books, code and manuals among its text, the others only
+Wikipedia and C4. Seconds are of one thread beside other work.
+"""
 BASE = {
     "route.budget": "macs",
     "route.sparsity": 0.3,
@@ -94,7 +100,8 @@ def _name_texts(report: dict[str, Any]) -> None:
 
 
 def table() -> None:
-    """All runs: tokens, seconds, and ratios to dense."""
+    """All runs in Markdown: tokens, seconds, and ratios to dense."""
+    print(INTRODUCTION)
     print("| run | tokens trained | s | " + " | ".join(f"{t:.0%} of MACs, wiki / C4" for t in TARGETS) + " |")
     print("| --- " * (3 + len(TARGETS)) + "|")
     for path in sorted(RESULTS.glob("*.json")):

@@ -370,16 +370,6 @@ def test_products_with_inputs_that_fill_no_group(rows: int, inputs: int) -> None
             check_product(build.library(), weights, rows, inputs)
 
 
-@pytest.fixture(scope="module")
-def plain_tiles(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The engine with plain code in the place of matrix instructions."""
-    target = tmp_path_factory.mktemp("native") / "engine.so"
-    _, flags, texts = build._target(cast(str, build.compiler()))
-    extra = ["-O1", "-Wno-psabi", "-DINFORMED_ROUTING_WIDE", "-DINFORMED_ROUTING_TILES"]
-    build._compile(cast(str, build.compiler()), [*flags, *extra], texts, target)
-    return build.loaded(target)
-
-
 @pytest.mark.parametrize("weights", PACKED)
 @pytest.mark.parametrize(("rows", "inputs"), [(3, 96), (13, 96), (16, 64), (17, 320), (50, 96), (700, 96)])
 def test_products_by_matrix_instructions(plain_tiles: Any, weights: Packed, rows: int, inputs: int) -> None:

@@ -101,16 +101,6 @@ def forced(model: Any, engine: CpuEngine, ids: Tensor, gates: Tensor) -> Tensor:
     return engine.forward(embeddings, rope, rows, None, state, stats, keep=ids.shape[1], forced=gates)
 
 
-@pytest.fixture(scope="module")
-def plain_tiles(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The engine with plain code in the place of matrix instructions."""
-    target = tmp_path_factory.mktemp("native") / "engine.so"
-    _, flags, texts = build._target(cast(str, build.compiler()))
-    extra = ["-O1", "-Wno-psabi", "-DINFORMED_ROUTING_WIDE", "-DINFORMED_ROUTING_TILES"]
-    build._compile(cast(str, build.compiler()), [*flags, *extra], texts, target)
-    return build.loaded(target)
-
-
 @pytest.mark.parametrize("tiles", ["of the machine", "plain"])
 @pytest.mark.parametrize("weights", PACKED)
 def test_random_selections_agree_with_the_masked_reference(
