@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from informed_routing.assets import DEMO_MODEL, DEMO_ROUTED, load_tokenizer, resolve_model
 from informed_routing.errors import InputError
+from informed_routing.files.folders import check_apart_from
 from informed_routing.persistence.folder import is_routing_folder, locate, read_config
 from informed_routing.routed_model import RoutedModelForCausalLM
+from informed_routing.training.fit import fit
 
 
 def test_it_is_found_by_name_alone() -> None:
@@ -41,3 +44,19 @@ def test_it_routes_its_base_model(demo: Any) -> None:
     assert text.shape == (1, ids.shape[1] + 8)
     assert 0.05 < model.routing_stats()["macs"] < 0.5
     assert load_tokenizer(DEMO_ROUTED).vocab_size == demo.tokenizer.vocab_size
+
+
+def test_nothing_is_written_where_it_could_not_be_named(
+    demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of that name would be passed over by everybody who reads it."""
+    monkeypatch.chdir(tmp_path)
+    model = RoutedModelForCausalLM.from_pretrained(DEMO_ROUTED)
+    for write in (
+        lambda: model.save_pretrained("demo:mine"),
+        lambda: fit(DEMO_MODEL, DEMO_ROUTED),
+        lambda: check_apart_from(Path("demo:mine"), DEMO_MODEL),
+    ):
+        with pytest.raises(InputError, match="embedded"):
+            write()
+    assert not list(tmp_path.iterdir())

@@ -76,8 +76,15 @@ def only_writer(folder: Path) -> Iterator[Path]:
         _remove_empty(made)
 
 
+def check_name(folder: Path) -> None:
+    """Raises InputError for a folder that nobody could name: `demo:` stands for what comes with the package."""
+    if str(folder).startswith("demo:"):
+        raise InputError(f"{folder} is the name of something embedded, not of a folder", "Give another folder")
+
+
 def check_apart_from(folder: Path, model: str) -> None:
-    """Raises InputError when the model that a run reads is the folder that it writes."""
+    """Raises InputError when the model that a run reads is the folder that it writes, or that has no folder's name."""
+    check_name(folder)
     try:
         same = folder.resolve() == Path(model).expanduser().resolve()
     except (OSError, RuntimeError, ValueError):  # names that cannot be: refused where they are used

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..errors import InputError, WorkError
 from ..files.atomic import disk_error, write_several
+from ..files.folders import check_name
 from ..models.facts import config_facts, different_fact
 from ..models.fingerprint import base_tensors, digest, dtype_of, fingerprint, layout, live_adapters, reference_to
 from .adapter_folder import Adapter, live_state, write_adapter
@@ -230,6 +231,7 @@ def _is_base(model: Any, weights: Mapping[str, Tensor], origin: Origin) -> bool:
 
 def _check_folder(folder: Path, adapter: Adapter | None) -> None:
     """Raises InputError for a folder whose content would be spoilt, or would spoil what is loaded from it."""
+    check_name(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file", "Give a folder")
     if (folder / "adapter_config.json").exists():
