@@ -31,8 +31,8 @@ GROUP = 8
 ALL_TOKENS = 10**9
 
 
+@torch.no_grad()
 def main() -> None:
-    torch.set_grad_enabled(False)
     progress = make_progress(quiet=False)
     start, out = ROOT / "out/quality/units-100", ROOT / "out/quality/dial"
     recipe = Recipe.from_mapping(

@@ -166,10 +166,10 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
+@torch.no_grad()
 def main(given: Sequence[str] | None = None) -> None:
     args = arguments(given)
     args.lengths = sorted(set(args.lengths))
-    torch.set_grad_enabled(False)
     progress = make_progress(quiet=False)
     model: Any = RoutedModelForCausalLM.from_pretrained(args.folder, base=args.base)
     if model.routing_state.kv == "drop":

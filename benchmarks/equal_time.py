@@ -91,9 +91,9 @@ def quality(point: Point, texts: dict[str, Tensor]) -> dict[str, Any]:
     return found
 
 
+@torch.no_grad()
 def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything, in turns."""
-    torch.set_grad_enabled(False)
     tokenizer = load_tokenizer(BASE)
     texts = {text: pack(load_texts(text, "heldout"), tokenizer, 512) for text in TEXTS}
     timed = torch.cat([rows[: arguments.timed] for rows in texts.values()])

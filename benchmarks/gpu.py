@@ -304,6 +304,7 @@ def compare(bench: Bench, case: Case, turns: int) -> list[dict[str, Any]]:
     return rows
 
 
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", action="append", choices=[*SHAPES, "tiny"], help="repeatable [default: 1B and 8B]")
@@ -315,7 +316,6 @@ def main() -> None:
     if device.type == "cpu" and shapes != ["tiny"]:
         parser.error("there is no GPU here: only --shape tiny with TRITON_INTERPRET=1 runs")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    torch.set_grad_enabled(False)
     rows: list[dict[str, Any]] = []
     measured = {}
     begun = time.perf_counter()

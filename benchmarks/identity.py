@@ -118,8 +118,8 @@ def predictor(name: str, ids: Tensor) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
 def main() -> int:
-    torch.set_grad_enabled(False)
     ids = pack(load_texts("demo:wiki", "heldout"), load_tokenizer(BASE), 96)[:4]
     dense, again = beside_dense(ids), second_generation(ids)
     steps = {name: predictor(name, ids[:2]) for name in ("mod", "mod-block")}

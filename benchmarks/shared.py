@@ -54,6 +54,7 @@ def perplexity(model: Any, limit: int = 16) -> dict[str, float]:
     return found
 
 
+@torch.no_grad()
 def run_sections(doc: str, sections: Sequence[Callable[[], Any]]) -> None:
     """The command line of a script: name sections, run them, write docs/data/speed/SECTION.json for each."""
     known = {section.__name__: section for section in sections}
@@ -61,7 +62,6 @@ def run_sections(doc: str, sections: Sequence[Callable[[], Any]]) -> None:
     listing = "".join(f"\n  {name:10} {(one.__doc__ or '').splitlines()[0]}" for name, one in known.items())
     parser.epilog = f"sections:{listing}"
     parser.add_argument("sections", nargs="+", choices=list(known), metavar="SECTION")
-    torch.set_grad_enabled(False)
     for name in parser.parse_args().sections:
         result = known[name]()
         PROGRESS.done()

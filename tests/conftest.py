@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,27 @@ from tests.tiny import make_tiny
 from informed_routing.assets import DEMO_MODEL, load_model, load_texts, load_tokenizer
 
 torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", "2"))))
+
+
+def _settings() -> dict[str, Any]:
+    return {
+        "gradients": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "default dtype": torch.get_default_dtype(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+    }
+
+
+@pytest.fixture(autouse=True)
+def settings_of_the_process() -> Iterator[None]:
+    """What a test leaves changed in torch, it says itself: else tests far behind it fail, and only in one process."""
+    before = _settings()
+    yield
+    after = _settings()
+    torch.set_grad_enabled(before["gradients"])
+    torch.set_default_dtype(before["default dtype"])
+    torch.set_autocast_enabled("cpu", before["autocast"])
+    assert after == before, "the test left torch's settings changed"
 
 
 @dataclass(frozen=True)
