@@ -61,6 +61,23 @@ RUNS: dict[str, dict[str, Any]] = {
     # How far more text goes; the dial of the longest ends higher.
     "slim-500": {**FROM_SLIM, "route.steps": 500},
     "slim-1000": {**FROM_SLIM, "route.steps": 1000, "calibration.targets": [0.15, 0.25, 0.35, 0.45, 0.5]},
+    # On top of that: an adapter, and routers that choose by what is saved in time, not in MACs.
+    "slim-1000-lora": {
+        "start": "out/levers/slim-1000",
+        "stages": ["lora"],
+        "lora.steps": 150,
+        "lora.batch_size": 2,
+        "lora.sequence_length": 512,
+        "calibration.targets": [place / 20 for place in range(1, 11)],
+    },
+    "latency": {
+        "start": "out/levers/slim-1000",
+        "stages": ["route"],
+        "route.budget": "latency",
+        "route.sparsity": 0.25,
+        "route.steps": 700,
+        "calibration.targets": [0.1, 0.2, 0.3, 0.4, 0.5],
+    },
 }
 
 

@@ -9,7 +9,8 @@
 #include "linear.h"
 
 constexpr int KEY_BLOCK = 64;
-constexpr int QUERY_ROWS = 48;
+constexpr int QUERY_ROWS = 48;       // rows of queries that share what is read of a block of keys
+constexpr int TILE_QUERY_ROWS = 96;  // where keys and values are put in order for matrix instructions first
 constexpr float MASKED = -1e30f;
 
 // A row's running softmax: `peak` and `mass` belong to the sum in `out` [head_dim], which is not divided yet.
@@ -166,8 +167,8 @@ static void attend(
         most_low = low[i] > most_low ? low[i] : most_low;
         state[i] = {MASKED, 0.0f};
     }
-    constexpr int MASSES = 16;
-    alignas(64) float masses[MASSES * VL];
+    thread_local Aligned<float> masses;  // a row's mass is summed up at the end: until then it is a vector
+    masses.assign((size_t)n * VL, 0.0f);
     std::memset(out, 0, sizeof(float) * (size_t)n * hd);
     for (int start = from / KEY_BLOCK * KEY_BLOCK; start < to; start += KEY_BLOCK) {
         const int used = to - start < KEY_BLOCK ? to - start : KEY_BLOCK;
@@ -188,7 +189,7 @@ static void attend(
             const float highest = most(top), peak = highest > state[i].peak ? highest : state[i].peak;
             if (peak > state[i].peak) {
                 const float shrink = vexp((vf){} + (state[i].peak - peak))[0];
-                state[i].mass *= shrink;
+                store(masses.data() + i * VL, load(masses.data() + i * VL) * shrink);
                 for (int c = 0; c < hd; c += VL) store(out + i * hd + c, load(out + i * hd + c) * shrink);
                 state[i].peak = peak;
             }
@@ -198,17 +199,11 @@ static void attend(
                 store(row + c, products.rounds ? rounded_to_bf16(e) : e);
                 mass += e;
             }
-            store(masses + i % MASSES * VL, mass);
-            // Many at once: one alone is a chain of additions.
-            if (i % MASSES == MASSES - 1 || i == n - 1)
-                for (int j = i / MASSES * MASSES; j <= i; j++) {
-                    float s = 0;
-                    for (int c = 0; c < VL; c++) s += masses[j % MASSES * VL + c];
-                    state[j].mass += s;
-                }
+            store(masses.data() + i * VL, load(masses.data() + i * VL) + mass);
         }
         products.mix(start, used);
     }
+    for (int i = 0; i < n; i++) state[i].mass = sum(load(masses.data() + i * VL));
 }
 
 // Whether queries and weights of values are rounded to bfloat16, for any number of rows alike.

@@ -61,19 +61,34 @@ struct Forward : Selecting {
         T* values = (T*)c.values[index];
         int low, high;
         share(rows, low, high);
-        for (int i = low; i < high; i++) {
-            float* row = s.kv.store.data() + (stacked ? s.place[i] : i) * width;
+        const auto row_at = [&](int i) { return s.kv.store.data() + (stacked ? s.place[i] : i) * width; };
+        for (int i = low; i < high;) {
             const int b = i / c.length, place = c.past + i % c.length;
-            for (int h = 0; h < m.kv_heads; h++) {
-                float* k = row + h * hd;
-                if (layer.k_norm) rms_norm(k, layer.k_norm, hd, m.qk_eps, k);
-                if (layer.rope) rotate(k, c.cos + (size_t)i * hd, c.sin + (size_t)i * hd, hd, 1.0f);
-                const size_t base = ((size_t)b * m.kv_heads + h) * c.capacity * hd;
-                T* panel = keys + base + (size_t)(place / NR) * hd * NR + place % NR;
-                for (int e = 0; e < hd; e++) put(panel + e * NR, k[e]);
-                T* v = values + base + (size_t)place * hd;
-                for (int e = 0; e < hd; e++) put(v + e, row[kv + h * hd + e]);
+            // Keys of a panel lie side by side: those of VL tokens are written at once.
+            const int left = std::min(high - i, c.length - i % c.length);
+            const int n = place % VL == 0 && left >= VL ? VL : 1;
+            vi at = {};
+            for (int r = 0; r < n; r++) {
+                float* row = row_at(i + r);
+                at[r] = (int)(row - s.kv.store.data());
+                for (int h = 0; h < m.kv_heads; h++) {
+                    float* k = row + h * hd;
+                    if (layer.k_norm) rms_norm(k, layer.k_norm, hd, m.qk_eps, k);
+                    if (layer.rope) rotate(k, c.cos + (size_t)(i + r) * hd, c.sin + (size_t)(i + r) * hd, hd, 1.0f);
+                    T* v = values + (((size_t)b * m.kv_heads + h) * c.capacity + place + r) * hd;
+                    for (int e = 0; e < hd; e += VL) put(v + e, load(row + kv + h * hd + e));
+                }
             }
+            for (int h = 0; h < m.kv_heads; h++) {
+                T* panel = keys + ((size_t)b * m.kv_heads + h) * c.capacity * hd + (size_t)(place / NR) * hd * NR;
+                const float* k = s.kv.store.data() + h * hd;
+                for (int e = 0; e < hd; e++) {
+                    T* to = panel + e * NR + place % NR;
+                    if (n == VL) put(to, gather(k + e, at));
+                    else put(to, k[at[0] + e]);
+                }
+            }
+            i += n;
         }
     }
 
@@ -100,7 +115,7 @@ struct Forward : Selecting {
     void attention(const Layer& layer, int index, const Handed& mixed) {
         const int hd = m.head_dim, shared = m.heads / m.kv_heads;
         const size_t width = padded(m.heads * hd);
-        const int per_task = std::max(1, QUERY_ROWS / shared);
+        const int per_task = std::max(1, (rounds_attention<T>(hd) ? TILE_QUERY_ROWS : QUERY_ROWS) / shared);
         int most = 0;
         for (int b = 0; b < c.batch; b++) most = std::max(most, s.first[b + 1] - s.first[b]);
         const int blocks = (most + per_task - 1) / per_task;
@@ -182,7 +197,7 @@ struct Forward : Selecting {
     }
 
     void attention_unit(const Layer& layer, int index) {
-        route(layer.attention_norm, layer.attention, layer.kv, 2 * index);
+        route(layer.attention_norm, layer.attention, layer.kv, 2 * index, {&layer.q}, {&layer.attention.forecast_in});
         lap(ROUTE);
         const int n = (int)s.executed.size();
         store_to(layer.kv, all_rows(), s.kv.store.data());
@@ -220,6 +235,16 @@ struct Forward : Selecting {
     void approximate(const Layer& layer, const Handed& h) {
         const int n = (int)s.approximated.size(), k = layer.down_slice.k;
         if (!n || !layer.down_slice.n) return forecast_out(layer.ffn);
+        const Routing& r = layer.ffn;
+        if (layer.residual == 1.0f && r.forecast_in.n) {
+            auto add_sum = [&](int i, int column, vf a, vf b) {
+                float* out = c.hidden + (size_t)s.approximated[i] * m.d + column;
+                store(out, load(out) + a);
+                store(out + VL, load(out + VL) + b);
+            };
+            const Rows z = forecast_inner(r).read();
+            if (multiply_both(layer.down_slice, h.read(), r.forecast_out, z, tid, threads, add_sum)) return;
+        }
         // Slice and forecast add to the same elements: by one plan the same thread does, one after the other.
         const int most = 2 * block_height(std::max(k, layer.ffn.forecast_in.n));
         const Tasks plan(n, panels(layer.down_slice), threads, most, STEP);
@@ -228,7 +253,8 @@ struct Forward : Selecting {
     }
 
     void ffn_unit(const Layer& layer, int index) {
-        route(layer.ffn_norm, layer.ffn, layer.gate_up, 2 * index + 1);
+        route(layer.ffn_norm, layer.ffn, layer.gate_up, 2 * index + 1, {&layer.gate_up},
+              {&layer.gate_up_slice, &layer.ffn.forecast_in});
         lap(ROUTE);
         const size_t width = padded(m.ff);
         const int n = (int)s.executed.size(), rest = (int)s.approximated.size();
@@ -246,17 +272,15 @@ struct Forward : Selecting {
     }
 
     void static_layer(const Layer& layer, int index) {
-        int low, high;
-        share(rows, low, high);
-        float* x = s.x.store.data();
-        const size_t d = m.d;
-        for (int i = low; i < high; i++) rms_norm(c.hidden + i * d, layer.ffn_norm, m.d, m.eps, x + i * d);
+        const bool slim = layer.down_slice.n > 0;
+        stacked = reads_stacks(slim ? layer.gate_up_slice : layer.ffn.forecast_in, rows);
+        scale_rows(layer.ffn_norm, !stacked);
 #pragma omp single
         {
             std::fill(s.gate.begin(), s.gate.begin() + rows, 0);
             for (int unit = 2 * index; unit < 2 * index + 2; unit++) select(unit, false);
         }
-        pack(layer.down_slice.n ? layer.gate_up_slice : layer.ffn.forecast_in);
+        pack(layer.ffn_norm, false, !all_read_stacks({&layer.ffn.forecast_in}, rows));
         lap(ROUTE);
         const Handed slice(layer.down_slice, s.h.store.data(), layer.down_slice.k, rows);
         neurons(layer, layer.gate_up_slice, approximated_rows(), slice);
@@ -315,7 +339,7 @@ void reserve(const Model& m, const Call& c, Scratch& s) {
             rank = std::max(rank, (size_t)padded(r->forecast_in.n));
             router = std::max(router, (size_t)padded(r->router_in.n));
         }
-    const int shared = m.heads / m.kv_heads, height = std::max(1, QUERY_ROWS / shared) * shared;
+    const int shared = m.heads / m.kv_heads, height = std::max(1, TILE_QUERY_ROWS / shared) * shared;
     s.x.get(rows * m.d);
     if (s.stacks.size() < (rows + 32) * m.d) s.stacks.resize((rows + 32) * m.d);
     s.q.get(rows * padded(m.heads * m.head_dim));
@@ -330,6 +354,7 @@ void reserve(const Model& m, const Call& c, Scratch& s) {
         s.states.resize(parts * 4 * height);
     }
     s.gate.resize(rows);
+    s.scales.resize(rows);
     s.place.resize(rows);
     s.executed.reserve(rows), s.approximated.reserve(rows);
     s.first.resize(c.batch + 1);

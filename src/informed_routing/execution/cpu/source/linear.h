@@ -1,5 +1,6 @@
 // Linear layers of packed weights (formats.h): rows times panels, by vectors or by matrix instructions (tiles.h).
 #pragma once
+#include <algorithm>
 #include <vector>
 
 #include "formats.h"
@@ -86,20 +87,34 @@ INLINE void prefetch(const char* from, const char* to) {
     for (; from < to; from += 64) __builtin_prefetch(from, 0, 2);
 }
 
+// A second product of the same rows (all in stacks) and outputs, whose sums are added to those of the first.
+struct Second {
+    const Linear& w;
+    const bf16* stacks;
+    size_t bytes;
+    Unpack unpack;
+};
+
 // Many rows by matrix instructions. Panels are pairs already where there is no `unpack`.
 // While a block of sums is made, the block before it is given out and a part of the next panel is brought near.
 template <class Out>
 static void multiply_tiles(
-    const Linear& w, const Rows& x, size_t bytes, Unpack unpack, int tid, int threads, Out&& out, const Tasks* given
+    const Linear& w, const Rows& x, size_t bytes, Unpack unpack, int tid, int threads, Out&& out, const Tasks* given,
+    const Second* second = nullptr
 ) {
     const int steps = steps_of(w.k);
     const size_t stack = (size_t)steps * 16 * STEP;
+    const int more_steps = second ? steps_of(second->w.k) : 0, all_steps = steps + more_steps;
     // Rows of a block fit half of a private cache.
-    const Tasks plan = given ? *given : Tasks(x.count, panels(w), threads, 524288 / (steps * STEP), 32);
+    const Tasks plan = given ? *given : Tasks(x.count, panels(w), threads, 640000 / (all_steps * STEP), 32);
     thread_local Aligned<float> plain;
     thread_local Aligned<bf16> rows;
-    thread_local Aligned<vi> pairs;
+    thread_local Aligned<vi> pairs, more_pairs;
     if (unpack) plain.resize((size_t)w.k * NR), pairs.resize((size_t)w.k * NR / 2 / VL);
+    if (second && second->unpack) {
+        plain.resize(std::max(plain.size(), (size_t)second->w.k * NR));
+        more_pairs.resize((size_t)second->w.k * NR / 2 / VL);
+    }
     if (!x.stacks) rows.resize((size_t)(plan.height + 15) / 16 * stack);
     Finished blocks[2];
     int packed = -1, turn = 0;
@@ -113,16 +128,23 @@ static void multiply_tiles(
             packed = low;
         }
         const bf16* const tiles = x.stacks ? x.stacks + low / 16 * stack : rows.data();
-        const size_t ahead = (bytes * 32 / (high - low + 31) / steps + 63) / 64 * 64;
+        const size_t ahead = (bytes * 32 / (high - low + 31) / all_steps + 63) / 64 * 64;
         for (int p = from; p < to; p++) {
             const char* src = panel_at(w, bytes, p);
             const char* next = src + bytes;
             const uint32_t* panel =
                 unpack ? panel_pairs(unpack, src, w.k, plain.data(), pairs.data()) : (const uint32_t*)src;
+            TileInputs more;
+            if (second) {
+                const char* from = panel_at(second->w, second->bytes, p);
+                more = {more_steps, nullptr, (size_t)more_steps * 16 * STEP,
+                        second->unpack ? panel_pairs(second->unpack, from, second->w.k, plain.data(), more_pairs.data())
+                                       : (const uint32_t*)from};
+            }
             for (int i = low; i < high; i += 32, turn ^= 1) {
                 const Finished& last = blocks[turn ^ 1];
                 Finished& block = blocks[turn];
-                const int share = (last.count + steps - 1) / steps;
+                const int share = (last.count + all_steps - 1) / all_steps;
                 auto between = [&](int s) __attribute__((always_inline)) {
                     last.give(s * share, s * share + share, out);
                     const char* until = next + ahead < end ? next + ahead : end;
@@ -133,8 +155,14 @@ static void multiply_tiles(
                 block.low = i, block.count = high - i < 32 ? high - i : 32, block.column = p * NR;
                 block.b0 = block.b1 = (vf){};
                 if (w.bias) block.b0 = load(w.bias + p * NR), block.b1 = load(w.bias + p * NR + VL);
-                if (block.count > 16) tile_block<2>(steps, a, stack, panel, block.sums, NR, between);
-                else tile_block<1>(steps, a, stack, panel, block.sums, NR, between);
+                if (second) {
+                    more.a = second->stacks + i / 16 * more.height;
+                    if (second->w.bias)
+                        block.b0 += load(second->w.bias + p * NR), block.b1 += load(second->w.bias + p * NR + VL);
+                }
+                const TileInputs inputs{steps, a, stack, panel};
+                if (block.count > 16) tile_block<2>(inputs, block.sums, NR, between, more);
+                else tile_block<1>(inputs, block.sums, NR, between, more);
             }
         }
     }
@@ -279,6 +307,29 @@ INLINE bool reads_stacks(const Linear& w, int rows) {
     });
 #endif
     return can;
+}
+
+// out(i, column, v0, v1) gets the sum of two products of the same rows and outputs; false, and nothing done, where that
+// is no less work than both alone.
+template <class Out>
+static bool multiply_both(
+    const Linear& w, const Rows& x, const Linear& other, const Rows& y, int tid, int threads, Out&& out
+) {
+#if HAS_TILES
+    if (!x.stacks || !y.stacks || w.n != other.n) return false;
+    size_t bytes = 0;
+    Unpack unpack = nullptr;
+    Formats::with(other.type, [&](auto format) {
+        bytes = format.panel_bytes(other.packed), unpack = format.PAIRS ? nullptr : format.unpack;
+    });
+    const Second second{other, y.stacks, bytes, unpack};
+    return Formats::with(w.type, [&](auto format) {
+        const Unpack first = format.PAIRS ? nullptr : format.unpack;
+        multiply_tiles(w, x, format.panel_bytes(w.packed), first, tid, threads, out, nullptr, &second);
+    });
+#else
+    return false;
+#endif
 }
 
 // What one product writes and another reads: rows of float32, or stacks of tiles where the reader takes them. Stacks

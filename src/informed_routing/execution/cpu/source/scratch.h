@@ -29,6 +29,7 @@ struct Buffer {
 struct Scratch {
     Buffer x, q, kv, mixed, h, z, router, partial;
     Aligned<bf16> stacks;  // executed rows, filled up to whole tiles, then approximated ones
+    std::vector<float> scales;
     std::vector<uint8_t> gate;
     std::vector<int32_t> executed, approximated, first, place;
     std::vector<Partial> states;
@@ -40,9 +41,12 @@ float rms_scale(const float* x, int d, float eps) {
     return 1.0f / std::sqrt(sum(s) / (float)d + eps);
 }
 
-void rms_norm(const float* x, const float* w, int d, float eps, float* out) {
-    const float s = rms_scale(x, d, eps);
+void scaled(const float* x, float s, const float* w, int d, float* out) {
     for (int c = 0; c < d; c += VL) store(out + c, load(x + c) * s * load(w + c));
+}
+
+void rms_norm(const float* x, const float* w, int d, float eps, float* out) {
+    scaled(x, rms_scale(x, d, eps), w, d, out);
 }
 
 float dot(const float* a, const float* b, int n) {
@@ -57,6 +61,16 @@ float dot(const float* a, const float* b, int n) {
     return s;
 }
 
+// dot(scaled(x), a), the same to the last bit; n is a multiple of 2 VL.
+float normed_dot(const float* x, float s, const float* w, const float* a, int n) {
+    vf s0 = {}, s1 = {};
+    for (int c = 0; c < n; c += 2 * VL) {
+        s0 += load(x + c) * s * load(w + c) * load(a + c);
+        s1 += load(x + c + VL) * s * load(w + c + VL) * load(a + c + VL);
+    }
+    return sum(s0 + s1);
+}
+
 // Not inlined: beside the exponentials compilers keep fewer sums of the product in registers.
 __attribute__((noinline)) vf gated(bool gelu, vf gate, vf up) {
     return (gelu ? vgelu_tanh(gate) : vsilu(gate)) * up;
@@ -65,7 +79,13 @@ __attribute__((noinline)) vf gated(bool gelu, vf gate, vf up) {
 // The halves of a head are rotated against each other; `factor` scales the result.
 void rotate(float* x, const float* cos, const float* sin, int hd, float factor) {
     const int half = hd / 2;
-    for (int c = 0; c < half; c++) {
+    int c = 0;
+    for (; c + VL <= half; c += VL) {
+        const vf a = load(x + c), b = load(x + c + half);
+        store(x + c, (a * load(cos + c) - b * load(sin + c)) * factor);
+        store(x + c + half, (b * load(cos + c + half) + a * load(sin + c + half)) * factor);
+    }
+    for (; c < half; c++) {
         const float a = x[c], b = x[c + half];
         x[c] = (a * cos[c] - b * sin[c]) * factor;
         x[c + half] = (b * cos[c + half] + a * sin[c + half]) * factor;

@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <vector>
 
 #include "interface.h"
@@ -34,19 +35,24 @@ struct Selecting {
         low = (int)((long)n * tid / threads), high = (int)((long)n * (tid + 1) / threads);
     }
 
-    // Norms, margins, gates and the two lists of rows. Afterwards s.x holds the normed rows, and s.stacks, too, if
-    // `reader` takes them from there.
-    void route(const float* norm, const Routing& r, const Linear& reader, int unit) {
+    using Readers = std::initializer_list<const Linear*>;
+
+    // Norms, margins, gates and the two lists of rows. Afterwards the normed rows are where the unit's products read
+    // them: in s.stacks if `all`, that of all rows, takes them from there, and in s.x wherever some product needs rows.
+    void route(
+        const float* norm, const Routing& r, const Linear& all, int unit, Readers executing, Readers approximating
+    ) {
         const int d = m.d;
-        const bool decides = !c.dense;
-        const bool deep = r.router_in.n > 0;
+        const bool decides = !c.dense, deep = decides && r.router_in.n;
+        stacked = reads_stacks(all, rows);
+        const bool early = deep || !stacked;  // rows are needed to decide, or all there is
         int low, high;
         share(rows, low, high);
-        float* x = s.x.store.data();
-        for (int i = low; i < high; i++) rms_norm(c.hidden + (size_t)i * d, norm, d, m.eps, x + (size_t)i * d);
+        scale_rows(norm, early);
+        const float* x = s.x.store.data();
         const float* read = r.router_residual ? c.hidden : x;
         const int width = padded(r.router_in.n);
-        if (decides && deep) {
+        if (deep) {
             float* inner = s.router.store.data();
 #pragma omp barrier
             multiply(r.router_in, {read, (size_t)d, nullptr, rows}, tid, threads, [&](int i, int column, vf a, vf b) {
@@ -59,9 +65,11 @@ struct Selecting {
         for (int i = low; i < high; i++) {
             uint8_t gate = 1;
             if (decides) {
-                const float margin = r.router_bias + (deep
-                    ? dot(s.router.store.data() + (size_t)i * width, r.router_out, r.router_in.n)
-                    : dot(read + (size_t)i * d, r.router_out, d));
+                const size_t at = (size_t)i * d;
+                float margin = r.router_bias;
+                if (deep) margin += dot(s.router.store.data() + (size_t)i * width, r.router_out, r.router_in.n);
+                else if (early || r.router_residual) margin += dot(read + at, r.router_out, d);
+                else margin += normed_dot(c.hidden + at, s.scales[i], norm, r.router_out, d);
                 gate = margin > c.limits[i];
                 if (c.margins) c.margins[(size_t)unit * rows + i] = margin;
                 if (c.forced) gate = c.forced[(size_t)unit * rows + i];
@@ -72,19 +80,42 @@ struct Selecting {
 #pragma omp barrier
 #pragma omp single
         select(unit, decides);
-        pack(reader);
+        const int n = (int)s.executed.size();
+        pack(norm, early, !early && !(all_read_stacks(executing, n) && all_read_stacks(approximating, rows - n)));
     }
 
-    // Normed rows for matrix instructions, once for all products of the unit, if `reader` takes them.
-    void pack(const Linear& reader) {
-        stacked = reads_stacks(reader, rows);
+    static bool all_read_stacks(Readers readers, int count) {
+        return std::all_of(readers.begin(), readers.end(), [&](const Linear* w) {
+            return !w->n || !count || reads_stacks(*w, count);
+        });
+    }
+
+    // This thread's part of the rows: what their norm divides them by, and if `store`, themselves normed.
+    void scale_rows(const float* norm, bool store) {
+        const size_t d = m.d;
+        int low, high;
+        share(rows, low, high);
+        for (int i = low; i < high; i++) {
+            s.scales[i] = rms_scale(c.hidden + i * d, m.d, m.eps);
+            if (store) scaled(c.hidden + i * d, s.scales[i], norm, m.d, s.x.store.data() + i * d);
+        }
+    }
+
+    // Normed rows for matrix instructions, once for all products of the unit: from s.x if they are there, else made
+    // here, and left in s.x, too, if `store`.
+    void pack(const float* norm, bool stored, bool store) {
 #if HAS_TILES
         if (!stacked) return;
         const size_t d = m.d;
         int low, high;
         share(rows, low, high);  // whoever has normed a row has it at hand
-        for (int i = low; i < high; i++)
-            pack_row(s.x.store.data() + i * d, m.d, in_stacks(s.stacks.data(), d, s.place[i], 0));
+        for (int i = low; i < high; i++) {
+            float* x = s.x.store.data() + i * d;
+            bf16* to = in_stacks(s.stacks.data(), d, s.place[i], 0);
+            if (stored) pack_row(x, m.d, to);
+            else pack_normed(c.hidden + i * d, s.scales[i], norm, m.d, to);
+            if (store) scaled(c.hidden + i * d, s.scales[i], norm, m.d, x);
+        }
 #pragma omp barrier
 #endif
     }

@@ -107,6 +107,20 @@ INLINE void pack_row(const float* x, int k, bf16* out) {
     for (int c = 0; c < STEP; c++) out[c] = c < k ? to_bf16(x[c]) : bf16{0};
 }
 
+// A row, normed as rms_norm does, as pack_row packs it; k is a multiple of STEP.
+INLINE void pack_normed(const float* x, float scale, const float* weight, int k, bf16* out) {
+    constexpr size_t next = 16 * STEP;
+    for (int c = 0; c < k; c += STEP, out += next) {
+        const vf a = load(x + c) * scale * load(weight + c), b = load(x + c + VL) * scale * load(weight + c + VL);
+#if PLAIN_TILES
+        for (int e = 0; e < VL; e++) out[e] = to_bf16(a[e]), out[e + VL] = to_bf16(b[e]);
+#else
+        const __m512bh both = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+        std::memcpy(out, &both, sizeof both);
+#endif
+    }
+}
+
 // A vector as pack_row rounds it.
 INLINE void store_packed(bf16* out, vf x) {
 #if PLAIN_TILES
@@ -117,12 +131,19 @@ INLINE void store_packed(bf16* out, vf x) {
 #endif
 }
 
-// sums [16 TALL][stride] = (or with ADD, +=) TALL stacks of tiles, `height` apart, times a panel of pairs
-// [steps][16][NR].
+// What is multiplied: stacks of tiles, `height` apart, and a panel of pairs [steps][16][NR].
+struct TileInputs {
+    int steps = 0;
+    const bf16* a = nullptr;
+    size_t height = 0;
+    const uint32_t* panel = nullptr;
+};
+
+// sums [16 TALL][stride] = (or with ADD, +=) the product of TALL stacks with a panel, and that of `more`.
 // between(s) is done while step s is under way: matrix instructions leave the vector units idle.
 template <int TALL, bool ADD = false, class Between>
 INLINE void tile_block(
-    int steps, const bf16* a, size_t height, const uint32_t* panel, float* sums, size_t stride, Between&& between
+    const TileInputs& inputs, float* sums, size_t stride, Between&& between, const TileInputs& more = {}
 ) {
     memory_fence();
     float* lower = sums + 16 * stride;
@@ -141,19 +162,26 @@ INLINE void tile_block(
             TILE_ZERO(3);
         }
     }
-    for (int s = 0; s < steps; s++, a += 16 * STEP, panel += 16 * NR) {
-        TILE_LOAD(4, panel, NR * 4);
-        TILE_LOAD(5, panel + 16, NR * 4);
-        TILE_LOAD(6, a, STEP * 2);
-        TILE_PRODUCT(0, 6, 4);
-        TILE_PRODUCT(1, 6, 5);
-        if (TALL == 2) {
-            TILE_LOAD(7, a + height, STEP * 2);
-            TILE_PRODUCT(2, 7, 4);
-            TILE_PRODUCT(3, 7, 5);
+    int done = 0;
+    auto sum = [&](const TileInputs& from) __attribute__((always_inline)) {
+        const bf16* a = from.a;
+        const uint32_t* panel = from.panel;
+        for (int s = 0; s < from.steps; s++, a += 16 * STEP, panel += 16 * NR) {
+            TILE_LOAD(4, panel, NR * 4);
+            TILE_LOAD(5, panel + 16, NR * 4);
+            TILE_LOAD(6, a, STEP * 2);
+            TILE_PRODUCT(0, 6, 4);
+            TILE_PRODUCT(1, 6, 5);
+            if (TALL == 2) {
+                TILE_LOAD(7, a + from.height, STEP * 2);
+                TILE_PRODUCT(2, 7, 4);
+                TILE_PRODUCT(3, 7, 5);
+            }
+            between(done++);
         }
-        between(s);
-    }
+    };
+    sum(inputs);
+    sum(more);
     TILE_STORE(0, sums, stride * 4);
     TILE_STORE(1, sums + 16, stride * 4);
     if (TALL == 2) {
@@ -169,17 +197,15 @@ INLINE void tile_rows_block(
     int rows, int steps, const bf16* a, size_t height, const uint32_t* panel, float* sums, size_t stride
 ) {
     for (int i = 0; i < rows; i += 32, a += 2 * height, sums += 32 * stride) {
-        if (rows - i > 16) tile_block<2, ADD>(steps, a, height, panel, sums, stride, [](int) {});
-        else tile_block<1, ADD>(steps, a, height, panel, sums, stride, [](int) {});
+        if (rows - i > 16) tile_block<2, ADD>({steps, a, height, panel}, sums, stride, [](int) {});
+        else tile_block<1, ADD>({steps, a, height, panel}, sums, stride, [](int) {});
     }
 }
 
 // NR pairs of two rows.
 INLINE void pair_rows(const bf16* even, const bf16* odd, uint32_t* out) {
     for (int r = 0; r < NR; r += VL) {
-        const vi a = __builtin_convertvector(*(const vh*)(even + r), vi);
-        const vi b = __builtin_convertvector(*(const vh*)(odd + r), vi);
-        const vi both = a | (b << 16);
+        const vi both = widen(even + r) | (widen(odd + r) << 16);
         std::memcpy(out + r, &both, sizeof both);
     }
 }

@@ -46,24 +46,24 @@ using Aligned = std::vector<T, Lines<T>>;
 
 INLINE vf load(const float* p) { return *(const vf_u*)p; }
 INLINE void store(float* p, vf v) { *(vf_u*)p = v; }
-INLINE vf load(const bf16* p) {
-    vi wide = __builtin_convertvector(*(const vh*)p, vi) << 16;
-    return (vf)wide;
-}
 // Compilers make poor code of widening short vectors; x86 has instructions for it.
 #if defined(__AVX512F__)
 INLINE vi widen(const int8_t* p) { return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 INLINE vi widen(const uint8_t* p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+INLINE vi widen(const bf16* p) { return (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
 INLINE vf load(const _Float16* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 #elif defined(__AVX2__) && defined(__F16C__) && !defined(INFORMED_ROUTING_WIDE)
 INLINE vi widen(const int8_t* p) { return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
 INLINE vi widen(const uint8_t* p) { return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+INLINE vi widen(const bf16* p) { return (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
 INLINE vf load(const _Float16* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 #else
 INLINE vi widen(const int8_t* p) { return __builtin_convertvector(*(const vb*)p, vi); }
 INLINE vi widen(const uint8_t* p) { return __builtin_convertvector(*(const vub*)p, vi); }
+INLINE vi widen(const bf16* p) { return __builtin_convertvector(*(const vh*)p, vi); }
 INLINE vf load(const _Float16* p) { return __builtin_convertvector(*(const vhf*)p, vf); }
 #endif
+INLINE vf load(const bf16* p) { return (vf)(widen(p) << 16); }
 INLINE vf load(const int8_t* p) { return __builtin_convertvector(widen(p), vf); }
 
 // VL pairs of bfloat16, and the first and second ones of them.
@@ -86,8 +86,24 @@ INLINE vf rounded_to_bf16(vf x) {
     u += 0x7fff + ((u >> 16) & 1);
     return (vf)(u & (int32_t)0xffff0000);
 }
+// base[at[0]], base[at[1]], ...
+INLINE vf gather(const float* base, vi at) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_i32gather_ps((__m512i)at, base, 4);
+#else
+    vf x;
+    for (int i = 0; i < VL; i++) x[i] = base[at[i]];
+    return x;
+#endif
+}
 INLINE void put(float* p, float x) { *p = x; }
 INLINE void put(bf16* p, float x) { *p = to_bf16(x); }
+INLINE void put(float* p, vf x) { store(p, x); }
+INLINE void put(bf16* p, vf x) {
+    vi u = (vi)x;
+    u += 0x7fff + ((u >> 16) & 1);
+    *(vh*)p = __builtin_convertvector((u >> 16) & 0xffff, vh);
+}
 INLINE float get(const float* p) { return *p; }
 INLINE float get(const bf16* p) {
     uint32_t u = (uint32_t)p->bits << 16;
@@ -110,8 +126,13 @@ INLINE float most(vf v) {
     return m;
 #endif
 }
+#if defined(__AVX512F__)  // of the choices below compilers make two instructions
+INLINE vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE vf vmin(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
 INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
+#endif
 
 // exp to about one unit in the last place of float, for x in [-87, 88].
 INLINE vf vexp(vf x) {
