@@ -33,7 +33,7 @@ from informed_routing.evaluation.perplexity import token_perplexity
 from informed_routing.evaluation.speed import decode_callable, prefill_callable
 from informed_routing.evaluation.timing import measure
 from informed_routing.files.atomic import write_json
-from informed_routing.persistence.folder import is_routing_folder
+from informed_routing.persistence.folder import LORA_FOLDER, is_routing_folder
 from informed_routing.routed_model import RoutedModelForCausalLM
 
 SPEEDUPS = (1.25, 1.5, 2.0)
@@ -57,6 +57,8 @@ def points_of(name: str, folder: str, weights: str) -> list[Point]:
         model: Any = RoutedModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         low, high = model.calibrated_range()
         inside = [s for s in SETTINGS if max(low, 0.01) <= s <= high]
+        if (Path(folder) / LORA_FOLDER).is_dir():
+            inside.insert(0, 0.0)  # the dense model with the same adapter, which is no faster
         return [Point(f"{name} {s:g}", model, weights, s) for s in inside]
     static = Path(folder).is_dir() and is_static_folder(folder)
     base = load_static(folder)[0] if static else load_model(folder, dtype=torch.float32)[0]
@@ -116,13 +118,20 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"environment": environment(), "threads": torch.get_num_threads(), "settings": settings, "rows": rows}
 
 
-def at(curve: list[tuple[float, float]], speedup: float) -> float | None:
-    """The ratio of a curve of (speed-up, ratio) at a speed-up; None beyond its ends."""
-    for (low, a), (high, b) in itertools.pairwise(sorted([(1.0, 1.0), *curve])):
+def at(curve: list[tuple[float, float]], speedup: float, dense: float = 1.0) -> float | None:
+    """The ratio of a curve of (speed-up, ratio) that begins at `dense` at a speed-up; None beyond its ends."""
+    for (low, a), (high, b) in itertools.pairwise(sorted([(1.0, dense), *curve])):
         if low <= speedup <= high:
             part = (math.log(speedup) - math.log(low)) / (math.log(high) - math.log(low))
             return math.exp(math.log(a) + part * (math.log(b) - math.log(a)))
     return None
+
+
+def _read(curve: list[dict[str, Any]], phase: str, text: str, speedup: float, dense: float) -> float | None:
+    """`at` of some rows; a dense model with an adapter is where its curve begins."""
+    own = [row[text] / dense for row in curve if row["name"].endswith(" 0")]
+    points = [(row[phase], row[text] / dense) for row in curve if not row["name"].endswith(" 0")]
+    return at(points, speedup, *own)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -137,7 +146,7 @@ def table(result: dict[str, Any]) -> str:
     for phase, speedup in itertools.product(("prefill", "decode"), SPEEDUPS):
         cells = []
         for curve in curves.values():
-            found = [at([(row[phase], row[text] / dense[text]) for row in curve], speedup) for text in TEXTS]
+            found = [_read(curve, phase, text, speedup, dense[text]) for text in TEXTS]
             cells.append(" / ".join("-" if one is None else f"{one:.3f}" for one in found))
         lines.append(f"| {phase} {speedup:g}x | {' | '.join(cells)} |")
     lines += ["", "| point | prefill | decode | MACs saved, wiki / C4 | wiki / C4 |", "| --- " * 5 + "|"]
@@ -158,7 +167,8 @@ Ratio of perplexity to the dense model on held-out Wikipedia / C4 over the measu
 CPU engine in {asked["weights"]}, policy `exact`; prompts of 512 tokens, then {asked["new_tokens"]} decode steps.
 {machine["cpu"]}, {result["threads"]} threads, commit {machine["commit"]}. Speed-ups are against the same engine's dense
 forward, medians of {asked["repeats"]} runs in turns on {asked["timed"]} rows of each text; perplexities are of
-{asked["rows"]} rows of each. A line is read between the points that were measured, never beyond them.
+{asked["rows"]} rows of each. A line is read between the points that were measured, never beyond them. Where a model has
+an adapter, its point 0 is the dense model with it.
 
 `python benchmarks/equal_time.py {models}`; the models are those of `benchmarks/levers.py`, `slim-1000` is
 `demo:smollm2-135m-routed`, `pruned-N` lacks N layers (`prune --method shortened-ppl --recovery-steps 150

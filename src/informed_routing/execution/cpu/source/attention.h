@@ -165,10 +165,12 @@ static void attend(
     for (int i = 0; i < n; i++) {
         least_last = last[i] < least_last ? last[i] : least_last;
         most_low = low[i] > most_low ? low[i] : most_low;
-        state[i] = {MASKED, 0.0f};
     }
-    thread_local Aligned<float> masses;  // a row's mass is summed up at the end: until then it is a vector
-    masses.assign((size_t)n * VL, 0.0f);
+    // A row's mass is summed up at the end: until then it is a vector.
+    thread_local Aligned<float> memory[3];
+    memory[0].assign((size_t)n * VL, 0.0f);
+    for (int k = 1; k < 3; k++) memory[k].assign((n + VL - 1) / VL * VL, MASKED);
+    float *const masses = memory[0].data(), *const peaks = memory[1].data(), *const shrinks = memory[2].data();
     std::memset(out, 0, sizeof(float) * (size_t)n * hd);
     for (int start = from / KEY_BLOCK * KEY_BLOCK; start < to; start += KEY_BLOCK) {
         const int used = to - start < KEY_BLOCK ? to - start : KEY_BLOCK;
@@ -176,6 +178,8 @@ static void attend(
         products.score(start, columns);
         const int width = columns * NR;
         const bool partly = start + width - 1 > least_last || start < most_low || start < from || used < width;
+        // First the new peaks of all rows and what the sums so far shrink by, VL rows at a time: row by row each would
+        // wait for its own chain of a maximum and two exponentials, behind a branch that nobody can foresee.
         for (int i = 0; i < n; i++) {
             float* row = scores + i * KEY_BLOCK;
             if (partly) {
@@ -186,12 +190,19 @@ static void attend(
             }
             vf top = load(row);
             for (int c = VL; c < width; c += VL) top = vmax(top, load(row + c));
-            const float highest = most(top), peak = highest > state[i].peak ? highest : state[i].peak;
-            if (peak > state[i].peak) {
-                const float shrink = vexp((vf){} + (state[i].peak - peak))[0];
-                store(masses.data() + i * VL, load(masses.data() + i * VL) * shrink);
+            shrinks[i] = most(top);
+        }
+        for (int i = 0; i < n; i += VL) {
+            const vf old = load(peaks + i), peak = vmax(load(shrinks + i), old);
+            store(peaks + i, peak);
+            store(shrinks + i, vexp(old - peak));
+        }
+        for (int i = 0; i < n; i++) {
+            float* row = scores + i * KEY_BLOCK;
+            const float peak = peaks[i], shrink = shrinks[i];
+            if (shrink != 1.0f) {
+                store(masses + i * VL, load(masses + i * VL) * shrink);
                 for (int c = 0; c < hd; c += VL) store(out + i * hd + c, load(out + i * hd + c) * shrink);
-                state[i].peak = peak;
             }
             vf mass = {};
             for (int c = 0; c < width; c += VL) {
@@ -199,11 +210,11 @@ static void attend(
                 store(row + c, products.rounds ? rounded_to_bf16(e) : e);
                 mass += e;
             }
-            store(masses.data() + i * VL, load(masses.data() + i * VL) + mass);
+            store(masses + i * VL, load(masses + i * VL) + mass);
         }
         products.mix(start, used);
     }
-    for (int i = 0; i < n; i++) state[i].mass = sum(load(masses.data() + i * VL));
+    for (int i = 0; i < n; i++) state[i] = {peaks[i], sum(load(masses + i * VL))};
 }
 
 // Whether queries and weights of values are rounded to bfloat16, for any number of rows alike.

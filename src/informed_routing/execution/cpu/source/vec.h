@@ -147,8 +147,12 @@ INLINE vf vexp(vf x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
+#if defined(__AVX512F__)
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     vi e = (__builtin_convertvector(n, vi) + 127) << 23;
     return p * (vf)e;
+#endif
 }
 INLINE vf vsilu(vf x) { return x / (1.0f + vexp(-x)); }
 // GELU by the tanh formula: 0.5 x (1 + tanh(u)) = x sigmoid(2u).
