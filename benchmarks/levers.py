@@ -37,7 +37,8 @@ INTRODUCTION = """# Levers of training
 
 SmolLM2-135M, trained for 30 % of MACs saved, one seed: ratio of perplexity to dense on held-out Wikipedia / C4 at equal
 shares of MACs (`benchmarks/levers.py`). `slim-1000` has books, code and manuals among its text, the others only
-Wikipedia and C4. Seconds are of one thread beside other work.
+Wikipedia and C4; `latency` goes on from it with routers that are trained for 25 % of the time saved in place of MACs.
+Seconds are of one thread beside other work, those of `latency` of two.
 """
 BASE = {
     "route.budget": "macs",
