@@ -45,6 +45,7 @@ class Point:
 
     def __init__(self, name: str, model: Any, weights: str, sparsity: float) -> None:
         self.name, self.model, self.sparsity = name, model, sparsity
+        self.begins = False  # whether a curve begins here: the dense model with the same adapter
         self.engine = RoutedEngine(model, weights)
 
     def use(self) -> None:
@@ -57,9 +58,11 @@ def points_of(name: str, folder: str, weights: str) -> list[Point]:
         model: Any = RoutedModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         low, high = model.calibrated_range()
         inside = [s for s in SETTINGS if max(low, 0.01) <= s <= high]
+        points = [Point(f"{name} {s:g}", model, weights, s) for s in inside]
         if (Path(folder) / LORA_FOLDER).is_dir():
-            inside.insert(0, 0.0)  # the dense model with the same adapter, which is no faster
-        return [Point(f"{name} {s:g}", model, weights, s) for s in inside]
+            points.insert(0, Point(f"{name} 0", model, weights, 0.0))
+            points[0].begins = True
+        return points
     static = Path(folder).is_dir() and is_static_folder(folder)
     base = load_static(folder)[0] if static else load_model(folder, dtype=torch.float32)[0]
     return [Point(name, RoutedModelForCausalLM.attach(base.float()), weights, 0.0)]
@@ -112,7 +115,16 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     for done, point in enumerate(points, start=1):
         found = quality(point, {name: some[: arguments.rows] for name, some in texts.items()})
         speed = {phase: times["dense"][phase] / times[point.name][phase] for phase in ("prefill", "decode")}
-        rows.append({"name": point.name, "sparsity": point.sparsity, "seconds": times[point.name], **speed, **found})
+        rows.append(
+            {
+                "name": point.name,
+                "sparsity": point.sparsity,
+                "begins": point.begins,
+                "seconds": times[point.name],
+                **speed,
+                **found,
+            }
+        )
         PROGRESS.advance(done)
     settings = {key: value for key, value in vars(arguments).items() if key not in ("json", "page")}
     return {"environment": environment(), "threads": torch.get_num_threads(), "settings": settings, "rows": rows}
@@ -129,8 +141,8 @@ def at(curve: list[tuple[float, float]], speedup: float, dense: float = 1.0) -> 
 
 def _read(curve: list[dict[str, Any]], phase: str, text: str, speedup: float, dense: float) -> float | None:
     """`at` of some rows; a dense model with an adapter is where its curve begins."""
-    own = [row[text] / dense for row in curve if row["name"].endswith(" 0")]
-    points = [(row[phase], row[text] / dense) for row in curve if not row["name"].endswith(" 0")]
+    own = [row[text] / dense for row in curve if row.get("begins")]
+    points = [(row[phase], row[text] / dense) for row in curve if not row.get("begins")]
     return at(points, speedup, *own)
 
 

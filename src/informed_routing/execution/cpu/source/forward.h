@@ -7,6 +7,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <vector>
 
 #include "selection.h"
@@ -62,15 +63,16 @@ struct Forward : Selecting {
         int low, high;
         share(rows, low, high);
         const auto row_at = [&](int i) { return s.kv.store.data() + (stacked ? s.place[i] : i) * width; };
+        const bool reachable = s.kv.store.size() <= (size_t)INT32_MAX;  // by the 32-bit places that a gather takes
         for (int i = low; i < high;) {
             const int b = i / c.length, place = c.past + i % c.length;
             // Keys of a panel lie side by side: those of VL tokens are written at once.
             const int left = std::min(high - i, c.length - i % c.length);
-            const int n = place % VL == 0 && left >= VL ? VL : 1;
+            const int n = reachable && place % VL == 0 && left >= VL ? VL : 1;
             vi at = {};
             for (int r = 0; r < n; r++) {
                 float* row = row_at(i + r);
-                at[r] = (int)(row - s.kv.store.data());
+                at[r] = (int)(row - s.kv.store.data());  // read where n = VL only
                 for (int h = 0; h < m.kv_heads; h++) {
                     float* k = row + h * hd;
                     if (layer.k_norm) rms_norm(k, layer.k_norm, hd, m.qk_eps, k);
@@ -81,11 +83,11 @@ struct Forward : Selecting {
             }
             for (int h = 0; h < m.kv_heads; h++) {
                 T* panel = keys + ((size_t)b * m.kv_heads + h) * c.capacity * hd + (size_t)(place / NR) * hd * NR;
-                const float* k = s.kv.store.data() + h * hd;
+                const float *all = s.kv.store.data() + h * hd, *k = row_at(i) + h * hd;
                 for (int e = 0; e < hd; e++) {
                     T* to = panel + e * NR + place % NR;
-                    if (n == VL) put(to, gather(k + e, at));
-                    else put(to, k[at[0] + e]);
+                    if (n == VL) put(to, gather(all + e, at));
+                    else put(to, k[e]);
                 }
             }
             i += n;
