@@ -71,10 +71,10 @@ RUNS: dict[str, dict[str, Any]] = {
         "lora.sequence_length": 512,
         "calibration.targets": [place / 20 for place in range(1, 11)],
     },
-    "static-700": {
+    "static-1000": {
         "start": "out/levers/static-start",
         "stages": ["route"],
-        "route.steps": 700,
+        "route.steps": 1000,
         "calibration.targets": [0.15, 0.25, 0.35, 0.45],
     },
     "latency": {
