@@ -33,6 +33,8 @@ from informed_routing.training.fit import fit
 RESULTS = quality.ROOT / "docs" / "data" / "levers"
 WORK = quality.ROOT / "out" / "levers"
 TARGETS = (0.25, 0.35)
+ADAPTS = {"lora", "joint"}
+"""Stages after which the dense model is another one, too."""
 INTRODUCTION = """# Levers of training
 
 SmolLM2-135M, trained for 30 % of MACs saved, one seed: ratio of perplexity to dense on held-out Wikipedia / C4 at equal
@@ -76,6 +78,15 @@ RUNS: dict[str, dict[str, Any]] = {
         "stages": ["route"],
         "route.steps": 1000,
         "calibration.targets": [0.15, 0.25, 0.35, 0.45],
+    },
+    # Routers for time, forecasters and an adapter together, beside static layers.
+    "joint": {
+        "start": "out/levers/static-1000",
+        "stages": ["joint"],
+        "route.budget": "latency",
+        "route.sparsity": 0.25,
+        "route.steps": 1000,
+        "calibration.targets": [0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45],
     },
     "latency": {
         "start": "out/levers/slim-1000",
@@ -124,13 +135,14 @@ def _name_texts(report: dict[str, Any]) -> None:
 
 
 def table() -> None:
-    """All runs in Markdown: tokens, seconds, and ratios to dense."""
+    """All runs in Markdown: tokens, seconds, and ratios to the dense model without an adapter."""
+    records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    plain = next(record for record in records if not ADAPTS & set(record["fit"].get("stages", ())))
+    dense = [task["token_perplexity"] for task in plain["runs"][0]["tasks"].values()]
     print(INTRODUCTION)
     print("| run | tokens trained | s | " + " | ".join(f"{t:.0%} of MACs, wiki / C4" for t in TARGETS) + " |")
     print("| --- " * (3 + len(TARGETS)) + "|")
-    for path in sorted(RESULTS.glob("*.json")):
-        record = json.loads(path.read_text())
-        dense = [task["token_perplexity"] for task in record["runs"][0]["tasks"].values()]
+    for record in records:
         cells = [
             " / ".join(
                 f"{task['token_perplexity'] / whole:.3f}"
@@ -138,7 +150,8 @@ def table() -> None:
             )
             for one in record["runs"][1:]
         ]
-        trained = record["fit"]["stages"]["route"].get("train", {}) if "stages" in record["fit"] else {}
+        stages = record["fit"].get("stages", {})
+        trained = next((stages[name]["train"] for name in ("joint", "route") if "train" in stages.get(name, {})), {})
         print(f"| {record['name']} | {trained.get('tokens', 0)} | {trained.get('seconds', 0)} | {' | '.join(cells)} |")
 
 

@@ -1,6 +1,7 @@
 """What the text is like: prompts continued greedily, dense and at shares of MACs; and how it repeats itself.
 
     python benchmarks/samples.py demo:smollm2-135m-routed --shares 0.25,0.35,0.45 --json docs/data/samples.json
+    python benchmarks/samples.py out/joint --beside pruned-6=out/pruned-6     # a model of `prune` on the same prompts
     python benchmarks/samples.py --page docs/data/samples.json > docs/samples.md
 
 Prompts are the first tokens of held-out rows of Wikipedia and C4, continued by the CPU engine in bfloat16. Repetition
@@ -20,6 +21,7 @@ from shared import PROGRESS, TEXTS
 from torch import Tensor
 
 from informed_routing.assets import load_texts, load_tokenizer, pack
+from informed_routing.baselines.static import load_static
 from informed_routing.evaluation.environment import environment
 from informed_routing.files.atomic import write_json
 from informed_routing.routed_model import RoutedModelForCausalLM
@@ -59,31 +61,39 @@ def continued(model: Any, ids: Tensor) -> Tensor:
     return torch.cat(found)
 
 
+def row_of(name: str, model: Any, share: float, ids: Tensor, tokenizer: Any, shown: int) -> dict[str, Any]:
+    """What a model, set to a share of MACs, writes after the prompts."""
+    PROGRESS.stage(f"text of {name}", len(ids))
+    model.reset_routing_stats()
+    out = continued(model, ids)
+    realised = model.routing_stats()
+    realised.pop("per_unit", None)
+    scores = [repetition(one) for one in out]
+    return {
+        "name": name,
+        "share": share,
+        "realised": realised if share else None,
+        "repeated_runs": sum(score for score, _ in scores) / len(scores),
+        "loops": sum(loop for _, loop in scores) / len(scores),
+        "texts": [tokenizer.decode(out[i]) for i in range(0, len(ids), max(len(ids) // shown, 1))],
+    }
+
+
 def measured(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All shares on the same prompts."""
+    """All shares, and the models beside, on the same prompts."""
     model = RoutedModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     tokenizer = load_tokenizer(arguments.model)
     model.set_execution("native", weights="bfloat16")
     ids = prompts(tokenizer, arguments.prompts)
     rows: list[dict[str, Any]] = []
     for share in [0.0, *(float(s) for s in arguments.shares.split(","))]:
-        PROGRESS.stage(f"text at {share:.0%} of MACs", len(ids))
         model.set_sparsity(share, "macs" if share else None)
-        model.reset_routing_stats()
-        out = continued(model, ids)
-        realised = model.routing_stats()
-        realised.pop("per_unit", None)
-        scores = [repetition(one) for one in out]
-        shown = range(0, len(ids), max(len(ids) // arguments.shown, 1))
-        rows.append(
-            {
-                "share": share,
-                "realised": realised if share else None,
-                "repeated_runs": sum(score for score, _ in scores) / len(scores),
-                "loops": sum(loop for _, loop in scores) / len(scores),
-                "texts": [tokenizer.decode(out[i]) for i in shown],
-            }
-        )
+        rows.append(row_of(f"{share:.0%}" if share else "dense", model, share, ids, tokenizer, arguments.shown))
+    for given in arguments.beside:
+        name, _, folder = given.partition("=")
+        other = RoutedModelForCausalLM.attach(load_static(folder)[0].float()).eval()
+        other.set_execution("native", weights="bfloat16")
+        rows.append(row_of(name, other, 0.0, ids, tokenizer, arguments.shown))
     PROGRESS.done()
     texts = [tokenizer.decode(ids[i]) for i in range(0, len(ids), max(len(ids) // arguments.shown, 1))]
     return {"environment": environment(), "model": arguments.model, "prompts": texts, "count": len(ids), "rows": rows}
@@ -99,17 +109,16 @@ def page(result: dict[str, Any]) -> str:
         "",
         f"Repetition over {result['count']} prompts:",
         "",
-        "| MACs saved, asked | realised | repeated runs of four | end in a loop |",
+        "| MACs saved, asked, or model | realised | repeated runs of four | end in a loop |",
         "| --- | --- | --- | --- |",
     ]
     for row in result["rows"]:
-        realised = f"{row['realised']['macs']:.1%}" if row["realised"] else "dense"
-        lines.append(f"| {row['share']:.0%} | {realised} | {row['repeated_runs']:.1%} | {row['loops']:.1%} |")
+        realised = f"{row['realised']['macs']:.1%}" if row["realised"] else "-"
+        lines.append(f"| {row['name']} | {realised} | {row['repeated_runs']:.1%} | {row['loops']:.1%} |")
     for i, prompt in enumerate(result["prompts"]):
         lines += ["", f"**{_plain(prompt)}**", ""]
         for row in result["rows"]:
-            name = f"{row['share']:.0%}" if row["share"] else "dense"
-            lines.append(f"- {name}: {_plain(row['texts'][i])}")
+            lines.append(f"- {row['name']}: {_plain(row['texts'][i])}")
     return "\n".join(lines) + "\n"
 
 
@@ -123,6 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="demo:smollm2-135m-routed")
     parser.add_argument("--shares", default="0.25,0.35,0.45")
+    parser.add_argument("--beside", action="append", default=[], metavar="NAME=FOLDER", help="a folder of `prune`")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--shown", type=int, default=20)
     parser.add_argument("--json", type=Path)

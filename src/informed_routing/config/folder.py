@@ -40,9 +40,11 @@ class _Measured(BaseModel):
 class LatencyGains(_Measured):
     """Measured on one machine: shares of the dense body's prefill time, for `budget="latency"`."""
 
-    attention: float = Field(description="saved if all tokens approximate all attention units")
-    ffn: float = Field(description="saved if all tokens approximate all FFN units")
-    overhead: float = Field(description="added by the routers")
+    attention: float = Field(description="saved by each share of tokens and attention units that is approximated")
+    ffn: float = Field(description="saved by each share of tokens and FFN units that is approximated")
+    overhead: float = Field(
+        description="added by the routers; with static layers, which both shares count, what the two then overstate"
+    )
     seconds: float = Field(description="of the dense forward that was timed")
     tokens: int
     engine: str

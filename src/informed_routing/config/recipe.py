@@ -215,8 +215,11 @@ class Recipe(Frozen):
             raise ValueError("the stage static does not go with a start, whose layers have routers already")
         if found and self.forecaster.activation != "none":
             raise ValueError("the stage static fits in closed form: set forecaster.activation = none")
-        if (found or self.selection.static_layers) and self.route.budget == "latency":
-            raise ValueError("route.budget latency does not know static layers: use macs or units")
+        if found and self.route.budget == "latency":
+            raise ValueError(
+                "route.budget latency measures static layers that are known: look for them in a fit of its own "
+                "(budget macs or units) and start from that"
+            )
         if found:
             check_parts(self.forecaster, self.router, self.selection.model_copy(update={"static_layers": (1,)}))
             check_kv(self.kv, self.selection.model_copy(update={"static_layers": (1,)}))

@@ -174,14 +174,13 @@ class Plan:
         return output
 
 
-def forced_states(model: Any, engine: NativeEngine, ids: Tensor, choices: Tensor | None) -> Tensor:
-    """Normed hidden states [B, N, d] of ids [B, N] with the same choices bool [2] (attention, ffn) in all layers.
+def forced_states(model: Any, engine: NativeEngine, ids: Tensor, gates: Tensor | None) -> Tensor:
+    """Normed hidden states [B, N, d] of ids [B, N] by given gates, bool [units, B, N].
 
-    No choices: as the decision rule says.
+    No gates: as the decision rule says.
     """
-    forced = None if choices is None else choices.repeat(engine.units // 2)[:, None, None].expand(-1, *ids.shape)
     rows = Rows(torch.zeros(len(ids), dtype=torch.int32), None)
-    return Plan(engine, model.decoder.embed_tokens(ids), rows, None, None).run(model, forced=forced)
+    return Plan(engine, model.decoder.embed_tokens(ids), rows, None, None).run(model, forced=gates)
 
 
 def plan(model: Any, call: Call) -> Plan | None:

@@ -43,8 +43,6 @@ class BudgetMeter:
             self.weights = gain / dense.sum()
             self.overhead = float(sum(c.router for c in costs) / dense.sum())
         elif budget == "latency":
-            if any(c.static for c in costs):
-                raise InputError("a latency budget does not know static layers", "Use the macs budget with them")
             if gains is None:
                 raise InputError("a latency budget needs a measured table", "Use `fit --budget latency`")
             count = {kind: sum(k == kind for k in kinds) for kind in kinds}

@@ -88,6 +88,11 @@ def fuse(model: Any) -> bool:
     return True
 
 
+def is_fused(model: Any) -> bool:
+    """Whether `fuse` has done its work on a model."""
+    return all(isinstance(routed.unit, FusedUnit) for routed in model.units)
+
+
 def _known(model: Any) -> bool:
     family, config = model.units[0].unit.family, model.config
     if "cpu" not in family.native or not activation_known(family, config) or logit_scaling(family, config) != PLAIN:

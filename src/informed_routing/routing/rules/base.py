@@ -155,15 +155,13 @@ class Given(DecisionRule):
 
 
 @dataclass(frozen=True)
-class ByKind(DecisionRule):
-    """The same choice for all attention units and for all FFN units, whatever the logits say."""
+class GivenByUnit(DecisionRule):
+    """Fixed gates of each unit, bool [units, B, N], whatever the logits say."""
 
-    attention: bool
-    ffn: bool
+    gates: Tensor
 
     def __call__(self, logits: Tensor) -> Tensor:
         raise InputError("the rule differs between units", "Call decide(logits, unit)")
 
     def decide(self, logits: Tensor, unit: int, contexts: Tensor | None = None) -> Tensor:
-        choice = self.ffn if unit % 2 else self.attention
-        return torch.full(logits.shape[:-1], choice, dtype=torch.bool, device=logits.device)
+        return self.gates[unit].to(logits.device).expand(logits.shape[:-1])

@@ -37,6 +37,7 @@ class Lora(Stage):
         return found
 
     def run(self, run: Run) -> dict[str, Any]:
+        from ...execution.cpu.fused_unit import is_fused
         from ..lora import LoraObjective, new_lora
         from ..report import summary
         from ..route import freeze_all_but
@@ -46,14 +47,17 @@ class Lora(Stage):
         tensors = new_lora(run.model, config, run.recipe.seed)
         freeze_all_but(run.model, tensors)
         objective = LoraObjective(run.model, config, rule)
-        record = run.train("lora", objective, tensors, run.text.read(reads["lora"]), config)
+        # Fused units do both branches of all tokens in less time than it takes to pick those that one branch needs.
+        state, both = run.model.routing_state, is_fused(run.model)
+        with state.using(execution="masked" if both else state.execution):
+            record = run.train("lora", objective, tensors, run.text.read(reads["lora"]), config)
         found = summary(
             run,
             record,
             config.sequence_length,
             "lora",
             objective=config.objective,
-            sparsity=sparsity,
+            sparsity=0.0 if both else sparsity,
             adapter_weights=sum(tensor.numel() for tensor in tensors.values()),
         )
         return {"rank": config.rank, "sparsity": sparsity, **found}
