@@ -2,13 +2,14 @@
 
     python benchmarks/equal_time.py slim=out/levers/slim pruned-4=out/pruned-4 --json docs/data/equal_time.json
     python benchmarks/equal_time.py --page docs/data/equal_time.json > docs/equal_time.md
+    python benchmarks/equal_time.py --base big.gguf --text demo:code --speedups 1.2,1.5 sibling=small.gguf routed=out/big
 
-Each NAME=FOLDER is a routing folder, measured over its dial, or a folder of `prune` or a base model, which is one
-point. On held-out rows of 512 tokens (Wikipedia and C4): seconds of prefill and of decode steps behind it, all models
-and settings in turns with the dense base model, and perplexity by the same engine on more such rows. Speed-ups are
-ratios of sums over the timed rows; perplexities are ratios to the dense model. The table reads each curve at the asked
-speed-ups by a line through the points around them (log perplexity over log speed-up); it never goes beyond a curve's
-end. Run it on an idle machine.
+Each NAME=FOLDER is a routing folder, measured over its dial, or a folder of `prune` or another base model, which is one
+point. On held-out rows of 512 tokens of each text: seconds of prefill and of decode steps behind it, all models and
+settings in turns with the dense base model, and perplexity by the same engine on more such rows. Speed-ups are ratios
+of sums over the timed rows; perplexities are ratios to the dense model. The table reads each curve at the asked
+speed-ups by a line through the points around them (log perplexity over log speed-up), which begins at the dense model;
+it never goes beyond a curve's end. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ from informed_routing.files.atomic import write_json
 from informed_routing.persistence.folder import LORA_FOLDER, is_routing_folder
 from informed_routing.routed_model import RoutedModelForCausalLM
 
+OF_LEVERS = """
+The models are those of `benchmarks/levers.py`; `slim-1000` is `demo:smollm2-135m-routed`. `pruned-N` lacks N layers
+(`prune --method shortened-ppl --recovery-steps 150 --batch-size 2` on the same text, `pruned-N-1000` with 1,000 steps):
+LoRA merged into its weights, which routed models leave as they are unless they have an adapter.
+"""
 SPEEDUPS = (1.25, 1.5, 2.0)
 SETTINGS = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
 
@@ -43,29 +49,30 @@ SETTINGS = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
 class Point:
     """One model at one setting of its dial, in the native engine."""
 
-    def __init__(self, name: str, model: Any, weights: str, sparsity: float) -> None:
-        self.name, self.model, self.sparsity = name, model, sparsity
+    def __init__(self, name: str, model: Any, engine: RoutedEngine, sparsity: float) -> None:
+        self.name, self.model, self.engine, self.sparsity = name, model, engine, sparsity
         self.begins = False  # whether a curve begins here: the dense model with the same adapter
-        self.engine = RoutedEngine(model, weights)
 
     def use(self) -> None:
         self.engine.use(self.sparsity, None)
 
 
-def points_of(name: str, folder: str, weights: str) -> list[Point]:
-    """The points of a folder: a curve of a routed model, or a single one."""
+def points_of(name: str, folder: str, weights: str, dtype: torch.dtype = torch.float32) -> list[Point]:
+    """The points of a folder: a curve of a routed model, or a single one. `dtype` is that of what torch keeps."""
     if Path(folder).is_dir() and is_routing_folder(folder):
-        model: Any = RoutedModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model: Any = RoutedModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        engine = RoutedEngine(model, weights)
         low, high = model.calibrated_range()
         inside = [s for s in SETTINGS if max(low, 0.01) <= s <= high]
-        points = [Point(f"{name} {s:g}", model, weights, s) for s in inside]
+        points = [Point(f"{name} {s:g}", model, engine, s) for s in inside]
         if (Path(folder) / LORA_FOLDER).is_dir():
-            points.insert(0, Point(f"{name} 0", model, weights, 0.0))
+            points.insert(0, Point(f"{name} 0", model, engine, 0.0))
             points[0].begins = True
         return points
     static = Path(folder).is_dir() and is_static_folder(folder)
-    base = load_static(folder)[0] if static else load_model(folder, dtype=torch.float32)[0]
-    return [Point(name, RoutedModelForCausalLM.attach(base.float()), weights, 0.0)]
+    base = load_static(folder)[0] if static else load_model(folder, dtype=dtype)[0]
+    model = RoutedModelForCausalLM.attach(base.to(dtype))
+    return [Point(name, model, RoutedEngine(model, weights), 0.0)]
 
 
 def seconds(points: list[Point], rows: Tensor, new: int, repeats: int) -> dict[str, dict[str, float]]:
@@ -99,13 +106,14 @@ def quality(point: Point, texts: dict[str, Tensor]) -> dict[str, Any]:
 @torch.no_grad()
 def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything, in turns."""
-    tokenizer = load_tokenizer(BASE)
-    texts = {text: pack(load_texts(text, "heldout"), tokenizer, 512) for text in TEXTS}
+    tokenizer = load_tokenizer(arguments.base)
+    texts = {text: pack(load_texts(text, "heldout"), tokenizer, 512) for text in arguments.text}
     timed = torch.cat([rows[: arguments.timed] for rows in texts.values()])
-    points = points_of("dense", arguments.base, arguments.weights)
+    dtype = getattr(torch, arguments.dtype)
+    points = points_of("dense", arguments.base, arguments.weights, dtype)
     for given in arguments.models:
         name, _, folder = given.partition("=")
-        points += points_of(name, folder, arguments.weights)
+        points += points_of(name, folder, arguments.weights, dtype)
     with ExitStack() as unchanged:  # as text generation has it: weights are compared once, not at each step
         for point in points:
             unchanged.enter_context(point.engine.fixed())
@@ -149,22 +157,25 @@ def _read(curve: list[dict[str, Any]], phase: str, text: str, speedup: float, de
 def table(result: dict[str, Any]) -> str:
     """Ratios of perplexity to dense at equal speed-ups, by phase; then every point."""
     dense, *rows = result["rows"]
+    asked = result.get("settings", {})
+    texts, speedups = asked.get("text", TEXTS), asked.get("speedups", SPEEDUPS)
+    names = " / ".join(text.removeprefix("demo:").replace("c4", "C4") for text in texts)
     curves: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         curves.setdefault(row["name"].rpartition(" ")[0] or row["name"].rpartition("-")[0] or row["name"], []).append(
             row
         )
     lines = ["| at | " + " | ".join(curves) + " |", "| --- " * (len(curves) + 1) + "|"]
-    for phase, speedup in itertools.product(("prefill", "decode"), SPEEDUPS):
+    for phase, speedup in itertools.product(("prefill", "decode"), speedups):
         cells = []
         for curve in curves.values():
-            found = [_read(curve, phase, text, speedup, dense[text]) for text in TEXTS]
+            found = [_read(curve, phase, text, speedup, dense[text]) for text in texts]
             cells.append(" / ".join("-" if one is None else f"{one:.3f}" for one in found))
         lines.append(f"| {phase} {speedup:g}x | {' | '.join(cells)} |")
-    lines += ["", "| point | prefill | decode | MACs saved, wiki / C4 | wiki / C4 |", "| --- " * 5 + "|"]
+    lines += ["", f"| point | prefill | decode | MACs saved, {names} | {names} |", "| --- " * 5 + "|"]
     for row in rows:
-        macs = " / ".join(f"{row[f'{text} shares']['macs']:.3f}" for text in TEXTS)
-        ratios = " / ".join(f"{row[text] / dense[text]:.3f}" for text in TEXTS)
+        macs = " / ".join(f"{row[f'{text} shares']['macs']:.3f}" for text in texts)
+        ratios = " / ".join(f"{row[text] / dense[text]:.3f}" for text in texts)
         lines.append(f"| {row['name']} | {row['prefill']:.2f}x | {row['decode']:.2f}x | {macs} | {ratios} |")
     return "\n".join(lines)
 
@@ -172,29 +183,41 @@ def table(result: dict[str, Any]) -> str:
 def page(result: dict[str, Any]) -> str:
     """The result in Markdown, with how it came about."""
     asked, machine = result["settings"], result["environment"]
-    models = " ".join(asked["models"])
+    command = " ".join(
+        [
+            *([] if asked["base"] == BASE else [f"--base {asked['base']}"]),
+            *(f"--text {text}" for text in asked["text"] if asked["text"] != list(TEXTS)),
+            *asked["models"],
+        ]
+    )
+    names = ", ".join(text.removeprefix("demo:") for text in asked["text"])
     return f"""# Quality at equal time
 
-Ratio of perplexity to the dense model on held-out Wikipedia / C4 over the measured speed-up: {asked["base"]} in the
-CPU engine in {asked["weights"]}, policy `exact`; prompts of 512 tokens, then {asked["new_tokens"]} decode steps.
+Ratio of perplexity to the dense model on held-out text ({names}) over the measured speed-up: {asked["base"]} in
+the CPU engine in {asked["weights"]}, policy `exact`; prompts of 512 tokens, then {asked["new_tokens"]} decode steps.
 {machine["cpu"]}, {result["threads"]} threads, commit {machine["commit"]}. Speed-ups are against the same engine's dense
 forward, medians of {asked["repeats"]} runs in turns on {asked["timed"]} rows of each text; perplexities are of
-{asked["rows"]} rows of each. A line is read between the points that were measured, never beyond them. Where a model has
+{asked["rows"]} rows of each. A line is read between the points that were measured, never beyond them; where a model has
 an adapter, its point 0 is the dense model with it.
 
-`python benchmarks/equal_time.py {models}`; the models are those of `benchmarks/levers.py`, `slim-1000` is
-`demo:smollm2-135m-routed`, `pruned-N` lacks N layers (`prune --method shortened-ppl --recovery-steps 150
---batch-size 2` on the same text: LoRA merged into its weights, which the routed models leave as they are).
-
+`python benchmarks/equal_time.py {command}`
+{OF_LEVERS if asked["base"] == BASE else ""}
 {table(result)}
 """
+
+
+def _numbers(given: str) -> tuple[float, ...]:
+    return tuple(float(one) for one in given.split(","))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="NAME=FOLDER")
     parser.add_argument("--base", default=BASE)
-    parser.add_argument("--weights", default="bfloat16")
+    parser.add_argument("--text", action="append", help=f"repeatable; default {', '.join(TEXTS)}")
+    parser.add_argument("--speedups", type=_numbers, default=SPEEDUPS, help="where curves are read")
+    parser.add_argument("--weights", default="bfloat16", help="the engine's format")
+    parser.add_argument("--dtype", default="float32", help="of the copy that torch keeps: bfloat16 for large models")
     parser.add_argument("--rows", type=int, default=32, help="rows of 512 tokens a text for perplexity")
     parser.add_argument("--timed", type=int, default=4, help="rows a text that are timed")
     parser.add_argument("--new-tokens", type=int, default=32, help="decode steps that are timed")
@@ -205,6 +228,7 @@ def main() -> None:
     if arguments.page:
         print(page(json.loads(arguments.page.read_text())), end="")
         return
+    arguments.text = arguments.text or list(TEXTS)
     result = measured(arguments)
     PROGRESS.done()
     if arguments.json:
