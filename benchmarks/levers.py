@@ -51,7 +51,10 @@ BASE = {
 SLIM = {"forecaster.fallback": "slim", "forecaster.rank": 64}
 FROM_SLIM = {"start": "out/levers/slim-start", "stages": ["route"]}
 RUNS: dict[str, dict[str, Any]] = {
+    "zero-start": {"forecaster.fallback": "zero", "route.steps": 0},
+    "rank-64-start": {"forecaster.rank": 64, "route.steps": 0},
     "rank-start": {"route.steps": 0},
+    "quarter-start": {**SLIM, "forecaster.slice": 0.25, "route.steps": 0},
     "rank": {"start": "out/levers/rank-start", "stages": ["route"]},
     "slim-start": {**SLIM, "route.steps": 0},
     "slim": FROM_SLIM,
@@ -112,6 +115,8 @@ def run(name: str, rows: int, data: list[str]) -> None:
         report = json.loads((out / "fit.json").read_text())
     else:
         report = fit(recipe, out, resume=out.exists(), progress=progress)
+    if not rows:
+        return
     model = RoutedModelForCausalLM.from_pretrained(out)
     tokenizer = load_tokenizer(recipe.model)
     texts = {text: pack(load_texts(text, "heldout"), tokenizer, 512)[:rows] for text in quality.TEXTS}
@@ -158,7 +163,7 @@ def table() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN")
-    parser.add_argument("--rows", type=int, default=32, help="held-out sequences of 512 tokens per text")
+    parser.add_argument("--rows", type=int, default=32, help="held-out sequences of 512 tokens per text; 0 only fits")
     parser.add_argument("--data", action="append", default=[], help="text in place of the recipe's; repeatable")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--list", action="store_true")
