@@ -156,7 +156,9 @@ def table() -> None:
             for one in record["runs"][1:]
         ]
         stages = record["fit"].get("stages", {})
-        trained = next((stages[name]["train"] for name in ("joint", "route") if "train" in stages.get(name, {})), {})
+        trained: dict[str, Any] = next(
+            (stages[name]["train"] for name in ("joint", "route") if "train" in stages.get(name, {})), {}
+        )
         print(f"| {record['name']} | {trained.get('tokens', 0)} | {trained.get('seconds', 0)} | {' | '.join(cells)} |")
 
 

@@ -1,7 +1,7 @@
 """Fallbacks before any training: perplexity at equal MACs, each alone, and a ladder of two.
 
     python benchmarks/levers.py zero-start rank-64-start rank-start slim-start quarter-start static-start
-    python benchmarks/untrained.py zero=out/levers/zero-start slim=out/levers/slim-start quarter=out/levers/quarter-start \
+    python benchmarks/untrained.py slim=out/levers/slim-start quarter=out/levers/quarter-start \
         --ladder slim,quarter --json docs/data/untrained.json
     python benchmarks/untrained.py --page docs/data/untrained.json > docs/untrained.md
 
@@ -179,7 +179,8 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
                 dense = {text: token_perplexity(model, some, 1).token_perplexity for text, some in texts.items()}
         rows += curve(name, Ladder(model), texts, dense, 0.0)
     if arguments.ladder:
-        ladder = Ladder(*(load(name) for name in arguments.ladder.split(",")))
+        narrow, wide = arguments.ladder.split(",")
+        ladder = Ladder(load(narrow), load(wide))
         for share in SHARES:
             rows += curve(f"ladder, {share:.0%} wider", ladder, texts, dense, share)
     settings = {"rows": arguments.rows, "ladder": arguments.ladder}
