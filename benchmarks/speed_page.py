@@ -24,7 +24,8 @@ def main() -> None:
     records = {path.stem: json.loads(path.read_text()) for path in DATA.glob("*.json")}
     parts = [
         "# Benchmarks on a CPU",
-        "SmolLM2-135M-Instruct with trained routers (docs/results.md). Written by `python benchmarks/speed_page.py` "
+        "SmolLM2-135M-Instruct with trained routers of the earlier method (docs/results.md); slim fallbacks and static "
+        "layers are timed in [equal_time.md](equal_time.md), by a later and faster engine. Written by `python benchmarks/speed_page.py` "
         "from `docs/data/speed`. Engines run in turns in one process on the same held-out text; figures are medians, "
         "with the extremes in the files. *Speed-up* is against the fastest dense engine with the same weights, *limit* "
         "the roofline of the row's own selections (bytes for decode, multiply-accumulates for prefill, from the "
