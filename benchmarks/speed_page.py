@@ -25,8 +25,9 @@ def main() -> None:
     parts = [
         "# Benchmarks on a CPU",
         "SmolLM2-135M-Instruct with trained routers of the earlier method (docs/results.md); slim fallbacks and static "
-        "layers are timed in [equal_time.md](equal_time.md), by a later and faster engine. Written by `python benchmarks/speed_page.py` "
-        "from `docs/data/speed`. Engines run in turns in one process on the same held-out text; figures are medians, "
+        "layers are timed in [equal_time.md](equal_time.md), by a later and faster engine. Written by "
+        "`python benchmarks/speed_page.py` from `docs/data/speed`. Engines run in turns in one process on the same "
+        "held-out text; figures are medians, "
         "with the extremes in the files. *Speed-up* is against the fastest dense engine with the same weights, *limit* "
         "the roofline of the row's own selections (bytes for decode, multiply-accumulates for prefill, from the "
         "machine's measured rates), *of limit* how much of it was reached.",
