@@ -25,8 +25,8 @@ def main() -> None:
         "# Results on the embedded default",
         "SmolLM2-135M-Instruct in float32. Written by `python benchmarks/results.py` from `docs/data`; each file there "
         "names the processor, versions, threads and commit that it comes from, and holds all settings. **All runs "
-        "here are of the earlier method**: forecasters of rank 128, no slices, no static layers, at most 200,000 tokens. "
-        "What these and more text give is in [levers.md](levers.md) and, over measured time, in "
+        "here are of the earlier method**: forecasters of rank 128, no slices, no static layers, at most 200,000 "
+        "tokens. What these and more text give is in [levers.md](levers.md) and, over measured time, in "
         "[equal_time.md](equal_time.md).",
         *quality(records),
         "![Perplexity relative to dense over the share of MACs saved](quality.svg)",
