@@ -1,6 +1,7 @@
 """Does the dial hold? What is asked for against what is realised, on kinds of text and at lengths of prompts.
 
     python benchmarks/dial_kinds.py FOLDER --data-dir DIR        # writes JSON, prints and writes Markdown tables
+    python benchmarks/dial_kinds.py FOLDER --data-dir DIR --hold --out docs/data/dial_kinds_held.json
 
 DIR has `calibration/validation.jsonl` (documents with their `source`), `wikitext2/` and `tasks/`; a kind whose files
 are missing is left out, and said so. A prompt begins where a document does, and is followed by others where that is
@@ -123,7 +124,7 @@ def realised(model: Any, rows: Tensor, lengths: Sequence[int]) -> dict[str, dict
 def measure(model: Any, texts: dict[str, Tensor], args: argparse.Namespace, progress: Any) -> list[dict[str, Any]]:
     runs = []
     for target in args.targets:
-        model.set_sparsity(target, args.budget)
+        model.set_sparsity(target, args.budget, "held" if args.hold else None)
         progress.stage(f"{target:.0%} of {args.budget}", len(texts))
         kinds = {}
         for done, (kind, rows) in enumerate(texts.items(), start=1):
@@ -161,6 +162,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", choices=("units", "macs"), help="default: the folder's, units for latency")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--prompts", type=int, default=24, help="of each kind")
+    parser.add_argument("--hold", action="store_true", help="thresholds follow what a text has approximated so far")
     parser.add_argument("--execution", choices=("native", "sparse"), default="native")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/data/dial_kinds.json", help="the tables go beside it")
     return parser.parse_args(given)
@@ -193,6 +195,7 @@ def main(given: Sequence[str] | None = None) -> None:
         "model": base.name,
         "calibration_context": model.routing_config.calibration_context,
         "budget": args.budget,
+        "held": args.hold,
         "lengths": args.lengths,
         "prompts": {kind: len(rows) for kind, rows in texts.items()},
         "runs": runs,

@@ -11,7 +11,7 @@ import typer
 from informed_routing.errors import InputError
 
 from .common import BaseOption, Common, Session, check_at_least, check_sparsities, dtype_name, session, with_common
-from .loading import PolicyOption
+from .loading import HoldOption, PolicyOption
 
 if TYPE_CHECKING:
     from informed_routing.config.folder import RoutingConfig
@@ -74,6 +74,7 @@ def benchmark(
         ),
     ] = None,
     policy: PolicyOption = None,
+    hold: HoldOption = False,
     base: BaseOption = None,
 ) -> None:
     """Time prefill and decode, routed beside dense, with the limit that memory and arithmetic set.
@@ -98,30 +99,40 @@ def benchmark(
         from informed_routing.evaluation.speed import benchmark_rows
         from informed_routing.execution.choose import choose_engine
 
-        from .loading import check_routed, check_shares, load_base_of, load_routed, refuse_idle, say_engine
+        from .loading import (
+            check_routed,
+            check_shares,
+            decision_of,
+            load_base_of,
+            load_routed,
+            refuse_idle,
+            say_engine,
+        )
         from .tables import phase_table, speed_table
 
         check_routed(folder)
         names = list(dict.fromkeys(engine or ["native", "torch", "transformers"]))
         check_names(names, weights or [])
-        _refuse_idle(names, sparsity, budget, kv, policy, weights, profile, targets)
-        config = check_shares(folder, targets, budget if targets else None, "threshold")  # the rule that can generate
+        _refuse_idle(names, sparsity, budget, kv, policy, weights, profile, hold, targets)
+        config = check_shares(folder, targets, budget if targets else None, decision_of(hold))
         if not targets and {"native", "torch"} & set(names):
             targets = default_shares(config, budget)
             shown = " and ".join(f"{100 * share:g} %" for share in targets)
             run.progress.message(
                 f"timing at {shown} of the {budget or config.budget}: calibrated up to {_highest(config, budget):.1%}"
             )
+        decision = decision_of(hold, kv or config.kv)
+        check_shares(folder, targets, budget, decision)
         documents = _documents(run, folder, data or ["demo:wiki"])
         loaded = load_routed(folder, run, base)
         loaded.model.set_execution("sparse", kv=kv or config.kv)
-        choice = choose_engine(loaded.model, progress=run.progress) if "native" in names else None
+        choice = choose_engine(loaded.model, decision=decision, progress=run.progress) if "native" in names else None
         names, reason = _runnable(choice, folder, names, explicit=engine is not None)
         if "native" not in names:
             _refuse_native_options(reason, policy, weights, profile)
         formats = list(dict.fromkeys(weights or ([choice.weights] if choice else [])))
         dense = load_base_of(loaded, run) if {"transformers", "compiled"} & set(names) else None
-        engines = make_engines(dense, loaded.model, names, formats, policy or "exact")
+        engines = make_engines(dense, loaded.model, names, formats, policy or "exact", decision)
         if profile and not any(one.native and one.native.phases for one in engines):
             refuse_idle("the engine of this device has no phases to time", "Leave it out", profile=profile)
         first = next((one for one in engines if one.routes), engines[0])
@@ -190,6 +201,7 @@ def _refuse_idle(
     policy: str | None,
     weights: list[str] | None,
     profile: bool,
+    hold: bool,
     targets: Sequence[float],
 ) -> None:
     """Raise InputError for options that the engines and shares that were asked for leave without effect."""
@@ -198,11 +210,11 @@ def _refuse_idle(
     leave = "Leave it out, or give the engine that it is for"
     if not {"native", "torch"} & set(names):
         reason = f"of the engines {', '.join(names)} none routes"
-        refuse_idle(reason, leave, sparsity=sparsity, budget=budget, kv=kv, policy=policy)
+        refuse_idle(reason, leave, sparsity=sparsity, budget=budget, kv=kv, policy=policy, hold=hold)
     if "native" not in names:
         _refuse_native_options(_NATIVE_ONLY, policy, weights, profile)
     if targets and not any(targets):
-        idle = {"kv": kv, "policy": policy if policy == "auto" else None}
+        idle = {"kv": kv, "policy": policy if policy == "auto" else None, "hold": hold}
         refuse_idle("at sparsity 0 all is executed", "Leave it out, or give another --sparsity", **idle)
 
 

@@ -23,7 +23,7 @@ from .common import (
     session,
     with_common,
 )
-from .loading import PolicyOption
+from .loading import HoldOption, PolicyOption
 from .tasks import TaskOptions, run_tasks
 from .texts import Split, Text, load_all, part_words
 
@@ -125,6 +125,7 @@ def evaluate(
     ] = None,
     weights: WeightsOption = None,
     policy: PolicyOption = None,
+    hold: HoldOption = False,
     base: BaseOption = None,
 ) -> None:
     """Measure perplexity of a model on held-out text, accuracy in tasks, and what was really approximated.
@@ -148,10 +149,12 @@ def evaluate(
             DENSE_ENGINE,
             check_shares,
             choose_execution,
+            decision_of,
             fitted_of,
             kind_of,
             load_any,
             refuse_for_dense,
+            refuse_idle,
             say_engine,
         )
         from .texts import choose_parts, tokenised
@@ -159,13 +162,24 @@ def evaluate(
         about_tasks = {"harness": options.described()} if options.specs else {}
         kind = kind_of(model)
         refuse_for_dense(
-            model, kind, targets, budget=budget, execution=execution, weights=weights, policy=policy, base=base
+            model,
+            kind,
+            targets,
+            budget=budget,
+            execution=execution,
+            weights=weights,
+            policy=policy,
+            hold=hold,
+            base=base,
         )
         decision = "threshold"
         if kind == "routed":
-            config = check_shares(model, targets, budget)
+            config = check_shares(model, targets, budget, decision_of(hold) if hold else None)
             targets = targets or list(dict.fromkeys([0.0, config.sparsity]))
-            decision = config.selection.decision if any(targets) else "threshold"
+            if hold and not any(targets):
+                refuse_idle("at sparsity 0 all is executed", "Leave it out, or give another --sparsity", hold=hold)
+            decision = decision_of(hold, config.kv) if hold else config.selection.decision
+            decision = decision if any(targets) else "threshold"
         _check_policy(policy, targets, bool(options.specs))
         length = sequence_length or DEFAULT_LENGTH
         parts = choose_parts(refs, split, fitted_of(model, kind))
@@ -179,7 +193,8 @@ def evaluate(
         targets = targets or [0.0]
         texts = tokenised(parts, loaded.tokenizer, length, limit, run.progress.message)
         say_engine(run, engine)
-        runs = evaluate_runs(run, loaded, model, texts, targets, budget, length, batch_size, options)
+        chooses = "held" if hold else None
+        runs = evaluate_runs(run, loaded, model, texts, targets, budget, length, batch_size, options, chooses)
         result = {
             "runs": runs,
             "engine": engine,
@@ -237,8 +252,12 @@ def evaluate_runs(
     length: int,
     batch_size: int,
     options: TaskOptions | None = None,
+    decision: str | None = None,
 ) -> list[dict[str, Any]]:
-    """`result.runs` of `--json`. Raises InputError when a dense model is asked for sparsity, and for a name twice."""
+    """`result.runs` of `--json`. `decision` is as for `set_sparsity`.
+
+    Raises InputError when a dense model is asked for sparsity, and for a name twice.
+    """
     from informed_routing.evaluation.perplexity import merge_stats, sparsity_record
 
     if not loaded.routed and any(targets):
@@ -251,12 +270,12 @@ def evaluate_runs(
         if any(text.name == spec.name for text in texts):
             raise InputError(f"{spec.name} is a task and a text of --data", "Leave out one of them")
     if loaded.routed:
-        for target in targets:
-            loaded.model.set_sparsity(target, budget)  # a value out of range is refused before anything is scored
+        for target in targets:  # a value out of range is refused before anything is scored
+            loaded.model.set_sparsity(target, budget, decision)
     runs = []
     for target in targets:
         if loaded.routed:
-            loaded.model.set_sparsity(target, budget)
+            loaded.model.set_sparsity(target, budget, decision)
         tasks: dict[str, Any] = {}
         stats = []
         for text in texts:

@@ -22,7 +22,7 @@ from .common import (
     session,
     with_common,
 )
-from .loading import PolicyOption
+from .loading import HoldOption, PolicyOption
 from .streams import read_stdin
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def generate(
     execution: ExecutionOption = "auto",
     weights: WeightsOption = None,
     policy: PolicyOption = None,
+    hold: HoldOption = False,
     base: BaseOption = None,
 ) -> None:
     """Generate text, really skipping work.
@@ -86,6 +87,7 @@ def generate(
             DENSE_ENGINE,
             check_shares,
             choose_execution,
+            decision_of,
             kind_of,
             load_any,
             refuse_for_dense,
@@ -104,19 +106,22 @@ def generate(
             execution=None if execution == "auto" else execution,
             weights=weights,
             policy=policy,
+            hold=hold,
             base=base,
         )
         engine = DENSE_ENGINE
         if kind == "routed":
             config = check_shares(folder, targets, budget, decision="threshold")  # the rule that can generate
             chosen = targets[0] if targets else config.sparsity
+            decision = decision_of(hold, kv or config.kv)
+            check_shares(folder, [chosen], budget if targets else None, decision)
             if not chosen:
-                idle = {"kv": kv, "policy": policy if policy == "auto" else None}
+                idle = {"kv": kv, "policy": policy if policy == "auto" else None, "hold": hold}
                 refuse_idle("at sparsity 0 all is executed", "Leave it out, or give another --sparsity", **idle)
         loaded = load_any(folder, run, base)
         if loaded.routed:
-            engine = choose_execution(run, loaded.model, execution, weights, kv, policy)
-            loaded.model.set_sparsity(chosen, budget, decision="threshold")
+            engine = choose_execution(run, loaded.model, execution, weights, kv, policy, decision=decision)
+            loaded.model.set_sparsity(chosen, budget, decision=decision)
         say_engine(run, engine)
         samples = [
             generate_sample(run, loaded, text, max_new_tokens, chat=chat, routing=show_routing, **settings)

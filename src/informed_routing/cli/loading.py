@@ -29,6 +29,20 @@ PolicyOption = Annotated[
         "this machine, so that text may differ between machines [default: exact].",
     ),
 ]
+HoldOption = Annotated[
+    bool,
+    typer.Option(
+        "--hold",
+        help="Hold every text to --sparsity, whatever its kind: thresholds follow what it has approximated so far.",
+    ),
+]
+
+
+def decision_of(hold: bool, kv: str | None = None) -> str:
+    """How tokens are chosen by the commands that can generate. Raises InputError for --hold with dropped keys."""
+    if hold and kv == "drop":
+        raise InputError("--hold does not go with dropped keys and values", "Add --kv keep, or leave it out")
+    return "held" if hold else "threshold"
 
 
 @dataclass(frozen=True)
@@ -97,12 +111,15 @@ def check_shares(
     loaded. `decision` is as for `set_sparsity`; top-k has no range that a table would tell. Raises InputError.
     """
     from informed_routing.persistence.folder import locate, read_config
-    from informed_routing.routing.dial import threshold_for
+    from informed_routing.routing.dial import shares_by_unit, threshold_for
 
     config = read_config(locate(_local(ref)))
+    decision = decision or config.selection.decision
     for target in targets:
-        if target and (decision or config.selection.decision) == "threshold":
+        if target and decision in ("threshold", "held"):
             threshold_for(config, target, budget)  # type: ignore[arg-type]
+        if target and decision == "held":
+            shares_by_unit(config, target, budget)  # type: ignore[arg-type]
     check_budget(config, targets, budget)
     return config
 

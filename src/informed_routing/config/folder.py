@@ -67,6 +67,9 @@ class ThresholdRow(_Measured):
     by_context: ByContext = Field(
         (), description="thresholds that realise these shares whatever tokens see; none: `threshold` for all"
     )
+    by_unit: tuple[float, ...] = Field(
+        (), description="share of tokens that each unit approximated; none in tables of earlier versions"
+    )
 
 
 class BasePrint(Frozen):
@@ -120,6 +123,17 @@ class RoutingConfig(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _rows_know_all_units(self) -> RoutingConfig:
+        for row in self.thresholds:
+            if row.by_unit and len(row.by_unit) != 2 * self.num_layers:
+                raise ValueError(
+                    f"by_unit has {len(row.by_unit)} shares, not one for each of {2 * self.num_layers} units"
+                )
+            if wrong := [share for share in row.by_unit if not 0 <= share <= 1]:
+                raise ValueError(f"by_unit: {wrong[0]} is no share of tokens")
+        return self
+
+    @model_validator(mode="after")
     def _parts_go_together(self) -> RoutingConfig:
         check_parts(self.forecaster, self.router, self.selection)
         check_kv(self.kv, self.selection)
@@ -133,7 +147,7 @@ class RoutingConfig(Frozen):
         rows = [*self.thresholds, *([] if self.latency is None else [self.latency])]
         for row in rows:
             for name, value in row:
-                numbers = [number for _, number in value] if isinstance(value, tuple) else [value]
+                numbers = [number for _, number in value] if name == "by_context" else [value]
                 if wrong := [x for x in numbers if isinstance(x, float) and not math.isfinite(x)]:
                     raise ValueError(f"{name} is {wrong[0]} where a measured number should be")
         return self

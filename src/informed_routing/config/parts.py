@@ -167,6 +167,8 @@ class SelectionConfig(Frozen):
 
 def check_parts(forecaster: ForecasterConfig, router: RouterConfig, selection: SelectionConfig) -> None:
     """Raises ValueError for parts of a routed unit that do not go together."""
+    if selection.decision == "held":
+        raise ValueError("selection.decision held is chosen for each run: set_sparsity(..., decision='held'), --hold")
     if selection.static_layers:
         _check_static(selection)
     if (router.kind == "ranking") != (selection.decision == "top-k"):

@@ -108,8 +108,11 @@ class RoutedEngine(Engine):
 
     routes = True
 
-    def __init__(self, model: Any, weights: str | None = None, policy: Policy = "exact") -> None:
+    def __init__(
+        self, model: Any, weights: str | None = None, policy: Policy = "exact", decision: str = "threshold"
+    ) -> None:
         super().__init__(model, "torch" if weights is None else f"native {weights}")
+        self.decision = decision
         self.holder: NativeExecution | None = None
         if weights is not None:
             from informed_routing.execution.native import NativeExecution
@@ -139,7 +142,7 @@ class RoutedEngine(Engine):
 
     def use(self, sparsity: float, budget: str | None) -> None:
         self.place()
-        self.model.set_sparsity(sparsity, budget, "threshold")  # the rule that can generate
+        self.model.set_sparsity(sparsity, budget, self.decision)
 
 
 def check_names(names: Sequence[str], weights: Sequence[str]) -> None:
@@ -151,9 +154,16 @@ def check_names(names: Sequence[str], weights: Sequence[str]) -> None:
 
 
 def make_engines(
-    dense: Any, routed: Any, names: Sequence[str], weights: Sequence[str], policy: Policy = "exact"
+    dense: Any,
+    routed: Any,
+    names: Sequence[str],
+    weights: Sequence[str],
+    policy: Policy = "exact",
+    decision: str = "threshold",
 ) -> list[Engine]:
     """Engines by name; `native` once for each format in `weights`, with `policy`. Raises InputError for unknown names.
+
+    `decision` is how routed ones choose tokens, by a rule that can generate.
 
     `dense` is the base model, and may be None where neither `transformers` nor `compiled` is asked for.
     """
@@ -161,9 +171,9 @@ def make_engines(
     engines: list[Engine] = []
     for name in names:
         if name == "native":
-            engines += [RoutedEngine(routed, one, policy) for one in weights]
+            engines += [RoutedEngine(routed, one, policy, decision) for one in weights]
         elif name == "torch":
-            engines.append(RoutedEngine(routed))
+            engines.append(RoutedEngine(routed, decision=decision))
         else:
             engines.append(Engine(dense) if name == "transformers" else CompiledEngine(dense))
     return engines

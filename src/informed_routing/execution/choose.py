@@ -50,6 +50,8 @@ def choose_engine(
         return EngineChoice(weights, "kv='drop' needs a torch engine")
     if not kind("rules", decision).causal:
         return EngineChoice(weights, f"the {decision} of a sequence needs a torch engine")
+    if kind("rules", decision).held and not kind_of(model.device).holds:
+        return EngineChoice(weights, f"it knows no {decision} rule on this device")
     return EngineChoice(weights, native_reason(model, progress))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..progress import Progress
+from ..routing.history import History
 from ..routing.limits import Balance
 from ..routing.state import RoutingState
 from .formats import Weights
@@ -63,6 +64,11 @@ class NativeEngine(Protocol):
         ...
 
     @property
+    def holds(self) -> bool:
+        """Whether it knows rules that are held to what a text has approximated before."""
+        ...
+
+    @property
     def phases(self) -> tuple[str, ...]:
         """The parts of a forward whose time `profiled` tells; none where the engine cannot tell."""
         ...
@@ -94,12 +100,13 @@ class NativeEngine(Protocol):
         *,
         keep: int = 0,
         forced: Tensor | None = None,
+        history: History | None = None,
     ) -> Tensor:
         """Logits [B, keep, vocabulary] of the last `keep` positions, or normed hidden states [B, N, d].
 
         `embeddings` [B, N, d]; `rope` is (cos, sin), each [B or 1, N, head_dim]; `cache` must be accepted and gets the
-        new keys. `forced` bool [units, B, N] replaces the routers' choices. Raises InputError for a cache of another
-        batch size.
+        new keys. `forced` bool [units, B, N] replaces the routers' choices. An engine that `holds` takes the `history`
+        of the texts under a rule that is held, and adds to it. Raises InputError for a cache of another batch size.
         """
         ...
 
@@ -117,6 +124,9 @@ class NativeEngine(Protocol):
 
 class EngineKind(Protocol):
     """One row of the table of engines in choose.py: which models an engine can run, and how it is made."""
+
+    holds: bool
+    """`NativeEngine.holds` of what it makes."""
 
     def reason(self, model: Any, progress: Progress | None) -> str | None:
         """Why there is no engine for a model here; None when there is. Compiles it if need be, saying so."""

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ..errors import InputError
 from ..models.calls import length_after_crop
+from .history import class_of
 
 Layer = TypeVar("Layer", bound="EngineLayer")
 
@@ -90,7 +91,7 @@ def accepts(cache: Any) -> bool:
 
     if cache is None or is_packed(cache):
         return True
-    if type(cache) is not DynamicCache:
+    if class_of(cache) is not DynamicCache:
         return False
     # Sliding layers that hold something have forgotten keys: their places are not those of an engine.
     empty = cache.get_seq_length() == 0

@@ -21,6 +21,7 @@ from .changes import identity
 from .choose import make_engine
 from .engine import NativeEngine, Policy
 from .formats import Weights
+from .history import history_of, keep_history
 from .kv_layers import accepts, is_packed, use_plain
 from .rows import Rows
 
@@ -145,7 +146,7 @@ def may_run(model: Any) -> bool:
         return False
     if state.observer is not None or state.record_margins or state.kv != "keep":
         return False
-    return state.decision.by_margin
+    return state.decision.by_margin or state.decision.held
 
 
 @dataclass
@@ -165,9 +166,13 @@ class Plan:
         past = 0 if self.cache is None else self.cache.get_seq_length()
         places = torch.arange(past, past + length, device=device)[None] if self.places is None else self.places
         rope = model.decoder.rotary_emb(self.embeddings.float(), position_ids=places)
+        held = state.decision.held and forced is None
+        history = history_of(self.cache, self.engine.units, len(self.embeddings)) if held else None
         output = self.engine.forward(
-            self.embeddings, rope, self.rows, self.cache, state, stats, keep=keep, forced=forced
+            self.embeddings, rope, self.rows, self.cache, state, stats, keep=keep, forced=forced, history=history
         )
+        if history is not None:
+            keep_history(self.cache, history, length)
         stats.add_tokens(
             length, past, self.rows.start, self.rows.valid, routed=not state.dense, original=state.original
         )
@@ -204,6 +209,8 @@ def plan(model: Any, call: Call) -> Plan | None:
         return None
     engine = model.routing_state.native.ready(model, further=past > 0)
     if engine is None or engine.leaves_to_torch(batch * length):
+        return None
+    if model.routing_state.decision.held and not engine.holds:
         return None
     embeddings = model.decoder.embed_tokens(call.tokens) if call.embeddings is None else call.embeddings
     if cache is None and (model.config.use_cache if call.use_cache is None else call.use_cache):

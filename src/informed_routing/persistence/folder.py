@@ -29,7 +29,7 @@ from ..files.atomic import disk_error, write_several
 from ..models.fingerprint import mismatch
 from .adapter_folder import Adapter, check_numbers
 from .base_location import path_between
-from .context_thresholds import AUTO_FILE, table_of, with_contexts, without_contexts
+from .later_columns import AUTO_FILE, columns_of, with_columns, without_columns
 from .load_options import HubOptions
 
 CONFIG_FILE = "routing_config.json"
@@ -102,14 +102,14 @@ def save(model: Any, folder: Path, tensors: dict[str, Tensor] | None = None, *, 
     config = config.model_copy(update={"base_model": base})
 
     def write(building: Path) -> None:
-        auto = json.dumps({**_AUTO_CONFIG, **table_of(config)}, indent=2) + "\n"
+        auto = json.dumps({**_AUTO_CONFIG, **columns_of(config)}, indent=2) + "\n"
         (building / AUTO_FILE).write_text(auto, encoding="utf-8")
         (building / f"{MODULE}.py").write_text(_MODULE_TEXT, encoding="utf-8")
         if getattr(model, "generation_config", None) is not None:
             text = model.generation_config.to_json_string()
             (building / GENERATION_FILE).write_text(text, encoding="utf-8")
         save_file(ready, str(building / TENSOR_FILE), metadata={"format": "pt"})
-        (building / CONFIG_FILE).write_text(without_contexts(config), encoding="utf-8")
+        (building / CONFIG_FILE).write_text(without_columns(config), encoding="utf-8")
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -172,7 +172,7 @@ def read_config(folder: Path) -> RoutingConfig:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}", AGAIN) from None
-    config = with_contexts(RoutingConfig.from_json(text, str(path)), folder, AGAIN)
+    config = with_columns(RoutingConfig.from_json(text, str(path)), folder, AGAIN)
     wrong = _nonsense(config)
     if wrong:
         raise InputError(f"{path} is damaged: {wrong}", AGAIN)

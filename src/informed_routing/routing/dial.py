@@ -28,6 +28,20 @@ def thresholds_by_context(config: RoutingConfig, sparsity: float, budget: Budget
     return tuple((c, a + part * (b - a)) for c, a, b in zip(contexts, first, second, strict=True))
 
 
+def shares_by_unit(config: RoutingConfig, sparsity: float, budget: Budget | None = None) -> tuple[float, ...]:
+    """The share of tokens that each unit approximated of the calibration text at a sparsity.
+
+    Raises InputError where the table does not say, which those of earlier versions do not.
+    """
+    (low, high), part = _between(config, sparsity, budget)
+    if not (low.by_unit and high.by_unit):
+        raise InputError(
+            "the threshold table has no shares of single units: it is of an earlier version",
+            "Make a new one: informed-routing calibrate DIR --data TEXT --out NEW",
+        )
+    return tuple(a + part * (b - a) for a, b in zip(low.by_unit, high.by_unit, strict=True))
+
+
 def _between(
     config: RoutingConfig, sparsity: float, budget: Budget | None
 ) -> tuple[tuple[ThresholdRow, ThresholdRow], float]:

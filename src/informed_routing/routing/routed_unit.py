@@ -125,7 +125,10 @@ class RoutedUnit(nn.Module):
             logits = _with_margin(logits, first, torch.inf)
         if state.ranks and state.forward.valid is not None:
             logits = _with_margin(logits, ~state.forward.valid, -torch.inf)
-        gate = state.decision.decide(logits, self.index, state.forward.contexts)
+        if state.decision.held:
+            gate = state.decision.decide_after(logits, self.index, state.forward.contexts, state.forward.history)
+        else:
+            gate = state.decision.decide(logits, self.index, state.forward.contexts)
         if state.forward.valid is not None:
             gate = gate & state.forward.valid if gate.dtype == torch.bool else gate * state.forward.valid
         state.forward.gates[self.index] = gate

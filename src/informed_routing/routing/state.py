@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from .decision import AlwaysExecute, DecisionRule
+from .history import History
 from .rules.base import as_rule
 
 Execution = Literal["masked", "sparse", "native"]
@@ -84,6 +85,8 @@ class Forward:
     """[B, N] bool; None when no token is padding."""
     contexts: Tensor | None = None
     """[B, N]: keys visible to each token, itself included; 0 for padding."""
+    history: History | None = None
+    """What the texts of this forward have approximated before, where the decision rule is held to shares of it."""
     modules_whole: bool = False
     """Whether it must call the base model's attentions as they are, for what they also return."""
     layer_input: Tensor | None = None

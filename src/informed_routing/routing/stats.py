@@ -110,6 +110,12 @@ class RoutingStats:
             return 0.0
         return 1.0 - float(self.executed[picked].sum()) / (self.tokens * int(picked.sum()))
 
+    def shares_by_unit(self) -> tuple[float, ...]:
+        """Share of the counted tokens that each unit approximated."""
+        if not self.tokens:
+            return (0.0,) * len(self.costs)
+        return tuple(round(1.0 - float(executed) / self.tokens, 5) for executed in self.executed)
+
     def unit_macs(self, *, dense: bool) -> Tensor:
         """[units] float64: MACs of the counted tokens, or what they had been had all of them been executed."""
         always, execute, per_key = (self.column(name) for name in ("always", "execute", "per_key"))

@@ -37,7 +37,7 @@ def decide(model: Any, cell: Cell, rows: Tensor, progress: Progress) -> dict[str
         following, row = realise(model, rows, cell.sparsity, cell.budget, place)  # type: ignore[arg-type]
         miss = abs(getattr(row, cell.budget) - cell.sparsity)
         if miss < best["miss"]:
-            best = {"decision": "threshold", "miss": miss, **row.model_dump(exclude={"by_context"})}
+            best = {"decision": "threshold", "miss": miss, **row.model_dump(exclude={"by_context", "by_unit"})}
         progress.advance(attempt + 1, realised=getattr(row, cell.budget))
         if miss <= CLOSE:
             break

@@ -178,7 +178,10 @@ class _Text:
         shares = {key: getattr(measured, key) + whole[key] - part[key] for key in whole}
         for key in ("units", "attention", "ffn"):
             shares[key] = min(max(shares[key], 0.0), 1.0)
-        return ThresholdRow(threshold=rule.value, by_context=rule.by_context, **shares)
+        by_unit = torch.tensor(measured.by_unit) + self._by_unit(near.margins, rule)
+        by_unit -= self._by_unit(self._of_part(near.margins), rule)
+        held = tuple(round(float(share), 5) for share in by_unit.clamp(0, 1))
+        return ThresholdRow(threshold=rule.value, by_context=rule.by_context, by_unit=held, **shares)
 
     def _with_one_for_all(self, target: float, measured: Measured) -> Measured:
         """The same with the one threshold for all contexts that realises as much of the text as a whole."""
@@ -208,9 +211,13 @@ class _Text:
         """The threshold of each token of margins [U, T]: [T]."""
         return rule.limits(torch.arange(1, self.length + 1)).repeat(margins.shape[1] // self.length)
 
+    def _by_unit(self, margins: Tensor, rule: Threshold) -> Tensor:
+        """Share of tokens that each unit would approximate: [U]."""
+        return (margins <= self._limits(rule, margins)).float().mean(1)
+
     def _shares(self, margins: Tensor, rule: Threshold) -> dict[str, float]:
         """What margins predict under another rule."""
-        approximated = (margins <= self._limits(rule, margins)).float().mean(1)
+        approximated = self._by_unit(margins, rule)
         attention, ffn = float(approximated[self.attention].mean()), float(approximated[~self.attention].mean())
         return {
             "units": float(approximated.mean()),

@@ -104,7 +104,13 @@ def shares_of(stats: RoutingStats, threshold: float, gains: object) -> Threshold
     attention, ffn = stats.shares("attention"), stats.shares("ffn")
     latency = gains.saved(attention, ffn) if gains is not None else 0.0  # type: ignore[attr-defined]
     return ThresholdRow(
-        threshold=threshold, units=stats.shares(), attention=attention, ffn=ffn, macs=stats.saved(), latency=latency
+        threshold=threshold,
+        units=stats.shares(),
+        attention=attention,
+        ffn=ffn,
+        macs=stats.saved(),
+        latency=latency,
+        by_unit=stats.shares_by_unit(),
     )
 
 

@@ -13,7 +13,9 @@ from transformers.cache_utils import Cache
 
 from ...errors import InputError
 from ...models.families import family_of
+from ...routing.history import History
 from ...routing.limits import Balance
+from ...routing.rules.held import SOFT
 from ...routing.state import GateBlock, RoutingState
 from ..changes import PAGE, content, copied, identity
 from ..engine import Policy
@@ -43,6 +45,7 @@ class CpuEngine:
     """
 
     phases = PHASES
+    holds = True
 
     def __init__(
         self, model: Any, weights: Packed = "float32", threads: int | None = None, policy: Policy = "exact"
@@ -184,11 +187,13 @@ class CpuEngine:
         *,
         keep: int = 0,
         forced: Tensor | None = None,
+        history: History | None = None,
     ) -> Tensor:
         """Logits float32 [B, keep, vocabulary] of the last `keep` positions, or normed hidden states [B, N, d].
 
         `embeddings` [B, N, d] are read, not changed; `rope` is (cos, sin), each [B or 1, N, head_dim]. `cache` must
-        be accepted (see `accepts`); it gets the new keys. `forced` bool [units, B, N] replaces the routers' choices.
+        be accepted (see `accepts`); it gets the new keys. `forced` bool [units, B, N] replaces the routers' choices;
+        a rule that is `held` needs the `history` of the texts, to which the call's tokens are added.
         Raises InputError for a cache of another batch size and tables of another length: C++ would not notice.
         """
         batch, length, d = embeddings.shape
@@ -206,6 +211,8 @@ class CpuEngine:
         values = pointers(*[None if layer.values is None else layer.values.data_ptr() for layer in layers])
         decision = state.decision
         limits = None if decision.dense else decision.limits(rows.contexts(past, length)).contiguous()
+        held: Any = decision if history is not None else None
+        shares = None if held is None else torch.tensor(held.shares, dtype=torch.float32)
         call = Call(
             hidden=hidden.data_ptr(),
             cos=cos.data_ptr(),
@@ -216,6 +223,8 @@ class CpuEngine:
             values=ctypes.addressof(values),
             forced=None if forced is None else forced.data_ptr(),
             limits=None if limits is None else limits.data_ptr(),
+            shares=None if shares is None else shares.data_ptr(),
+            approximated=None if history is None else history.approximated.data_ptr(),
             gates=gates.data_ptr(),
             executed=stats.executed.data_ptr(),
             executed_keys=stats.executed_keys.data_ptr(),
@@ -230,6 +239,8 @@ class CpuEngine:
             capacity=cast(Tensor, layers[0].values).shape[2],
             keep=keep,
             dense=2 if decision.original else int(decision.dense),
+            gain=0.0 if held is None else held.gain,
+            soft=SOFT,
         )
         self.library.ir_forward(ctypes.byref(self.model), ctypes.byref(call), self._scratch)
         for layer in self._keeping(layers, state.original):

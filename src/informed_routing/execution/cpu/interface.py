@@ -80,16 +80,17 @@ class Call(ctypes.Structure):
 
     _fields_ = (
         *((name, _pointer) for name in ("hidden", "cos", "sin", "valid", "start", "keys", "values", "forced")),
-        ("limits", _pointer),
+        *((name, _pointer) for name in ("limits", "shares", "approximated")),
         *((name, _pointer) for name in ("gates", "margins", "executed", "executed_keys", "calls")),
         *((name, _pointer) for name in ("normed", "logits", "seconds")),
         ("prices", Prices),
         *((name, _int) for name in ("batch", "length", "past", "capacity", "keep", "dense")),
+        *((name, ctypes.c_float) for name in ("gain", "soft")),
     )
 
 
 ABI: dict[str, int | None] = {
-    "ABI": 3,
+    "ABI": 4,
     **{part.__name__: ctypes.sizeof(part) for part in (Linear, Routing, Layer, Model, Prices, Call)},
     "OUTCOMES": len(OUTCOMES),
     "PHASES": len(PHASES),

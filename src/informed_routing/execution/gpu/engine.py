@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 
 from ...errors import InputError
 from ...models.families import family_of
+from ...routing.history import History
 from ...routing.state import GateBlock, RoutingState
 from ..changes import identity, norms
 from ..engine import NO_TARGET, Policy
@@ -42,6 +43,7 @@ class GpuEngine:
     saying why, for models that it cannot run.
     """
 
+    holds = False
     phases: tuple[str, ...] = ()  # a recorded step is one launch, of which no parts can be timed
     torch_prefill = False
 
@@ -130,13 +132,16 @@ class GpuEngine:
         *,
         keep: int = 0,
         forced: Tensor | None = None,
+        history: History | None = None,
     ) -> Tensor:
         """Logits [B, keep, vocabulary] of the last `keep` positions, or normed hidden states [B, N, d].
 
         `embeddings` [B, N, d]; `rope` is (cos, sin), each [B or 1, N, head_dim]; `cache` must be accepted and gets the
         new keys. `forced` bool [units, B, N] replaces the routers' choices, which are computed all the same. Single
-        tokens are replayed as a CUDA graph. Raises InputError for a cache of another batch size.
+        tokens are replayed as a CUDA graph. Raises InputError for a cache of another batch size, and for a `history`.
         """
+        if history is not None:
+            raise InputError("the GPU engine has no held rules", "Use execution='sparse'")
         batch, length, d = embeddings.shape
         if len(rows.start) != batch:
             raise InputError(f"{len(rows.start)} sequences are described, {batch} given", "Give one start for each")

@@ -15,6 +15,8 @@ from .availability import native_reason
 class GpuKind:
     """See `EngineKind`."""
 
+    holds = False
+
     def reason(self, model: Any, progress: Progress | None) -> str | None:
         return native_reason(model, progress)
 

@@ -16,6 +16,7 @@ from ..margins import margin_of
 if TYPE_CHECKING:
     from ...config.folder import RoutingConfig
     from ...config.parts import Budget
+    from ..history import History
     from ..routed_unit import RoutedUnit
 
 
@@ -35,6 +36,8 @@ class DecisionRule(ABC):
     """Gates are boolean and the same each time: what is not executed need not be computed, in training, too."""
     random: ClassVar[bool] = False
     """Gates are drawn anew each time."""
+    held: ClassVar[bool] = False
+    """A gate depends on earlier gates of the same text and unit: `decide_after` is asked, token by token."""
 
     @property
     def threshold(self) -> float | None:
@@ -70,6 +73,10 @@ class DecisionRule(ABC):
         `contexts` [...]: keys that each token sees, itself included; 0 for padding.
         """
         return self(logits)
+
+    def decide_after(self, logits: Tensor, unit: int, contexts: Tensor | None, history: History | None) -> Tensor:
+        """The gate [B, N] of the unit, of rules that are `held`; what it approximates is added to the history."""
+        return self.decide(logits, unit, contexts)
 
 
 class NamedRule(DecisionRule):

@@ -356,7 +356,7 @@ void reserve(const Model& m, const Call& c, Scratch& s) {
         s.states.resize(parts * 4 * height);
     }
     s.gate.resize(rows);
-    s.scales.resize(rows);
+    s.scales.resize(rows), s.margins.resize(rows);
     s.place.resize(rows);
     s.executed.reserve(rows), s.approximated.reserve(rows);
     s.first.resize(c.batch + 1);

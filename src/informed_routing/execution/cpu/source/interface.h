@@ -3,7 +3,7 @@
 #include "linear.h"
 
 // Counts the meanings of what is below: raise it, here and there, when a field means something else.
-constexpr int32_t ABI = 3;
+constexpr int32_t ABI = 4;
 
 struct Routing {
     Linear router_in;         // hidden layer of an mlp or low-rank router; n = 0 for a linear one
@@ -52,6 +52,8 @@ struct Call {
     void** values;           // per layer: [B, kv_heads, capacity, head_dim]
     const uint8_t* forced;   // [units, B N] gates to use whatever the routers say, or null
     const float* limits;     // [B N]: the margin above which a row executes; null where all do
+    const float* shares;     // [units]: what each is held to approximate of every text, or null
+    int32_t* approximated;   // [units, B]: how many tokens before these it has; these are added. With `shares` only
     uint8_t* gates;          // [units, B N] or null
     float* margins;          // [units, B N] or null
     double* executed;        // [units]: counts are added
@@ -63,6 +65,7 @@ struct Call {
     Prices prices;
     int32_t batch, length, past, capacity, keep;
     int32_t dense;  // 1: all that is routed executes; 2: static layers, too
+    float gain, soft;  // of `shares`: see routing/rules/held.py
 };
 
 // Prices are good to a few percent: a smaller saving may be none, and the text is better without it.

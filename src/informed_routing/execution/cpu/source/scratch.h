@@ -29,7 +29,7 @@ struct Buffer {
 struct Scratch {
     Buffer x, q, kv, mixed, h, z, router, partial;
     Aligned<bf16> stacks;  // executed rows, filled up to whole tiles, then approximated ones
-    std::vector<float> scales;
+    std::vector<float> scales, margins;
     std::vector<uint8_t> gate;
     std::vector<int32_t> executed, approximated, first, place;
     std::vector<Partial> states;

@@ -71,6 +71,7 @@ struct Selecting {
                 else if (early || r.router_residual) margin += dot(read + at, r.router_out, d);
                 else margin += normed_dot(c.hidden + at, s.scales[i], norm, r.router_out, d);
                 gate = margin > c.limits[i];
+                if (c.shares) s.margins[i] = margin;
                 if (c.margins) c.margins[(size_t)unit * rows + i] = margin;
                 if (c.forced) gate = c.forced[(size_t)unit * rows + i];
                 if (c.valid && !c.valid[i]) gate = 0;
@@ -79,7 +80,10 @@ struct Selecting {
         }
 #pragma omp barrier
 #pragma omp single
-        select(unit, decides);
+        {
+            if (decides && c.shares && !c.forced) hold(unit);
+            select(unit, decides);
+        }
         const int n = (int)s.executed.size();
         pack(norm, early, !early && !(all_read_stacks(executing, n) && all_read_stacks(approximating, rows - n)));
     }
@@ -118,6 +122,22 @@ struct Selecting {
         }
 #pragma omp barrier
 #endif
+    }
+
+    // Gates of a unit that is held to its share of each text: one token after the other, by what it owes.
+    void hold(int unit) {
+        const float share = c.shares[unit];
+        for (int b = 0; b < c.batch; b++) {
+            int32_t& count = c.approximated[(size_t)unit * c.batch + b];
+            for (int t = 0; t < c.length; t++) {
+                const int i = b * c.length + t;
+                if (c.valid && !c.valid[i]) continue;
+                const float before = (float)(c.past + t - c.start[b]);
+                const float owed = share * before - (float)count;
+                s.gate[i] = s.margins[i] > c.limits[i] + c.gain * owed / (before + c.soft);
+                count += !s.gate[i];
+            }
+        }
     }
 
     void select(int unit, bool decides) {

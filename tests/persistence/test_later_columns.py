@@ -1,4 +1,4 @@
-"""Thresholds by context in a folder: kept, refused where damaged, and unknown to versions that know none."""
+"""Thresholds by context and shares of units in a folder: kept, refused where damaged, unknown to earlier versions."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from informed_routing.persistence.folder import read_config
 from informed_routing.routed_model import RoutedModelForCausalLM
 
 EARLIER = {"threshold", "units", "attention", "ffn", "macs", "latency"}
-"""All that versions without thresholds by context know of a row."""
+"""All that versions without these columns know of a row."""
 
 
 def _row(share: float, threshold: float, *by_context: tuple[int, float]) -> ThresholdRow:
     shares = {"units": share, "attention": share, "ffn": share, "macs": share}
-    return ThresholdRow(threshold=threshold, by_context=by_context, **shares)
+    return ThresholdRow(threshold=threshold, by_context=by_context, by_unit=(share, 1 / 3) * 3, **shares)
 
 
 TABLE = (_row(0.0, -3.7, (1, -3.1), (17, -5.2)), _row(0.4, 0.1 + 0.2, (1, 1 / 3), (17, -1.0)))
@@ -63,6 +63,7 @@ def test_a_folder_without_them_has_one_threshold_for_all(saved: Path) -> None:
     del content["thresholds_by_context"]
     path.write_text(json.dumps(content))
     assert _load(saved).routing_state.decision.threshold == pytest.approx(-1.7)
+    assert _load(saved).routing_config.thresholds[0].by_unit == TABLE[0].by_unit
     path.unlink()
     assert _load(saved).routing_state.decision.threshold == pytest.approx(-1.7)
 
@@ -76,6 +77,7 @@ def test_a_row_that_was_replaced_since_has_one_threshold(saved: Path) -> None:
     rows = read_config(saved).thresholds
     assert rows[0] == TABLE[0]
     assert rows[1].by_context == ()
+    assert rows[1].by_unit == ()
 
 
 @pytest.mark.parametrize(
@@ -95,4 +97,12 @@ def test_nonsense_is_refused(saved: Path, table: Any) -> None:
     path = saved / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "thresholds_by_context": table}))
     with pytest.raises(InputError, match=r"config\.json is damaged"):
+        _load(saved)
+
+
+@pytest.mark.parametrize("table", [7, [[-3.7, [0.1]]], [[-3.7, [0.1] * 5 + [1.5]]], [[-3.7, [0.1] * 5 + ["x"]]]])
+def test_shares_that_are_none_are_refused(saved: Path, table: Any) -> None:
+    path = saved / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "shares_by_unit": table}))
+    with pytest.raises(InputError, match=r"config\.json is damaged: shares_by_unit"):
         _load(saved)

@@ -1,0 +1,22 @@
+"""What the units of a model have approximated of the texts of a batch so far: what a held rule owes its share to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class History:
+    """Counts for the `length` places that a cache holds of each text, padding included."""
+
+    approximated: Tensor
+    """int32 [units, B], on the host."""
+    length: int = 0
+
+    @classmethod
+    def empty(cls, units: int, batch: int) -> History:
+        """Of texts that are about to begin."""
+        return cls(torch.zeros(units, batch, dtype=torch.int32))
