@@ -130,7 +130,7 @@ def _routing_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory)
             routed(input_ids=rows, use_cache=False)
         stats = routed.routing_stats()
         shares = {key: stats[key] for key in ("units", "attention", "ffn", "macs")}
-        table.append(ThresholdRow(threshold=threshold, **shares))
+        table.append(ThresholdRow(threshold=threshold, by_unit=routed.stats.shares_by_unit(), **shares))
     routed.with_thresholds(tuple(table), "units", 0.25, 64)
     folder = tmp_path_factory.mktemp("routed")
     routed.save_pretrained(folder)

@@ -51,6 +51,44 @@ def test_generate_says_which_engine_runs(
     assert reason in line
 
 
+@needs_compiler
+@pytest.mark.parametrize("command", ["generate", "evaluate", "benchmark"])
+def test_a_text_is_held_to_the_share(
+    run: Run, routing_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    from informed_routing.routed_model import RoutedModelForCausalLM
+
+    chosen: list[str | None] = []
+    original = RoutedModelForCausalLM.set_sparsity
+
+    def spy(self: Any, sparsity: float, budget: Any = None, decision: str | None = None) -> None:
+        original(self, sparsity, budget, decision)
+        chosen.append(decision if sparsity else "dense")
+
+    monkeypatch.setattr(RoutedModelForCausalLM, "set_sparsity", spy)
+    rest: dict[str, list[object]] = {
+        "generate": ["--prompt", "the river", "-n", 3],
+        "evaluate": ["--data", text_file, "--split", "all", "--sequence-length", 32, "--execution", "native"],
+        "benchmark": ["--data", text_file, *SMALL, "--engine", "native", "--engine", "torch"],
+    }
+    arguments = [command, routing_folder, *rest[command], "--sparsity", 0.3, "--hold", "--dtype", "float32"]
+    outcome = run(*arguments, "--json", "-", "-q")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["result"]["engine"]["name"].startswith("native")
+    assert set(chosen[1:]) - {"dense"} == {"held"}  # the first is how a folder is loaded
+    if command == "evaluate":
+        assert outcome.json["result"]["runs"][0]["sparsity"]["units"] == pytest.approx(0.3, abs=0.04)
+
+
+def test_a_table_without_shares_of_units_cannot_hold(run: Run, routing_folder: Path) -> None:
+    path = routing_folder / "config.json"
+    content = json.loads(path.read_text())
+    del content["shares_by_unit"]
+    path.write_text(json.dumps(content))
+    error = run("generate", routing_folder, "--prompt", "the river", "-s", 0.3, "--hold").one_line_error()
+    assert "informed-routing calibrate" in error
+
+
 def test_where_the_native_engine_cannot_run_the_reason_is_said(
     run: Run, routing_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
