@@ -9,7 +9,8 @@ point. On held-out rows of 512 tokens of each text: seconds of prefill and of de
 settings in turns with the dense base model, and perplexity by the same engine on more such rows. Speed-ups are ratios
 of sums over the timed rows; perplexities are ratios to the dense model. The table reads each curve at the asked
 speed-ups by a line through the points around them (log perplexity over log speed-up), which begins at the dense model;
-it never goes beyond a curve's end. Run it on an idle machine.
+it never goes beyond a curve's end. A sliced model, which the engine does not run, is granted the speed-up that its
+multiply-accumulates would give, more than any engine has. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -40,21 +41,27 @@ from informed_routing.routed_model import RoutedModelForCausalLM
 OF_LEVERS = """
 The models are those of `benchmarks/levers.py`; `slim-1000` is `demo:smollm2-135m-routed`. `pruned-N` lacks N layers
 (`prune --method shortened-ppl --recovery-steps 150 --batch-size 2` on the same text, `pruned-N-1000` with 1,000 steps):
-LoRA merged into its weights, which routed models leave as they are unless they have an adapter.
+LoRA merged into its weights, which routed models leave as they are unless they have an adapter. `slicegpt-S` is
+`prune --method slicegpt --sparsity S` with the same recovery, its speed-up granted by its multiply-accumulates.
 """
 SPEEDUPS = (1.25, 1.5, 2.0)
 SETTINGS = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
 
 
 class Point:
-    """One model at one setting of its dial, in the native engine."""
+    """One model at one setting of its dial, in the native engine; or one in torch, with a `granted` speed-up."""
 
-    def __init__(self, name: str, model: Any, engine: RoutedEngine, sparsity: float) -> None:
-        self.name, self.model, self.engine, self.sparsity = name, model, engine, sparsity
+    def __init__(self, name: str, model: Any, engine: RoutedEngine | None, sparsity: float, granted: float = 0) -> None:
+        self.name, self.model, self.engine, self.sparsity, self.granted = name, model, engine, sparsity, granted
         self.begins = False  # whether a curve begins here: the dense model with the same adapter
 
+    @property
+    def timed(self) -> RoutedEngine:
+        assert self.engine is not None
+        return self.engine
+
     def use(self) -> None:
-        self.engine.use(self.sparsity, None)
+        self.timed.use(self.sparsity, None)
 
 
 def points_of(name: str, folder: str, weights: str, dtype: torch.dtype = torch.float32) -> list[Point]:
@@ -71,6 +78,9 @@ def points_of(name: str, folder: str, weights: str, dtype: torch.dtype = torch.f
         return points
     static = Path(folder).is_dir() and is_static_folder(folder)
     base = load_static(folder)[0] if static else load_model(folder, dtype=dtype)[0]
+    report = json.loads((Path(folder) / "pruning.json").read_text())["report"] if static else {}
+    if report.get("width"):
+        return [Point(name, base.to(dtype).eval(), None, 0.0, report["before"]["macs"] / report["after"]["macs"])]
     model = RoutedModelForCausalLM.attach(base.to(dtype))
     return [Point(name, model, RoutedEngine(model, weights), 0.0)]
 
@@ -81,10 +91,10 @@ def seconds(points: list[Point], rows: Tensor, new: int, repeats: int) -> dict[s
     PROGRESS.stage("rows timed", len(rows))
     for done, row in enumerate(rows, start=1):
         ids = row[None]
-        work = {p.name: prefill_callable(p.engine, ids, p.use) for p in points}
+        work = {p.name: prefill_callable(p.timed, ids, p.use) for p in points}
         for name, timing in measure(work, repeats, 1).items():
             found[name]["prefill"] += timing.median
-        work = {p.name: decode_callable(p.engine, ids[:, :-new], ids[:, -new:], p.use) for p in points}
+        work = {p.name: decode_callable(p.timed, ids[:, :-new], ids[:, -new:], p.use) for p in points}
         for name, timing in measure(work, max(repeats // 2, 1), 1).items():
             found[name]["decode"] += timing.median
         PROGRESS.advance(done)
@@ -94,6 +104,11 @@ def seconds(points: list[Point], rows: Tensor, new: int, repeats: int) -> dict[s
 def quality(point: Point, texts: dict[str, Tensor]) -> dict[str, Any]:
     """Perplexity on each text, and what was approximated of it."""
     found: dict[str, Any] = {}
+    if point.engine is None:
+        for name, rows in texts.items():
+            found[name] = token_perplexity(point.model, rows, 1).token_perplexity
+            found[f"{name} shares"] = {"macs": 0.0}
+        return found
     point.use()
     for name, rows in texts.items():
         point.model.reset_routing_stats()
@@ -115,20 +130,22 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         name, _, folder = given.partition("=")
         points += points_of(name, folder, arguments.weights, dtype)
     with ExitStack() as unchanged:  # as text generation has it: weights are compared once, not at each step
-        for point in points:
-            unchanged.enter_context(point.engine.fixed())
-        times = seconds(points, timed, arguments.new_tokens, arguments.repeats)
+        run = [point for point in points if point.engine is not None]
+        for point in run:
+            unchanged.enter_context(point.timed.fixed())
+        times = seconds(run, timed, arguments.new_tokens, arguments.repeats)
     rows: list[dict[str, Any]] = []
     PROGRESS.stage("perplexity", len(points))
     for done, point in enumerate(points, start=1):
         found = quality(point, {name: some[: arguments.rows] for name, some in texts.items()})
-        speed = {phase: times["dense"][phase] / times[point.name][phase] for phase in ("prefill", "decode")}
+        own = times.get(point.name)
+        speed = {phase: times["dense"][phase] / own[phase] if own else point.granted for phase in ("prefill", "decode")}
         rows.append(
             {
                 "name": point.name,
                 "sparsity": point.sparsity,
                 "begins": point.begins,
-                "seconds": times[point.name],
+                "seconds": own,
                 **speed,
                 **found,
             }
