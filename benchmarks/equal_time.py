@@ -44,6 +44,10 @@ The models are those of `benchmarks/levers.py`; `slim-1000` is `demo:smollm2-135
 LoRA merged into its weights, which routed models leave as they are unless they have an adapter. `slicegpt-S` is
 `prune --method slicegpt --sparsity S` with the same recovery, its speed-up granted by its multiply-accumulates.
 """
+OF_OTHERS = """
+A base model beside the dense one is a single point: the line that is read from the dense model to it is one that no
+model lies on, as if there were a sibling of every size.
+"""
 SPEEDUPS = (1.25, 1.5, 2.0)
 SETTINGS = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
 
@@ -202,7 +206,7 @@ def page(result: dict[str, Any]) -> str:
     asked, machine = result["settings"], result["environment"]
     command = " ".join(
         [
-            *([] if asked["base"] == BASE else [f"--base {asked['base']}"]),
+            *([] if asked["base"] == BASE else [f"--base {asked['base']}", f"--dtype {asked['dtype']}"]),
             *(f"--text {text}" for text in asked["text"] if asked["text"] != list(TEXTS)),
             *asked["models"],
         ]
@@ -210,15 +214,15 @@ def page(result: dict[str, Any]) -> str:
     names = ", ".join(text.removeprefix("demo:") for text in asked["text"])
     return f"""# Quality at equal time
 
-Ratio of perplexity to the dense model on held-out text ({names}) over the measured speed-up: {asked["base"]} in
-the CPU engine in {asked["weights"]}, policy `exact`; prompts of 512 tokens, then {asked["new_tokens"]} decode steps.
+Ratio of perplexity to the dense model on held-out text ({names}) over the measured speed-up: {Path(asked["base"]).name}
+in the CPU engine in {asked["weights"]}, policy `exact`; prompts of 512 tokens, then {asked["new_tokens"]} decode steps.
 {machine["cpu"]}, {result["threads"]} threads, commit {machine["commit"]}. Speed-ups are against the same engine's dense
 forward, medians of {asked["repeats"]} runs in turns on {asked["timed"]} rows of each text; perplexities are of
 {asked["rows"]} rows of each. A line is read between the points that were measured, never beyond them; where a model has
 an adapter, its point 0 is the dense model with it.
 
 `python benchmarks/equal_time.py {command}`
-{OF_LEVERS if asked["base"] == BASE else ""}
+{OF_LEVERS if asked["base"] == BASE else OF_OTHERS}
 {table(result)}
 """
 
