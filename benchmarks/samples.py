@@ -87,7 +87,8 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     ids = prompts(tokenizer, arguments.prompts)
     rows: list[dict[str, Any]] = []
     for share in [0.0, *(float(s) for s in arguments.shares.split(","))]:
-        model.set_sparsity(share, "macs" if share else None)
+        held = share and arguments.hold
+        model.set_sparsity(share, "macs" if share else None, "held" if held else None)
         rows.append(row_of(f"{share:.0%}" if share else "dense", model, share, ids, tokenizer, arguments.shown))
     for given in arguments.beside:
         name, _, folder = given.partition("=")
@@ -96,7 +97,8 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         rows.append(row_of(name, other, 0.0, ids, tokenizer, arguments.shown))
     PROGRESS.done()
     texts = [tokenizer.decode(ids[i]) for i in range(0, len(ids), max(len(ids) // arguments.shown, 1))]
-    return {"environment": environment(), "model": arguments.model, "prompts": texts, "count": len(ids), "rows": rows}
+    about = {"model": arguments.model, "held": arguments.hold, "prompts": texts, "count": len(ids)}
+    return {"environment": environment(), **about, "rows": rows}
 
 
 def page(result: dict[str, Any]) -> str:
@@ -104,8 +106,8 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         "# Samples",
         "",
-        f"`{result['model']}`, greedy, {NEW} tokens after prompts of {PROMPT}, by the CPU engine in bfloat16",
-        "(`benchmarks/samples.py`).",
+        f"`{result['model']}`, greedy, {NEW} tokens after prompts of {PROMPT}, by the CPU engine in bfloat16,",
+        f"{'held to its shares' if result['held'] else 'by one threshold'} (`benchmarks/samples.py`).",
         "",
         f"Repetition over {result['count']} prompts:",
         "",
@@ -132,6 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="demo:smollm2-135m-routed")
     parser.add_argument("--shares", default="0.25,0.35,0.45")
+    parser.add_argument("--hold", action="store_true", help="every text to its share")
     parser.add_argument("--beside", action="append", default=[], metavar="NAME=FOLDER", help="a folder of `prune`")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--shown", type=int, default=20)

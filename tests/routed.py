@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from tests.tiny import make_tiny
+from tests.tiny import make_tiny, random_ids
 
 from informed_routing.baselines.dynamic import attach
 from informed_routing.config.parts import ForecasterConfig, RouterConfig
@@ -63,3 +64,47 @@ def execute(model: RoutedModelForCausalLM, execution: Any, policy: Any = "exact"
     if execution == "native" and build.compiler() is None:
         pytest.skip("no C++ compiler")
     model.set_execution(execution, policy=policy, weights=weights)
+
+
+def gates_of(model: Any, call: Callable[[], Any]) -> torch.Tensor:
+    """What a call decides: bool [units, B, N]."""
+    with torch.inference_mode():
+        call()
+    found = model.routing_state.forward.gates
+    return torch.stack([found[i] for i in range(len(model.units))])
+
+
+def decided_with_a_cache(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """Gates [units, B, N] of ids [B, N] given in parts, at last one by one, and the cache that they left."""
+    cache: Any = None
+    parts = []
+
+    def give(low: int, high: int) -> None:
+        nonlocal cache
+        cache = model(ids[:, low:high], past_key_values=cache, use_cache=True).past_key_values
+
+    for low, high in ((0, 2), (2, 11), *((i, i + 1) for i in range(11, ids.shape[1]))):
+        parts.append(gates_of(model, lambda low=low, high=high: give(low, high)))  # type: ignore[misc]
+    return torch.cat(parts, dim=2), cache
+
+
+def together_and_alone(model: Any, ids: torch.Tensor, pads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gates [units, N] of the second of two sequences, the first `pads` tokens of which are padding; and alone."""
+    mask = left_padded(ids, (0, pads))
+    together = gates_of(model, lambda: model(ids, attention_mask=mask))
+    alone = gates_of(model, lambda: model(ids[1:, pads:]))
+    assert not together[:, 1, :pads].any()
+    return together[:, 1, pads:], alone[:, 0]
+
+
+def logits_and_stats(rule: Callable[[RoutedModelForCausalLM], Any], execution: str) -> tuple[torch.Tensor, Any]:
+    """Logits of the real tokens of a padded batch, and what was counted, under a rule for the model."""
+    ids = random_ids(3, 30)
+    mask = left_padded(ids, (0, 4, 11))
+    model = make_routed("llama")
+    execute(model, execution)
+    model.set_decision(rule(model))
+    with torch.inference_mode():
+        assert model.runs_native is (execution == "native")
+        logits = model(ids, attention_mask=mask).logits
+    return logits[mask.bool()], model.routing_stats()

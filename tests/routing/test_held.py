@@ -5,12 +5,18 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from tests.routed import execute, left_padded, make_routed
+from tests.routed import (
+    decided_with_a_cache,
+    execute,
+    gates_of,
+    logits_and_stats,
+    make_routed,
+    together_and_alone,
+)
 from tests.tiny import random_ids
 from torch import Tensor
 
@@ -32,13 +38,6 @@ BASE = Threshold(0.1, ((1, 0.3), (9, -0.2)))
 def held(model: RoutedModelForCausalLM, base: Threshold = BASE) -> Held:
     """A rule whose shares differ between units."""
     return Held(base, tuple(0.1 + 0.08 * (unit % 8) for unit in range(len(model.units))), gain=6.0)
-
-
-def _gates(model: Any, call: Callable[[], Any]) -> Tensor:
-    with torch.inference_mode():
-        call()
-    found = model.routing_state.forward.gates
-    return torch.stack([found[i] for i in range(len(model.units))])
 
 
 def test_a_token_is_decided_by_what_is_owed_before_it() -> None:
@@ -78,53 +77,34 @@ def test_cached_text_is_decided_as_a_whole_one(family: str, execution: str) -> N
     model, ids = make_routed(family), random_ids(2, 24)
     execute(model, execution)
     model.set_decision(held(model))
-    whole = _gates(model, lambda: model(ids, use_cache=False))
+    whole = gates_of(model, lambda: model(ids, use_cache=False))
     assert 0 < float(whole.float().mean()) < 1
-    parts: list[Tensor] = []
-    cache: Any = None
-    for low, high in ((0, 2), (2, 11), *((i, i + 1) for i in range(11, 24))):
-        with torch.inference_mode():
-            cache = model(ids[:, low:high], past_key_values=cache, use_cache=True).past_key_values
-        gates = model.routing_state.forward.gates
-        parts.append(torch.stack([gates[i] for i in range(len(model.units))]))
-    assert torch.equal(torch.cat(parts, dim=2), whole)
+    found, cache = decided_with_a_cache(model, ids)
+    assert torch.equal(found, whole)
     assert torch.equal(cache.routing_history.approximated, (~whole).sum(2).int())
 
 
 @pytest.mark.parametrize("execution", ENGINES)
 def test_a_padded_sequence_is_decided_as_alone(execution: str) -> None:
-    model, ids = make_routed("llama"), random_ids(2, 20)
+    model = make_routed("llama")
     execute(model, execution)
     model.set_decision(held(model))
-    mask = left_padded(ids, (0, 7))
-    together = _gates(model, lambda: model(ids, attention_mask=mask))
-    alone = _gates(model, lambda: model(ids[1:, 7:]))
-    assert torch.equal(together[:, 1, 7:], alone[:, 0])
-    assert not together[:, 1, :7].any()
+    assert torch.equal(*together_and_alone(model, random_ids(2, 20), 7))
 
 
 def test_all_back_ends_agree() -> None:
-    ids = random_ids(3, 30)
-    mask = left_padded(ids, (0, 4, 11))
-    results = {}
-    for execution in ENGINES:
-        model = make_routed("llama")
-        execute(model, execution)
-        model.set_decision(held(model))
-        with torch.inference_mode():
-            assert model.runs_native is (execution == "native")
-            logits = model(ids, attention_mask=mask).logits
-        results[execution] = (logits[mask.bool()], model.routing_stats())
+    wanted, counted = logits_and_stats(held, "masked")
     for execution in ("sparse", "native"):
-        assert torch.allclose(results[execution][0], results["masked"][0], atol=1e-4)
-        assert results[execution][1] == results["masked"][1]
+        logits, stats = logits_and_stats(held, execution)
+        assert torch.allclose(logits, wanted, atol=1e-4)
+        assert stats == counted
 
 
 def test_a_text_goes_from_one_back_end_to_the_other() -> None:
     model, ids = make_routed("llama"), random_ids(2, 20)
     model.set_decision(held(model))
     execute(model, "masked")
-    whole = _gates(model, lambda: model(ids, use_cache=False))
+    whole = gates_of(model, lambda: model(ids, use_cache=False))
     cache, parts = None, []
     for execution, low, high in (("sparse", 0, 6), ("native", 6, 11), ("masked", 11, 12), ("native", 12, 20)):
         execute(model, execution)
@@ -141,14 +121,14 @@ def test_caches_take_their_history_with_them(execution: str) -> None:
     execute(model, execution)
     model.set_decision(held(model))
     texts = torch.cat([ids[[1, 0]], last], dim=1)
-    wanted = _gates(model, lambda: model(texts, use_cache=False))[:, :, 12:]
+    wanted = gates_of(model, lambda: model(texts, use_cache=False))[:, :, 12:]
 
     def begun() -> Any:
         with torch.inference_mode():
             return model(ids, use_cache=True).past_key_values
 
     def further(cache: Any) -> Tensor:
-        return _gates(model, lambda: model(last, past_key_values=cache, use_cache=True))
+        return gates_of(model, lambda: model(last, past_key_values=cache, use_cache=True))
 
     swapped = begun()
     swapped.reorder_cache(torch.tensor([1, 0]))
@@ -158,7 +138,7 @@ def test_caches_take_their_history_with_them(execution: str) -> None:
     picked = begun()
     picked.batch_select_indices(torch.tensor([1]))
     picked.batch_repeat_interleave(2)
-    again = _gates(model, lambda: model(last[[0, 0]], past_key_values=picked, use_cache=True))
+    again = gates_of(model, lambda: model(last[[0, 0]], past_key_values=picked, use_cache=True))
     assert torch.equal(again, wanted[:, [0, 0]])
     from transformers import DynamicCache
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
-from tests.routed import execute, left_padded, make_routed
+from tests.routed import (
+    decided_with_a_cache,
+    execute,
+    gates_of,
+    logits_and_stats,
+    make_routed,
+    together_and_alone,
+)
 from tests.tiny import random_ids
 
 from informed_routing.config.folder import RoutingConfig, ThresholdRow
@@ -45,57 +49,31 @@ def test_one_threshold_for_all_contexts_is_the_plain_rule() -> None:
     assert RULE.by_margin
 
 
-def _gates(model: Any, call: Callable[[], Any]) -> torch.Tensor:
-    with torch.inference_mode():
-        call()
-    found = model.routing_state.forward.gates
-    return torch.stack([found[i] for i in range(len(model.units))])
-
-
 @pytest.mark.parametrize("execution", ENGINES)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
 def test_cached_text_is_decided_as_a_whole_one(family: str, execution: str) -> None:
     model, ids = make_routed(family), random_ids(2, 24)
     execute(model, execution)
     model.set_decision(RULE)
-    whole = _gates(model, lambda: model(ids, use_cache=False))
+    whole = gates_of(model, lambda: model(ids, use_cache=False))
     assert 0 < float(whole.float().mean()) < 1
-    parts, cache = [], None
-    for low, high in ((0, 2), (2, 11), *((i, i + 1) for i in range(11, 24))):
-        with torch.inference_mode():
-            cache = model(ids[:, low:high], past_key_values=cache, use_cache=True).past_key_values
-        gates = model.routing_state.forward.gates
-        parts.append(torch.stack([gates[i] for i in range(len(model.units))]))
-    assert torch.equal(torch.cat(parts, dim=2), whole)
+    assert torch.equal(decided_with_a_cache(model, ids)[0], whole)
 
 
 @pytest.mark.parametrize("execution", ENGINES)
 def test_a_padded_sequence_is_decided_as_alone(execution: str) -> None:
-    model, ids = make_routed("llama"), random_ids(2, 20)
+    model = make_routed("llama")
     execute(model, execution)
     model.set_decision(RULE)
-    mask = left_padded(ids, (0, 7))
-    together = _gates(model, lambda: model(ids, attention_mask=mask))
-    alone = _gates(model, lambda: model(ids[1:, 7:]))
-    assert torch.equal(together[:, 1, 7:], alone[:, 0])
-    assert not together[:, 1, :7].any()
+    assert torch.equal(*together_and_alone(model, random_ids(2, 20), 7))
 
 
 def test_all_back_ends_agree() -> None:
-    ids = random_ids(3, 30)
-    mask = left_padded(ids, (0, 4, 11))
-    results = {}
-    for execution in ENGINES:
-        model = make_routed("llama")
-        execute(model, execution)
-        model.set_decision(RULE)
-        assert model.runs_native is False or execution == "native"
-        with torch.inference_mode():
-            logits = model(ids, attention_mask=mask).logits
-        results[execution] = (logits[mask.bool()], model.routing_stats())
+    wanted, counted = logits_and_stats(lambda _: RULE, "masked")
     for execution in ("sparse", "native"):
-        assert torch.allclose(results[execution][0], results["masked"][0], atol=1e-4)
-        assert results[execution][1] == results["masked"][1]
+        logits, stats = logits_and_stats(lambda _: RULE, execution)
+        assert torch.allclose(logits, wanted, atol=1e-4)
+        assert stats == counted
 
 
 def test_the_native_engine_runs_the_rule_itself() -> None:
