@@ -197,6 +197,21 @@ def test_generation_with_beams_and_samples(execution: str) -> None:
     assert torch.equal(beams, again)
 
 
+def test_it_is_not_for_training_nor_for_texts_without_a_history() -> None:
+    model, ids = make_routed("llama"), random_ids(1, 4)
+    execute(model, "native")
+    model.set_decision(held(model))
+    with pytest.raises(InputError, match="not for training"):
+        model.train()(ids)
+    model.eval()
+    engine = model.routing_state.native.of(model)
+    embeddings = model.decoder.embed_tokens(ids).detach()
+    rope = model.decoder.rotary_emb(embeddings, position_ids=torch.arange(4)[None])
+    rows = Rows(torch.zeros(1, dtype=torch.int32), None)
+    with pytest.raises(InputError, match="needs the history"):
+        engine.forward(embeddings, rope, rows, None, model.routing_state, model.stats)
+
+
 def test_engines_without_such_rules_refuse_them() -> None:
     model, ids = make_routed("llama"), random_ids(1, 4)
     engine = GpuEngine(model)

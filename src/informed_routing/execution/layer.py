@@ -129,10 +129,12 @@ def _contexts(call: calls.Call) -> Tensor:
 def _with_cache(decoder: Any, forward: Any, call: calls.Call) -> tuple[dict[str, Any], Any]:
     """The arguments of a call with the cache that it would make for itself, and that cache; None where it needs none.
 
-    Raises InputError for caches whose length says nothing of their text.
+    Raises InputError with dropped keys, whose cache does not say how long a text is, and in training.
     """
     if decoder.routing_state.kv == "drop":
         raise InputError("a held rule does not go with kv='drop'", "Use kv='keep', or decision='threshold'")
+    if decoder.training:  # a backward that computes a layer again would count its tokens twice
+        raise InputError("a held rule is not for training", "Call model.eval(), or use decision='threshold'")
     wanted = decoder.config.use_cache if call.use_cache is None else call.use_cache
     if call.cache is not None or not wanted:
         return call.given, call.cache

@@ -211,6 +211,8 @@ class CpuEngine:
         values = pointers(*[None if layer.values is None else layer.values.data_ptr() for layer in layers])
         decision = state.decision
         limits = None if decision.dense else decision.limits(rows.contexts(past, length)).contiguous()
+        if decision.held and forced is None and history is None:
+            raise InputError("a held rule needs the history of the texts", "Call the model, which keeps it")
         held: Any = decision if history is not None else None
         shares = None if held is None else torch.tensor(held.shares, dtype=torch.float32)
         call = Call(
