@@ -107,7 +107,7 @@ def page(result: dict[str, Any]) -> str:
         "# Samples",
         "",
         f"`{result['model']}`, greedy, {NEW} tokens after prompts of {PROMPT}, by the CPU engine in bfloat16,",
-        f"{'held to its shares' if result['held'] else 'by one threshold'} (`benchmarks/samples.py`).",
+        f"{'held to its shares' if result.get('held') else 'by thresholds'} (`benchmarks/samples.py`).",
         "",
         f"Repetition over {result['count']} prompts:",
         "",
@@ -116,12 +116,17 @@ def page(result: dict[str, Any]) -> str:
     ]
     for row in result["rows"]:
         realised = f"{row['realised']['macs']:.1%}" if row["realised"] else "-"
-        lines.append(f"| {row['name']} | {realised} | {row['repeated_runs']:.1%} | {row['loops']:.1%} |")
+        lines.append(f"| {_name(row)} | {realised} | {row['repeated_runs']:.1%} | {row['loops']:.1%} |")
     for i, prompt in enumerate(result["prompts"]):
         lines += ["", f"**{_plain(prompt)}**", ""]
         for row in result["rows"]:
-            lines.append(f"- {row['name']}: {_plain(row['texts'][i])}")
+            lines.append(f"- {_name(row)}: {_plain(row['texts'][i])}")
     return "\n".join(lines) + "\n"
+
+
+def _name(row: dict[str, Any]) -> str:
+    """Of a row, which in earlier results is its share."""
+    return str(row.get("name") or (f"{row['share']:.0%}" if row["share"] else "dense"))
 
 
 def _plain(text: str) -> str:
