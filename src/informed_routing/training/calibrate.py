@@ -28,6 +28,9 @@ from .margins import Measured, measure, predicted, quantile, ranges_of
 TOLERANCE = 0.015
 """How far from its target a row may be measured before it is placed once more: between rows the dial interpolates."""
 
+ATTEMPTS = 3
+"""How often at most."""
+
 PART = 4
 """Passes that only place a threshold read one row in this many."""
 
@@ -158,7 +161,9 @@ class _Text:
         place = self.place(near.margins, target)
         drifts = self._drifts(self.measure(self.part, place), near)
         measured = self.measure(self.rows, self.place(near.margins, target, drifts))
-        if max(abs(saved - target) for saved in measured.saved) > TOLERANCE:
+        for _ in range(ATTEMPTS):  # where much is approximated, each shift of a threshold moves margins further away
+            if max(abs(saved - target) for saved in measured.saved) <= TOLERANCE:
+                break
             measured = self.measure(self.rows, self.propose(target, measured))
         return self._with_one_for_all(target, measured)
 
