@@ -41,8 +41,7 @@ SmolLM2-135M, trained for 30 % of MACs saved, one seed: ratio of perplexity to t
 held-out Wikipedia / C4, at equal shares of MACs (`benchmarks/levers.py`). Runs of a million tokens and those that go on
 from them have books, code and manuals among their text, the others only Wikipedia and C4. `static` runs have three
 layers that no token executes. `latency` goes on from `slim-1000` with routers that are trained for 25 % of the time
-saved in place of MACs; `joint` goes on from `static-1000` for time, too, together with LoRA. Seconds are of one thread
-beside other work, those of `latency`, `static-1000` and `joint` of two.
+saved in place of MACs. Seconds are of one thread beside other work, those of `latency` and `static-1000` of two.
 """
 BASE = {
     "route.budget": "macs",
