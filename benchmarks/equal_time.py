@@ -2,6 +2,7 @@
 
     python benchmarks/equal_time.py slim=out/levers/slim pruned-4=out/pruned-4 --json docs/data/equal_time.json
     python benchmarks/equal_time.py --page docs/data/equal_time.json > docs/equal_time.md
+    python benchmarks/equal_time.py --text demo:wiki --text demo:c4 slim=out/levers/slim     # the texts by default
     python benchmarks/equal_time.py --base big.gguf --text demo:code --speedups 1.2,1.5 small=small.gguf routed=out/big
 
 Each NAME=FOLDER is a routing folder, measured over its dial, or a folder of `prune` or another base model, which is one
