@@ -2,8 +2,8 @@
 
     python benchmarks/equal_time.py slim=out/levers/slim pruned-4=out/pruned-4 --json docs/data/equal_time.json
     python benchmarks/equal_time.py --page docs/data/equal_time.json > docs/equal_time.md
-    python benchmarks/equal_time.py --text demo:wiki --text demo:c4 slim=out/levers/slim     # the texts by default
-    python benchmarks/equal_time.py --base big.gguf --text demo:code --speedups 1.2,1.5 small=small.gguf routed=out/big
+    python benchmarks/equal_time.py --text demo:wiki --text demo:c4 --text demo:code slim=out/levers/slim
+    python benchmarks/equal_time.py --base big.gguf --speedups 1.2,1.35,1.5 small=small.gguf routed=out/big
 
 Each NAME=FOLDER is a routing folder, measured over its dial, or a folder of `prune` or another base model, which is one
 point. On held-out rows of 512 tokens of each text: seconds of prefill and of decode steps behind it, all models and
@@ -205,14 +205,9 @@ def table(result: dict[str, Any]) -> str:
 def page(result: dict[str, Any]) -> str:
     """The result in Markdown, with how it came about."""
     asked, machine = result["settings"], result["environment"]
-    command = " ".join(
-        [
-            *([] if asked["base"] == BASE else [f"--base {asked['base']}", f"--dtype {asked['dtype']}"]),
-            *(f"--text {text}" for text in asked["text"] if asked["text"] != list(TEXTS)),
-            *asked["models"],
-        ]
-    )
-    names = ", ".join(text.removeprefix("demo:") for text in asked["text"])
+    command = " ".join([*_given(asked), *asked["models"]])
+    texts = asked.get("text", TEXTS)
+    names = ", ".join(text.removeprefix("demo:") for text in texts)
     return f"""# Quality at equal time
 
 Ratio of perplexity to the dense model on held-out text ({names}) over the measured speed-up: {Path(asked["base"]).name}
@@ -228,11 +223,27 @@ an adapter, its point 0 is the dense model with it.
 """
 
 
+def _given(asked: dict[str, Any]) -> list[str]:
+    """The options of a run that are not the defaults, as they were given."""
+    found = []
+    for action in _parser()._actions:
+        value = asked.get(action.dest)
+        value = tuple(value) if isinstance(value, list) else value
+        if not action.option_strings or value in (None, action.default, TEXTS):
+            continue
+        if action.dest == "text":
+            found += [f"--text {text}" for text in asked["text"]]
+        else:
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            found.append(f"{action.option_strings[0]} {shown}")
+    return found
+
+
 def _numbers(given: str) -> tuple[float, ...]:
     return tuple(float(one) for one in given.split(","))
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="NAME=FOLDER")
     parser.add_argument("--base", default=BASE)
@@ -246,7 +257,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="where to write the result")
     parser.add_argument("--page", type=Path, help="print the page of a result")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
     if arguments.page:
         print(page(json.loads(arguments.page.read_text())), end="")
         return

@@ -10,6 +10,7 @@ import torch
 from tests.tiny import make_tiny, random_ids
 
 from informed_routing.baselines.dynamic import attach
+from informed_routing.config.folder import RoutingConfig, ThresholdRow
 from informed_routing.config.parts import ForecasterConfig, RouterConfig
 from informed_routing.execution.cpu import build
 from informed_routing.routed_model import RoutedModelForCausalLM
@@ -64,6 +65,18 @@ def execute(model: RoutedModelForCausalLM, execution: Any, policy: Any = "exact"
     if execution == "native" and build.compiler() is None:
         pytest.skip("no C++ compiler")
     model.set_execution(execution, policy=policy, weights=weights)
+
+
+def threshold_row(share: float, threshold: float, **columns: Any) -> ThresholdRow:
+    """A calibrated point that realised the same share of everything."""
+    shares = dict.fromkeys(("units", "attention", "ffn", "macs"), share)
+    return ThresholdRow(threshold=threshold, **shares, **columns)
+
+
+def with_table(model: RoutedModelForCausalLM, *rows: ThresholdRow) -> RoutingConfig:
+    """The settings of a model that got this table, calibrated in units on 32 tokens."""
+    model.with_thresholds(rows, "units", 0.2, 32)
+    return model.routing_config
 
 
 def gates_of(model: Any, call: Callable[[], Any]) -> torch.Tensor:

@@ -75,6 +75,7 @@ def test_a_text_is_held_to_the_share(
     outcome = run(*arguments, "--json", "-", "-q")
     assert outcome.code == 0, outcome.err
     assert outcome.json["result"]["engine"]["name"].startswith("native")
+    assert outcome.json["result"]["decision"] == "held"
     assert set(chosen[1:]) - {"dense"} == {"held"}  # the first is how a folder is loaded
     if command == "evaluate":
         assert outcome.json["result"]["runs"][0]["sparsity"]["units"] == pytest.approx(0.3, abs=0.04)

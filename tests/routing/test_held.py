@@ -15,12 +15,14 @@ from tests.routed import (
     gates_of,
     logits_and_stats,
     make_routed,
+    threshold_row,
     together_and_alone,
+    with_table,
 )
 from tests.tiny import random_ids
 from torch import Tensor
 
-from informed_routing.config.folder import RoutingConfig, ThresholdRow
+from informed_routing.config.folder import RoutingConfig
 from informed_routing.errors import InputError
 from informed_routing.execution.gpu.engine import GpuEngine
 from informed_routing.execution.history import class_of
@@ -212,6 +214,42 @@ def test_it_is_not_for_training_nor_for_texts_without_a_history() -> None:
         engine.forward(embeddings, rope, rows, None, model.routing_state, model.stats)
 
 
+class Every(Held):
+    """A held rule of one's own, of which engines know nothing."""
+
+    holding = None  # type: ignore[assignment]
+
+    def decide_after(self, logits: Tensor, unit: int, contexts: Tensor | None, history: History | None) -> Tensor:
+        return torch.ones(logits.shape[:-1], dtype=torch.bool)
+
+
+def test_rules_of_ones_own_are_left_to_torch() -> None:
+    model, ids = make_routed("llama"), random_ids(1, 6)
+    execute(model, "native")
+    model.set_decision(Every(BASE, held(model).shares))
+    with torch.inference_mode():
+        assert not model.runs_native
+    assert bool(gates_of(model, lambda: model(ids)).all())
+
+
+@pytest.mark.parametrize("execution", ENGINES)
+def test_shares_for_another_number_of_units_are_refused(execution: str) -> None:
+    model = make_routed("llama")
+    execute(model, execution)
+    for shares in ((0.2,) * (len(model.units) - 1), (0.2,) * (len(model.units) + 1)):
+        model.set_decision(Held(BASE, shares))
+        with torch.inference_mode(), pytest.raises(InputError, match="shares are held"):
+            model(random_ids(1, 4))
+
+
+def test_a_policy_that_executes_more_does_not_hold() -> None:
+    model = make_routed("llama")
+    execute(model, "native", policy="auto")
+    model.set_decision(held(model))
+    with torch.inference_mode(), pytest.raises(InputError, match="policy='auto'"):
+        model(random_ids(1, 4))
+
+
 def test_engines_without_such_rules_refuse_them() -> None:
     model, ids = make_routed("llama"), random_ids(1, 4)
     engine = GpuEngine(model)
@@ -223,21 +261,13 @@ def test_engines_without_such_rules_refuse_them() -> None:
         engine.forward(embeddings, rope, rows, None, model.routing_state, model.stats, history=history)
 
 
-def _row(share: float, threshold: float, *by_unit: float) -> ThresholdRow:
-    shares = {"units": share, "attention": share, "ffn": share, "macs": share}
-    return ThresholdRow(threshold=threshold, by_unit=by_unit, **shares)
-
-
-def _with(model: RoutedModelForCausalLM, *rows: ThresholdRow) -> RoutingConfig:
-    model.with_thresholds(rows, "units", 0.2, 32)
-    return model.routing_config
-
-
 def test_the_dial_interpolates_the_shares_of_units() -> None:
     model = make_routed("llama")
     units = len(model.units)
     ends = [0.2 * (unit % 4) for unit in range(units)]
-    config = _with(model, _row(0.0, -4.0, *[0.0] * units), _row(0.4, 0.0, *ends))
+    config = with_table(
+        model, threshold_row(0.0, -4.0, by_unit=(0.0,) * units), threshold_row(0.4, 0.0, by_unit=tuple(ends))
+    )
     assert shares_by_unit(config, 0.1) == pytest.approx([end / 4 for end in ends])
     model.set_sparsity(0.2, decision="held")
     rule = model.routing_state.decision
@@ -249,7 +279,7 @@ def test_the_dial_interpolates_the_shares_of_units() -> None:
 
 def test_tables_of_earlier_versions_are_refused() -> None:
     model = make_routed("llama")
-    _with(model, _row(0.0, -4.0), _row(0.4, 0.0))
+    with_table(model, threshold_row(0.0, -4.0), threshold_row(0.4, 0.0))
     model.set_sparsity(0.2)
     with pytest.raises(InputError, match="earlier version"):
         model.set_sparsity(0.2, decision="held")
@@ -261,7 +291,7 @@ def test_shares_that_are_none_are_refused() -> None:
     with pytest.raises(InputError, match="gain"):
         Held(Threshold(), (0.2,), gain=-1.0)
     model = make_routed("llama")
-    content = _with(model, _row(0.0, -4.0), _row(0.4, 0.0)).model_dump()
+    content = with_table(model, threshold_row(0.0, -4.0), threshold_row(0.4, 0.0)).model_dump()
     for wrong in ((0.2,), (1.5,) * len(model.units)):
         content["thresholds"][1]["by_unit"] = wrong
         with pytest.raises(ValueError, match="by_unit"):

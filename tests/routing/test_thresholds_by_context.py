@@ -10,20 +10,21 @@ from tests.routed import (
     gates_of,
     logits_and_stats,
     make_routed,
+    threshold_row,
     together_and_alone,
+    with_table,
 )
 from tests.tiny import random_ids
 
-from informed_routing.config.folder import RoutingConfig, ThresholdRow
 from informed_routing.errors import InputError
 from informed_routing.execution.gpu.engine import GpuEngine
 from informed_routing.execution.rows import Rows
-from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.routing.decision import Threshold
 from informed_routing.routing.dial import threshold_for, thresholds_by_context
 
 RULE = Threshold(0.0, ((1, 0.9), (3, -0.4), (9, 0.3), (17, -0.2)))
 ENGINES = ("masked", "sparse", "native")
+LAST = threshold_row(0.4, 0.0, by_context=((1, 1.0), (9, -1.0)))
 
 
 def test_a_token_is_decided_by_the_range_that_its_context_is_in() -> None:
@@ -111,19 +112,9 @@ def test_the_gpu_engine_decides_as_the_reference(length: int) -> None:
         assert torch.equal(found[unit], gate), unit
 
 
-def _row(share: float, threshold: float, *by_context: tuple[int, float]) -> ThresholdRow:
-    shares = {"units": share, "attention": share, "ffn": share, "macs": share}
-    return ThresholdRow(threshold=threshold, by_context=by_context, **shares)
-
-
-def _with(model: RoutedModelForCausalLM, *rows: ThresholdRow) -> RoutingConfig:
-    model.with_thresholds(rows, "units", 0.2, 32)
-    return model.routing_config
-
-
 def test_the_dial_interpolates_each_range() -> None:
     model = make_routed("llama")
-    config = _with(model, _row(0.0, -4.0, (1, -3.0), (9, -5.0)), _row(0.4, 0.0, (1, 1.0), (9, -1.0)))
+    config = with_table(model, threshold_row(0.0, -4.0, by_context=((1, -3.0), (9, -5.0))), LAST)
     assert threshold_for(config, 0.1) == pytest.approx(-3.0)
     assert thresholds_by_context(config, 0.1) == ((1, pytest.approx(-2.0)), (9, pytest.approx(-4.0)))
     model.set_sparsity(0.2)
@@ -131,12 +122,12 @@ def test_the_dial_interpolates_each_range() -> None:
 
 
 def test_rows_of_one_threshold_go_with_others() -> None:
-    config = _with(make_routed("llama"), _row(0.0, -4.0), _row(0.4, 0.0, (1, 1.0), (9, -1.0)))
+    config = with_table(make_routed("llama"), threshold_row(0.0, -4.0), LAST)
     assert thresholds_by_context(config, 0.2) == ((1, -1.5), (9, -2.5))
 
 
 def test_a_table_without_contexts_gives_the_plain_rule() -> None:
     model = make_routed("llama")
-    _with(model, _row(0.0, -4.0), _row(0.4, 0.0))
+    with_table(model, threshold_row(0.0, -4.0), threshold_row(0.4, 0.0))
     model.set_sparsity(0.2)
     assert model.routing_state.decision == Threshold(-2.0)

@@ -12,10 +12,12 @@ from tests.interruption import StopAt
 from tests.routed import _randomised
 from tests.tiny import make_tiny, random_ids
 
+from informed_routing.config.folder import LatencyGains
 from informed_routing.config.parts import ForecasterConfig, RouterConfig
 from informed_routing.config.recipe import Recipe, StaticSearch
 from informed_routing.errors import InputError
 from informed_routing.routed_model import RoutedModelForCausalLM
+from informed_routing.training import targets
 from informed_routing.training.fit import fit
 from informed_routing.training.stages import text_read
 from informed_routing.training.static import Search
@@ -134,6 +136,22 @@ def test_layers_that_are_named_are_fitted_and_tuned(recipe: Recipe, tmp_path: Pa
     assert report["forecast"]["closed_form"]["tokens"] == 2 * 1024  # for the original model, then as it is
     model = RoutedModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.routing_config.selection.static_layers == (2,)
+
+
+def test_layers_that_are_named_go_with_a_budget_of_time(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Static layers are a third of the time here, and count towards what is asked for."""
+    gains = LatencyGains(attention=0.4, ffn=0.6, overhead=0.0, seconds=1.0, tokens=32, engine="e", cpu="c")
+    monkeypatch.setattr(targets, "measure_latency", lambda *_, **__: gains)
+    changes = {"selection.static_layers": [2], "route.budget": "latency", "route.sparsity": 0.5}
+    chosen = recipe.with_overrides({**changes, "calibration.targets": [0.5]})
+    fit(chosen, tmp_path / "out")
+    model = RoutedModelForCausalLM.from_pretrained(tmp_path / "out")
+    least = 1 / len(model.decoder.layers)
+    assert min(row.latency for row in model.routing_config.thresholds) == pytest.approx(least)
+    with pytest.raises(InputError, match="static layers"):
+        fit(chosen.with_overrides({"route.sparsity": least - 0.05}), tmp_path / "other")
 
 
 @pytest.mark.parametrize(

@@ -114,15 +114,15 @@ def benchmark(
         names = list(dict.fromkeys(engine or ["native", "torch", "transformers"]))
         check_names(names, weights or [])
         _refuse_idle(names, sparsity, budget, kv, policy, weights, profile, hold, targets)
-        config = check_shares(folder, targets, budget if targets else None, decision_of(hold))
+        config = check_shares(folder, targets, budget if targets else None, "held" if hold else "threshold")
         if not targets and {"native", "torch"} & set(names):
             targets = default_shares(config, budget)
             shown = " and ".join(f"{100 * share:g} %" for share in targets)
             run.progress.message(
                 f"timing at {shown} of the {budget or config.budget}: calibrated up to {_highest(config, budget):.1%}"
             )
-        decision = decision_of(hold, kv or config.kv)
-        check_shares(folder, targets, budget, decision)
+            check_shares(folder, targets, budget, "held" if hold else "threshold")
+        decision = decision_of(hold, kv or config.kv, policy)
         documents = _documents(run, folder, data or ["demo:wiki"])
         loaded = load_routed(folder, run, base)
         loaded.model.set_execution("sparse", kv=kv or config.kv)
@@ -162,6 +162,7 @@ def benchmark(
         result = {
             "environment": environment(),
             "engine": described,
+            **({"decision": decision} if any(one.routes for one in engines) else {}),
             "engines": [one.name for one in engines],
             "rows": rows,
         }

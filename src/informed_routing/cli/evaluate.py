@@ -174,12 +174,12 @@ def evaluate(
         )
         decision = "threshold"
         if kind == "routed":
-            config = check_shares(model, targets, budget, decision_of(hold) if hold else None)
+            config = check_shares(model, targets, budget, "held" if hold else None)
             targets = targets or list(dict.fromkeys([0.0, config.sparsity]))
-            if hold and not any(targets):
+            decision = decision_of(hold, config.kv, policy) if hold else config.selection.decision
+            if not any(targets):
                 refuse_idle("at sparsity 0 all is executed", "Leave it out, or give another --sparsity", hold=hold)
-            decision = decision_of(hold, config.kv) if hold else config.selection.decision
-            decision = decision if any(targets) else "threshold"
+                decision = "threshold"
         _check_policy(policy, targets, bool(options.specs))
         length = sequence_length or DEFAULT_LENGTH
         parts = choose_parts(refs, split, fitted_of(model, kind))
@@ -193,11 +193,11 @@ def evaluate(
         targets = targets or [0.0]
         texts = tokenised(parts, loaded.tokenizer, length, limit, run.progress.message)
         say_engine(run, engine)
-        chooses = "held" if hold else None
-        runs = evaluate_runs(run, loaded, model, texts, targets, budget, length, batch_size, options, chooses)
+        runs = evaluate_runs(run, loaded, model, texts, targets, budget, length, batch_size, options, decision)
         result = {
             "runs": runs,
             "engine": engine,
+            **({"decision": decision} if loaded.routed else {}),
             "sequence_length": length,
             "data": {text.name: text.described() for text in texts},
             **about_tasks,

@@ -113,7 +113,7 @@ def generate(
         if kind == "routed":
             config = check_shares(folder, targets, budget, decision="threshold")  # the rule that can generate
             chosen = targets[0] if targets else config.sparsity
-            decision = decision_of(hold, kv or config.kv)
+            decision = decision_of(hold, kv or config.kv, policy)
             check_shares(folder, [chosen], budget if targets else None, decision)
             if not chosen:
                 idle = {"kv": kv, "policy": policy if policy == "auto" else None, "hold": hold}
@@ -128,7 +128,7 @@ def generate(
             for text in prompts
         ]
         run.finish(
-            {"samples": samples, "engine": engine},
+            {"samples": samples, "engine": engine, **({"decision": decision} if loaded.routed else {})},
             lambda console: show_samples(console, samples),
             model=folder,
             dtype=dtype_name(loaded.model),

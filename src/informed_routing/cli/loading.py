@@ -38,10 +38,15 @@ HoldOption = Annotated[
 ]
 
 
-def decision_of(hold: bool, kv: str | None = None) -> str:
-    """How tokens are chosen by the commands that can generate. Raises InputError for --hold with dropped keys."""
+def decision_of(hold: bool, kv: str | None, policy: str | None) -> str:
+    """How tokens are chosen by the commands that can generate.
+
+    Raises InputError for --hold with dropped keys, and with a policy that executes more than it asks for.
+    """
     if hold and kv == "drop":
         raise InputError("--hold does not go with dropped keys and values", "Add --kv keep, or leave it out")
+    if hold and policy == "auto":
+        raise InputError("--hold does not go with --policy auto, which executes more", "Leave out one of them")
     return "held" if hold else "threshold"
 
 

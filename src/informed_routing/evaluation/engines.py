@@ -163,9 +163,8 @@ def make_engines(
 ) -> list[Engine]:
     """Engines by name; `native` once for each format in `weights`, with `policy`. Raises InputError for unknown names.
 
-    `decision` is how routed ones choose tokens, by a rule that can generate.
-
-    `dense` is the base model, and may be None where neither `transformers` nor `compiled` is asked for.
+    `decision` is how routed ones choose tokens, by a rule that can generate. `dense` is the base model, and may be None
+    where neither `transformers` nor `compiled` is asked for.
     """
     check_names(names, weights)
     engines: list[Engine] = []

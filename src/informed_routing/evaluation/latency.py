@@ -69,8 +69,8 @@ def measure_latency(
         model.train(was_training)
         model.reset_routing_stats()
     attention, ffn = (
-        (seconds["execute"] - seconds[kind]) / seconds["dense"] / _approximated(model, kind, part)
-        for kind in ("attention", "ffn")
+        (seconds["execute"] - seconds[kind]) / seconds["dense"] / share if share else 0.0
+        for kind, share in ((kind, _approximated(model, kind, part)) for kind in ("attention", "ffn"))
     )
     static = sum(unit.is_static for unit in model.units) / len(model.units)
     overhead = seconds["execute"] / seconds["dense"] - 1

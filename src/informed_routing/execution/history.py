@@ -29,7 +29,7 @@ def history_of(cache: Any, units: int, batch: int) -> History:
             "a held rule does not know what was approximated of the text in this cache",
             "Begin it with the rule and a fresh cache, and not assisted; or use decision='threshold'",
         )
-    return History(found.approximated.clone(), past)
+    return History(found.approximated.contiguous().clone(), past)
 
 
 def keep_history(cache: Any, history: History, length: int) -> None:

@@ -146,7 +146,7 @@ def may_run(model: Any) -> bool:
         return False
     if state.observer is not None or state.record_margins or state.kv != "keep":
         return False
-    return state.decision.by_margin or state.decision.held
+    return state.decision.by_margin or (state.decision.held and state.decision.holding is not None)
 
 
 @dataclass

@@ -8,6 +8,16 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Holding:
+    """What an engine needs to decide as a held rule does: `limit + gain (share t - a) / (t + soft)` (rules/held.py)."""
+
+    shares: tuple[float, ...]
+    """Of tokens approximated, by unit."""
+    gain: float
+    soft: float
+
+
 @dataclass
 class History:
     """Counts for the `length` places that a cache holds of each text, padding included."""

@@ -13,9 +13,10 @@ from transformers.cache_utils import Cache
 
 from ...errors import InputError
 from ...models.families import family_of
-from ...routing.history import History
+from ...routing.history import History, Holding
 from ...routing.limits import Balance
-from ...routing.rules.held import SOFT
+from ...routing.rules.base import DecisionRule
+from ...routing.rules.held import check_units
 from ...routing.state import GateBlock, RoutingState
 from ..changes import PAGE, content, copied, identity
 from ..engine import Policy
@@ -211,10 +212,8 @@ class CpuEngine:
         values = pointers(*[None if layer.values is None else layer.values.data_ptr() for layer in layers])
         decision = state.decision
         limits = None if decision.dense else decision.limits(rows.contexts(past, length)).contiguous()
-        if decision.held and forced is None and history is None:
-            raise InputError("a held rule needs the history of the texts", "Call the model, which keeps it")
-        held: Any = decision if history is not None else None
-        shares = None if held is None else torch.tensor(held.shares, dtype=torch.float32)
+        holding, counts = self._held(decision, history, batch) if decision.held and forced is None else (None, None)
+        shares = None if holding is None else torch.tensor(holding.shares, dtype=torch.float32)
         call = Call(
             hidden=hidden.data_ptr(),
             cos=cos.data_ptr(),
@@ -226,7 +225,7 @@ class CpuEngine:
             forced=None if forced is None else forced.data_ptr(),
             limits=None if limits is None else limits.data_ptr(),
             shares=None if shares is None else shares.data_ptr(),
-            approximated=None if history is None else history.approximated.data_ptr(),
+            approximated=None if counts is None else counts.data_ptr(),
             gates=gates.data_ptr(),
             executed=stats.executed.data_ptr(),
             executed_keys=stats.executed_keys.data_ptr(),
@@ -241,8 +240,8 @@ class CpuEngine:
             capacity=cast(Tensor, layers[0].values).shape[2],
             keep=keep,
             dense=2 if decision.original else int(decision.dense),
-            gain=0.0 if held is None else held.gain,
-            soft=SOFT,
+            gain=0.0 if holding is None else holding.gain,
+            soft=0.0 if holding is None else holding.soft,
         )
         self.library.ir_forward(ctypes.byref(self.model), ctypes.byref(call), self._scratch)
         for layer in self._keeping(layers, state.original):
@@ -250,6 +249,23 @@ class CpuEngine:
         state.forward.valid = None if rows.valid is None else rows.valid.bool()
         state.forward.gates = {} if state.original else GateBlock(gates)
         return output
+
+    def _held(self, decision: DecisionRule, history: History | None, batch: int) -> tuple[Holding, Tensor]:
+        """What C++ holds each text to, and the counts that it adds to.
+
+        Raises InputError for a rule or a history that it would misread.
+        """
+        if (holding := decision.holding) is None:
+            raise InputError(f"the CPU engine does not know how a {type(decision).__name__} holds", "Use sparse")
+        if self.policy == "auto":
+            raise InputError("policy='auto' executes more than a held rule asks for", "Use policy='exact'")
+        if history is None:
+            raise InputError("a held rule needs the history of the texts", "Call the model, which keeps it")
+        check_units(holding.shares, self.units)
+        counts = history.approximated
+        if counts.shape != (self.units, batch) or counts.dtype != torch.int32 or not counts.is_contiguous():
+            raise InputError(f"a history {tuple(counts.shape)} is none of {batch} texts", "Use History.empty")
+        return holding, counts
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits float32 [rows, vocabulary] of normed hidden states [rows, d], by the packed head."""

@@ -16,7 +16,7 @@ from ..margins import margin_of
 if TYPE_CHECKING:
     from ...config.folder import RoutingConfig
     from ...config.parts import Budget
-    from ..history import History
+    from ..history import History, Holding
     from ..routed_unit import RoutedUnit
 
 
@@ -53,6 +53,11 @@ class DecisionRule(ABC):
     def nominal(self) -> float:
         """The one threshold nearest to the rule, by which calibrated tables are read."""
         return 0.0 if self.threshold is None else self.threshold
+
+    @property
+    def holding(self) -> Holding | None:
+        """How engines decide by a rule that is held; None where only `decide_after` knows, which torch then asks."""
+        return None
 
     def limits(self, contexts: Tensor) -> Tensor:
         """The margins above which tokens execute, float32, where `contexts` says how many keys each of them sees.

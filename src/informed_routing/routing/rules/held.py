@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..dial import shares_by_unit
-from ..history import History
+from ..history import History, Holding
 from ..margins import margin_of
 from .base import NamedRule
 from .threshold import Threshold
@@ -36,12 +36,18 @@ SOFT = 4.0
 """Tokens by which the share of a text is taken to be held already: its first tokens decide little."""
 
 
+def check_units(shares: Sequence[float], units: int) -> None:
+    """Raises InputError unless there is a share for each unit of a model."""
+    if len(shares) != units:
+        raise InputError(f"{len(shares)} shares are held, the model has {units} units", "Give one for each unit")
+
+
 @dataclass(frozen=True)
 class Held(NamedRule):
     """A threshold plus `gain` (share t - a) / (t + SOFT), where a unit has approximated a of the t tokens before.
 
     `shares` [units] are those to be held, of tokens approximated. Raises InputError where it is not known what came
-    before in a text, for shares that are none, and for a gain below 0.
+    before in a text, for shares that are none, or not one for each unit, and for a gain below 0.
     """
 
     base: Threshold
@@ -60,6 +66,10 @@ class Held(NamedRule):
     def nominal(self) -> float:
         return self.base.nominal
 
+    @property
+    def holding(self) -> Holding:
+        return Holding(self.shares, self.gain, SOFT)
+
     def limits(self, contexts: Tensor) -> Tensor:
         """The thresholds of texts that are just where their shares are."""
         return self.base.limits(contexts)
@@ -70,6 +80,7 @@ class Held(NamedRule):
     def decide_after(self, logits: Tensor, unit: int, contexts: Tensor | None, history: History | None) -> Tensor:
         if contexts is None or history is None:
             raise InputError("a held rule decides about tokens of a text, one after the other", "Call the whole model")
+        check_units(self.shares, len(history.approximated))
         margins, limits = margin_of(logits).detach().float().cpu(), self.limits(contexts).cpu()
         count, share = history.approximated[unit], torch.tensor(self.shares[unit])
         before, real = (contexts - 1).float().cpu(), (contexts > 0).cpu()
