@@ -34,7 +34,7 @@ from informed_routing.evaluation.engines import RoutedEngine
 from informed_routing.evaluation.environment import environment
 from informed_routing.evaluation.perplexity import token_perplexity
 from informed_routing.evaluation.speed import decode_callable, prefill_callable
-from informed_routing.evaluation.timing import measure
+from informed_routing.evaluation.timing import Workload, measure
 from informed_routing.files.atomic import write_json
 from informed_routing.persistence.folder import LORA_FOLDER, is_routing_folder
 from informed_routing.routed_model import RoutedModelForCausalLM
@@ -90,13 +90,27 @@ def points_of(name: str, folder: str, weights: str, dtype: torch.dtype = torch.f
     return [Point(name, model, RoutedEngine(model, weights), 0.0)]
 
 
+def _prefill(point: Point, ids: Tensor) -> Workload:
+    """A prefill behind another one of the same point, which is not on the clock.
+
+    Settings of one model share its weights: in turns with others only the first of them would find these cold.
+    """
+    work = prefill_callable(point.timed, ids, point.use)
+
+    def prepare() -> Any:
+        work.run(work.prepare())
+        return work.prepare()
+
+    return Workload(work.run, prepare)
+
+
 def seconds(points: list[Point], rows: Tensor, new: int, repeats: int) -> dict[str, dict[str, float]]:
     """Sums over the rows of the median seconds of each point: of a prefill, and of `new` steps behind it."""
     found: dict[str, dict[str, float]] = {point.name: {"prefill": 0.0, "decode": 0.0} for point in points}
     PROGRESS.stage("rows timed", len(rows))
     for done, row in enumerate(rows, start=1):
         ids = row[None]
-        work = {p.name: prefill_callable(p.timed, ids, p.use) for p in points}
+        work = {p.name: _prefill(p, ids) for p in points}
         for name, timing in measure(work, repeats, 1).items():
             found[name]["prefill"] += timing.median
         work = {p.name: decode_callable(p.timed, ids[:, :-new], ids[:, -new:], p.use) for p in points}
