@@ -41,9 +41,10 @@ from informed_routing.routed_model import RoutedModelForCausalLM
 
 OF_LEVERS = """
 The models are those of `benchmarks/levers.py`; `slim-1000` is `demo:smollm2-135m-routed`. `pruned-N` lacks N layers
-(`prune --method shortened-ppl --recovery-steps 150 --batch-size 2` on the same text, `pruned-N-1000` with 1,000 steps):
-LoRA merged into its weights, which routed models leave as they are unless they have an adapter. `slicegpt-S` is
-`prune --method slicegpt --sparsity S` with the same recovery, its speed-up granted by its multiply-accumulates.
+(`prune --method shortened-ppl --recovery-steps 150 --batch-size 2` on the same text; `pruned1000-N` with 1,000 steps, as
+many tokens as `slim-1000` and `static-1000` have): LoRA merged into its weights, which routed models leave as they are
+unless they have an adapter. `slicegpt-S` is `prune --method slicegpt --sparsity S` with the same recovery, its speed-up
+granted by its multiply-accumulates.
 """
 OF_OTHERS = """
 A base model beside the dense one is a single point: the line that is read from the dense model to it is one that no
@@ -216,8 +217,8 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def page(result: dict[str, Any]) -> str:
-    """The result in Markdown, with how it came about."""
+def page(result: dict[str, Any], note: str = "") -> str:
+    """The result in Markdown, with how it came about, and a note on it."""
     asked, machine = result["settings"], result["environment"]
     command = " ".join([*_given(asked), *asked["models"]])
     texts = asked.get("text", TEXTS)
@@ -232,7 +233,7 @@ forward, medians of {asked["repeats"]} runs in turns on {asked["timed"]} rows of
 an adapter, its point 0 is the dense model with it.
 
 `python benchmarks/equal_time.py {command}`
-{OF_LEVERS if asked["base"] == BASE else OF_OTHERS}
+{OF_LEVERS if asked["base"] == BASE else OF_OTHERS}{note and f"{chr(10)}{note}{chr(10)}"}
 {table(result)}
 """
 
@@ -271,13 +272,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="where to write the result")
     parser.add_argument("--page", type=Path, help="print the page of a result")
+    parser.add_argument("--note", default="", help="with --page: what a reader must know of the run")
     return parser
 
 
 def main() -> None:
     arguments = _parser().parse_args()
     if arguments.page:
-        print(page(json.loads(arguments.page.read_text())), end="")
+        print(page(json.loads(arguments.page.read_text()), arguments.note), end="")
         return
     arguments.text = arguments.text or list(TEXTS)
     result = measured(arguments)
