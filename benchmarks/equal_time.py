@@ -41,10 +41,10 @@ from informed_routing.routed_model import RoutedModelForCausalLM
 
 OF_LEVERS = """
 The models are those of `benchmarks/levers.py`; `slim-1000` is `demo:smollm2-135m-routed`. `pruned-N` lacks N layers
-(`prune --method shortened-ppl --recovery-steps 150 --batch-size 2` on the same text; `pruned1000-N` with 1,000 steps, as
-many tokens as `slim-1000` and `static-1000` have): LoRA merged into its weights, which routed models leave as they are
-unless they have an adapter. `slicegpt-S` is `prune --method slicegpt --sparsity S` with the same recovery, its speed-up
-granted by its multiply-accumulates.
+(`prune --method shortened-ppl --recovery-steps 150 --batch-size 2` on the same text; `pruned1000-N` with 1,000 steps,
+as many tokens as `slim-1000` and `static-1000` have): LoRA merged into its weights, which routed models leave as they
+are unless they have an adapter. `slicegpt-S` is `prune --method slicegpt --sparsity S` with the same recovery, its
+speed-up granted by its multiply-accumulates.
 """
 OF_OTHERS = """
 A base model beside the dense one is a single point: the line that is read from the dense model to it is one that no
