@@ -83,13 +83,11 @@ RUNS: dict[str, dict[str, Any]] = {
         "route.steps": 1000,
         "calibration.targets": [0.15, 0.25, 0.35, 0.45],
     },
-    # Routers for time, forecasters and an adapter together, beside static layers.
-    "joint": {
-        "start": "out/levers/static-1000",
+    # Routers, forecasters and an adapter together, beside static layers.
+    "joint-1000": {
+        "start": "out/levers/static-start",
         "stages": ["joint"],
-        "route.budget": "latency",
-        "route.sparsity": 0.25,
-        "route.steps": 700,
+        "route.steps": 1000,
         "calibration.targets": [0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45],
     },
     "latency": {
