@@ -32,6 +32,46 @@ _OWN: dict[str, dict[str, Any]] = {
 }
 
 
+_EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+_LATENT = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+_OTHERS: dict[str, dict[str, Any]] = {
+    "gemma": {"head_dim": 16},
+    "ministral": {"head_dim": 16, "sliding_window": 8, "layer_types": _WINDOWED},
+    "glm4": {"head_dim": 16, "pad_token_id": 0},
+    "helium": {"head_dim": 16},
+    "hyperclovax": {"logits_scaling": 0.5, "residual_multiplier": 0.5},
+    "qwen3_moe": {**_EXPERTS, "head_dim": 16, "num_experts": 8, "mlp_only_layers": [1]},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "granitemoeshared": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 64},
+    "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": _WINDOWED},
+    "deepseek_v3": {
+        **_EXPERTS,
+        **_LATENT,
+        "n_routed_experts": 8,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
+    },
+    "qwen3_next": {
+        **_EXPERTS,
+        "head_dim": 16,
+        "num_experts": 8,
+        "shared_expert_intermediate_size": 32,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_ff_dim": 128},
+    "exaone4": {"sliding_window": 8, "layer_types": _WINDOWED},
+}
+OTHERS = (*_OTHERS, "arcee", "ernie4_5", "nemotron", "seed_oss", "starcoder2")
+"""Families that are not in the table, whose code is read."""
+
+
 def make_tiny(family: str, *, seed: int = 0, **overrides: Any) -> Any:
     """A random causal language model of `family` in float32 and eval mode, the same for the same arguments.
 
@@ -41,11 +81,11 @@ def make_tiny(family: str, *, seed: int = 0, **overrides: Any) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = {**_COMMON, **_OWN.get(family, {}), **overrides}
+    settings = {**_COMMON, **_OWN.get(family, {}), **_OTHERS.get(family, {}), **overrides}
     attention = settings.pop("attn_implementation", None)
     layers = settings["num_hidden_layers"]
-    if "layer_types" in settings and len(settings["layer_types"]) != layers:
-        settings["layer_types"] = [_WINDOWED[layer % 2] for layer in range(layers)]
+    if (kinds := settings.get("layer_types")) and len(kinds) != layers:
+        settings["layer_types"] = [kinds[layer % 2] for layer in range(layers)]
     config = AutoConfig.for_model(family, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -25,11 +25,11 @@ from .config.kinds import kind, kinds_of
 from .config.parts import Budget, Decision, ForecasterConfig, RouterConfig, SelectionConfig, method_of
 from .config.types import describe
 from .errors import InputError
-from .execution.attach import check_selection, route_decoder, units_of
+from .execution.attach import check_selection, possible_selection, route_decoder, units_of
 from .execution.layer import NOT_CAUSAL
 from .execution.self_check import Check, check_engine, skipped
 from .models import calls
-from .models.families import family_of
+from .models.discover import family_of
 from .models.fingerprint import reference_to
 from .models.restore import all_or_nothing
 from .models.runtime_classes import made_by
@@ -60,7 +60,6 @@ class RoutedModelForCausalLM(FromRoutingFolder):
     # -- building ---------------------------------------------------------------------------------------
 
     @classmethod
-    @all_or_nothing
     def attach(
         cls,
         model: PreTrainedModel,
@@ -77,28 +76,23 @@ class RoutedModelForCausalLM(FromRoutingFolder):
         """Give a dense model routed layers, in place, with fresh (or, for `routing_config`, unloaded) weights.
 
         Forecaster, router, selection and `kv` are the parts that make a method; `routing_config` holds all of them.
-        Every token executes until `set_sparsity`, so logits are the base model's. Raises InputError for an unknown
-        family, a rank above the hidden size, parts that do not go together, and where a few tokens show that the
-        routed model does not compute what it must with the versions installed (`self_check`).
+        Every token executes until `set_sparsity`, so logits are the base model's. Of a family whose attention is not
+        known only the FFNs are routed (`routing_config.selection.units` says so). Raises InputError for a family whose
+        layers are not understood, a rank above the hidden size, parts that do not go together, and where a few tokens
+        show that the routed model does not compute what it must with the versions installed (`self_check`).
         """
         if isinstance(model, RoutedModelForCausalLM):
             raise InputError("the model is routed already", "Load the dense base model first")
-        family_of(model.config.model_type)  # first of all: it says which families there are
-        hidden_size = model.config.hidden_size
+        family_of(model)  # first of all: it says which families there are
         if routing_config is None:
             reference = reference_to(model, name, revision)
             forecaster, router = forecaster or ForecasterConfig(), router or RouterConfig()
-            routing_config = _fresh_config(model, reference, forecaster, router, selection or SelectionConfig(), kv)
-        forecaster, selection = routing_config.forecaster, routing_config.selection
-        kind("fallbacks", forecaster.fallback).check(forecaster, hidden_size)
-        decoder = cast(Any, model).model
-        check_selection(model.config, len(decoder.layers), selection)
-        calls.check_own_forwards((model, decoder, *decoder.layers))
+            selection = possible_selection(model, selection or SelectionConfig(), given=False)
+            routing_config = _fresh_config(model, reference, forecaster, router, selection, kv)
+        else:
+            possible_selection(model, routing_config.selection, given=True)
         with nullcontext() if self_check else skipped():
-            check = Check(model, routing_config)
-            routed = _with_routing(model, routing_config)
-            check.routed(routed)
-        return routed
+            return _checked_routing(model, routing_config)
 
     def __init__(self, config: Any = None, *_: Any, **__: Any) -> None:
         raise InputError(
@@ -247,6 +241,8 @@ class RoutedModelForCausalLM(FromRoutingFolder):
         kept = state.kv if kv is None else kv
         if kept == "drop" and self.routing_config.selection.static_layers:
             raise InputError("kv='drop' does not go with static layers", "Use kv='keep'")
+        if kept == "drop" and self.routing_config.selection.units == "ffn":
+            raise InputError("kv='drop': attentions that always execute drop no keys", "Use kv='keep'")
         native = None
         if execution == "native":
             from .execution.native import NativeExecution
@@ -299,9 +295,22 @@ class RoutedModelForCausalLM(FromRoutingFolder):
         return 1 - (1 - compute) * len(gates) / len(self.units)  # only static units have gates
 
 
+@all_or_nothing
+def _checked_routing(model: PreTrainedModel, config: RoutingConfig) -> RoutedModelForCausalLM:
+    """Routing put into a dense model, which then computes what it must; InputError if not, and it is as it was."""
+    kind("fallbacks", config.forecaster.fallback).check(config.forecaster, model.config.hidden_size)
+    decoder = cast(Any, model).model
+    check_selection(model.config, len(decoder.layers), config.selection)
+    calls.check_own_forwards((model, decoder, *decoder.layers))
+    check = Check(model, config)
+    routed = _with_routing(model, config)
+    check.routed(routed)
+    return routed
+
+
 def _with_routing(model: PreTrainedModel, config: RoutingConfig) -> RoutedModelForCausalLM:
     """Give the layers of a dense model their routed units, and layers, decoder and model their routed classes."""
-    state = route_decoder(cast(Any, model).model, config)
+    state = route_decoder(model, config)
     training = model.training
     model.__class__ = _routed_model_class(type(model))  # type: ignore[arg-type]
     routed = cast(RoutedModelForCausalLM, model)

@@ -10,7 +10,7 @@ from tests.cli.conftest import Outcome
 
 from informed_routing import __version__
 
-COMMANDS = ("demo", "fit", "calibrate", "evaluate", "generate", "benchmark", "study", "prune")
+COMMANDS = ("demo", "fit", "calibrate", "evaluate", "generate", "benchmark", "study", "prune", "inspect")
 PARTS = {"whatif": ("measure", "predict", "check")}
 SHARED = ("--json", "--seed", "--device", "--dtype", "--threads", "--quiet", "--debug")
 

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen3Config
 
 from informed_routing.baselines.footprint import footprint
 from informed_routing.errors import InputError
-from informed_routing.models.families import FAMILIES, family_of, native_families
+from informed_routing.models.families import FAMILIES, native_families
 from informed_routing.routed_model import RoutedModelForCausalLM
 
 EVERY = (*TINY, "olmo3", "granite")
@@ -19,7 +19,7 @@ EVERY = (*TINY, "olmo3", "granite")
 
 @pytest.mark.parametrize("name", EVERY)
 def test_parts_and_settings_are_there(name: str) -> None:
-    model, family = make_tiny(name), family_of(name)
+    model, family = make_tiny(name), FAMILIES[name]
     for layer in model.model.layers:
         parts = (family.attention_in_norm, family.attention_out_norm, family.ffn_in_norm, family.ffn_out_norm)
         others = (family.attention_dropout, family.ffn_dropout, family.residual_scale)
@@ -37,7 +37,7 @@ def test_parts_and_settings_are_there(name: str) -> None:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_windows_are_those_of_the_modules(name: str) -> None:
-    model, family = make_tiny(name), family_of(name)
+    model, family = make_tiny(name), FAMILIES[name]
     for place, layer in enumerate(model.model.layers):
         attention = getattr(layer, family.attention)
         if hasattr(attention, "sliding_window"):
@@ -47,16 +47,16 @@ def test_windows_are_those_of_the_modules(name: str) -> None:
 def test_a_window_counts_only_in_the_layers_that_slide() -> None:
     kinds = ["sliding_attention", "full_attention"]
     config = Qwen3Config(num_hidden_layers=2, use_sliding_window=True, sliding_window=5, layer_types=kinds)
-    assert [family_of("qwen3").window(config, layer) for layer in (0, 1)] == [5, None]
-    assert family_of("mistral").window(MistralConfig(sliding_window=7), 1) == 7
-    assert family_of("mistral").window(MistralConfig(sliding_window=None), 1) is None
+    assert [FAMILIES["qwen3"].window(config, layer) for layer in (0, 1)] == [5, None]
+    assert FAMILIES["mistral"].window(MistralConfig(sliding_window=7), 1) == 7
+    assert FAMILIES["mistral"].window(MistralConfig(sliding_window=None), 1) is None
 
 
 def test_a_field_that_a_family_does_not_read_is_no_window() -> None:
     settings: dict[str, Any] = {"sliding_window": 7}
     config: Any = LlamaConfig(**settings)
     assert config.sliding_window == 7
-    assert family_of("llama").window(config, 0) is None
+    assert FAMILIES["llama"].window(config, 0) is None
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "smollm3", "olmo3", "phi3"])
@@ -71,25 +71,25 @@ def test_costs_and_footprint_see_the_same_windows(name: str) -> None:
 
 def test_layers_without_rotation_are_known() -> None:
     model = make_tiny("smollm3")
-    family = family_of("smollm3")
+    family = FAMILIES["smollm3"]
     found = [family.has_rope(layer.self_attn) for layer in model.model.layers]
     assert found == [bool(flag) for flag in model.config.no_rope_layers]
     assert False in found
     assert True in found
-    assert family_of("llama").has_rope(object())
+    assert FAMILIES["llama"].has_rope(object())
 
 
 def test_scores_are_scaled_and_capped_as_the_module_says() -> None:
     attention = make_tiny("gemma2").model.layers[0].self_attn
-    family = family_of("gemma2")
+    family = FAMILIES["gemma2"]
     assert family.scale(attention) == attention.scaling
     assert family.softcap(attention) == attention.config.attn_logit_softcapping
-    assert family_of("llama").softcap(attention) is None
+    assert FAMILIES["llama"].softcap(attention) is None
 
 
 @pytest.mark.parametrize("name", sorted({*native_families("cpu"), *native_families("gpu")}))
 def test_native_engines_get_no_part_that_they_lack(name: str) -> None:
-    family = family_of(name)
+    family = FAMILIES[name]
     assert None not in (family.attention_in_norm, family.ffn_in_norm)
     absent = (family.attention_out_norm, family.ffn_out_norm, family.residual_scale, family.attention_softcap)
     assert {*absent, family.logits_divisor, family.logits_softcap} == {None}
@@ -108,6 +108,6 @@ def test_lora_targets_exist() -> None:
     assert set(EVERY) == set(FAMILIES)
 
 
-def test_an_unknown_family_is_refused_by_name() -> None:
-    with pytest.raises(InputError, match="'bloom' is not known"):
-        family_of("bloom")
+def test_what_takes_parts_out_wants_a_family_of_the_table() -> None:
+    with pytest.raises(InputError, match="'gemma' is not in the table"):
+        footprint(make_tiny("gemma", head_dim=16), 1)

@@ -10,7 +10,7 @@ from tests.tiny import FAMILIES, make_tiny
 from torch import nn
 
 from informed_routing.execution.gpu.weights import matrix, part
-from informed_routing.models.families import family_of
+from informed_routing.models.families import FAMILIES as TABLE
 from informed_routing.models.projections import Projection, gate_and_up, head_norms, projections
 
 X = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
@@ -22,7 +22,7 @@ def _layer(name: str) -> Any:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_products_are_those_of_the_modules(name: str) -> None:
-    layer, family = _layer(name), family_of(name)
+    layer, family = _layer(name), TABLE[name]
     q, k, v = projections(family, layer.self_attn)
     with torch.no_grad():
         if family.qkv == "fused":
@@ -42,7 +42,7 @@ def test_products_are_those_of_the_modules(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["qwen2", "phi3"])
 def test_every_reader_gets_the_same_weights(name: str) -> None:
-    layer, family = _layer(name), family_of(name)
+    layer, family = _layer(name), TABLE[name]
     for projection in (*projections(family, layer.self_attn), *gate_and_up(family, layer.mlp)):
         on_device = part(projection)
         assert torch.equal(on_device.weight, projection.weight)
@@ -76,5 +76,5 @@ def test_a_wrapped_fused_layer_runs_whole() -> None:
 def test_norms_of_heads() -> None:
     for name, whether in (("qwen3", True), ("olmo2", False), ("llama", False)):
         attention = _layer(name).self_attn
-        query, key = head_norms(family_of(name), attention)
+        query, key = head_norms(TABLE[name], attention)
         assert (query is not None) == (key is not None) == whether

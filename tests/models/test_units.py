@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from tests.tiny import FAMILIES, make_tiny
 from torch import Tensor
 
 from informed_routing.models.calls import Call
-from informed_routing.models.families import family_of
+from informed_routing.models.families import FAMILIES as TABLE
 from informed_routing.models.units import Unit, attend, attend_causal, keys_values, only_whole, queries
 
 EVERY = (*FAMILIES, "olmo3", "granite")
@@ -27,7 +28,7 @@ def _rope(model: Any, x: Tensor, layer: int) -> Any:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_attention_in_parts_is_the_module(name: str) -> None:
-    model, family = make_tiny(name), family_of(name)
+    model, family = make_tiny(name), TABLE[name]
     x = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(0))
     causal = torch.ones(7, 7, dtype=torch.bool).tril()
     additive = torch.zeros(1, 1, 7, 7).masked_fill(~causal, torch.finfo(torch.float32).min)
@@ -47,7 +48,7 @@ def test_attention_in_parts_is_the_module(name: str) -> None:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_two_units_are_the_layer(name: str) -> None:
-    model, family = make_tiny(name), family_of(name)
+    model, family = make_tiny(name), TABLE[name]
     x = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(1))
     layer, rope = model.model.layers[0], _rope(model, x, 0)
     with torch.no_grad():
@@ -64,7 +65,9 @@ def test_two_units_are_the_layer(name: str) -> None:
 
 def test_what_is_left_to_the_module_is_said() -> None:
     attention = make_tiny("llama").model.layers[0].self_attn
-    assert only_whole(attention, Call({})) is None
+    family = TABLE["llama"]
+    assert only_whole(family, attention, Call({})) is None
+    assert "whose code is not known" in str(only_whole(replace(family, in_parts=False), attention, Call({})))
     handle = attention.register_forward_hook(lambda *_: None)
-    assert "hooked" in str(only_whole(attention, Call({})))
+    assert "hooked" in str(only_whole(family, attention, Call({})))
     handle.remove()

@@ -140,12 +140,12 @@ def load_model(
     place = check_device(device)
     wanted = resolve_dtype(dtype, place)
     source = resolve_model(ref, revision)
-    location, options = _location(source, trust_remote_code, token)
+    location, options = base_location(source, trust_remote_code, token)
     from transformers import AutoModelForCausalLM
 
     model: Any
     report: Any
-    with _load_errors(str(ref)), nullcontext() if source.kind == "hub" else quiet_transformers():
+    with load_errors(str(ref)), nullcontext() if source.kind == "hub" else quiet_transformers():
         settings = check_settings(location, options, str(ref))
         model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, if asked for
             location,
@@ -176,7 +176,7 @@ def load_tokenizer(
     trust_remote_code: bool = False,
 ) -> Any:
     """Load only the tokenizer of a model reference (of the base model, for a routing folder)."""
-    location, options = _location(resolve_model(ref, revision), trust_remote_code, token)
+    location, options = base_location(resolve_model(ref, revision), trust_remote_code, token)
     return _tokenizer(str(ref), location, options)
 
 
@@ -240,7 +240,7 @@ def _are(count: int) -> str:
     return "is 1" if count == 1 else f"are {count}"
 
 
-def _location(
+def base_location(
     source: ModelSource, trust_remote_code: bool, token: str | bool | None = None
 ) -> tuple[str, dict[str, Any]]:
     """A folder or Hub id for `from_pretrained`, and its options. Fetches and converts when needed."""
@@ -250,7 +250,7 @@ def _location(
     if source.kind == "gguf":
         return str(_gguf_folder(Path(source.path_or_id))), options
     if source.kind == "routing":
-        return _location(_base_of(Path(source.path_or_id)), trust_remote_code, token)
+        return base_location(_base_of(Path(source.path_or_id)), trust_remote_code, token)
     if source.kind == "hub":
         options |= {"revision": source.revision} if source.revision is not None else {}
         options |= {"token": token} if token is not None else {}
@@ -303,12 +303,12 @@ def _resolve_base(folder: Path, name: str, revision: str | None) -> ModelSource:
 def _tokenizer(ref: str, location: str, options: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
-    with _load_errors(ref, part="tokenizer"):
+    with load_errors(ref, part="tokenizer"):
         return AutoTokenizer.from_pretrained(location, **options)
 
 
 @contextmanager
-def _load_errors(ref: str, part: str = "model") -> Iterator[None]:
+def load_errors(ref: str, part: str = "model") -> Iterator[None]:
     """Every way in which transformers fails to load something, as one line that names it."""
     import torch
 

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from ..models.families import family_of
+from ..models.discover import listed_family_of
 from ..routing.costs import UnitCost
 
 
@@ -33,7 +33,7 @@ class Footprint(BaseModel):
 def footprint(model: Any, context: float) -> Footprint:
     """Count a causal language model without live adapters. A sequence of n tokens has the mean context (n + 1) / 2."""
     layers = model.model.layers
-    family = family_of(model.config.model_type)
+    family = listed_family_of(model)
     macs, kv = 0.0, 0
     for index, layer in enumerate(layers):
         attention = getattr(layer, family.attention, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..config.parts import UnitKind
-from ..models.families import family_of
+from ..models.discover import listed_family_of
 from ..models.units import Unit
 
 UnitName = tuple[int, UnitKind]
@@ -14,7 +14,7 @@ UnitName = tuple[int, UnitKind]
 
 def units_of(model: Any) -> tuple[Unit, Unit]:
     """Attention and FFN of the model's family."""
-    family = family_of(model.config.model_type)
+    family = listed_family_of(model)
     return Unit("attention", family), Unit("ffn", family)
 
 
@@ -31,5 +31,7 @@ def dropped_units(model: Any) -> list[UnitName]:
 
 def sliced_width(model: Any) -> int | None:
     """The width that a model was sliced to; None if it was not."""
-    sliced = hasattr(model.model.norm, "full_width")  # only a sliced norm knows another width than its own
+    sliced = hasattr(
+        getattr(model.model, "norm", None), "full_width"
+    )  # only a sliced norm knows another width than its own
     return model.config.hidden_size if sliced else None

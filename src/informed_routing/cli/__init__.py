@@ -18,7 +18,7 @@ import typer
 from informed_routing.errors import InformedRoutingError, InputError, WorkError
 from informed_routing.files.user_files import shown
 
-from . import benchmark, calibrate, demo, evaluate, fit, generate, prune, streams, study, whatif
+from . import benchmark, calibrate, demo, evaluate, fit, generate, inspect, prune, streams, study, whatif
 from .arguments import refuse_empty
 
 _PROGRAM = "informed-routing"
@@ -38,6 +38,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("fit")(fit.fit)
 app.command("calibrate")(calibrate.calibrate)
+app.command("inspect")(inspect.inspect)
 app.command("prune")(prune.prune)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)

@@ -81,6 +81,14 @@ def fit(
             rich_help_panel=_SIZES,
         ),
     ] = None,
+    units: Annotated[
+        str | None,
+        typer.Option(
+            "--units",
+            help="Which units are routed: both, ffn or attention; the others always execute.",
+            rich_help_panel=_SIZES,
+        ),
+    ] = None,
     router: Annotated[
         str | None, typer.Option("--router", help="mlp, linear or low-rank.", rich_help_panel=_SIZES)
     ] = None,
@@ -127,6 +135,7 @@ def fit(
             "forecaster.fallback": fallback,
             "forecaster.slice": slice_,
             "router.kind": router,
+            "selection.units": units,
             "data": data or None,
             "seed": common.seed,
             "dtype": None if common.dtype == "auto" else common.dtype,

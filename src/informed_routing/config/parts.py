@@ -129,6 +129,11 @@ class SelectionConfig(Frozen):
     """Which units and tokens may be approximated, and by which rule inference decides."""
 
     granularity: Literal["unit", "layer"] = Field("unit", description="layer: one decision joins attention and ffn")
+    units: Literal["both", "ffn", "attention"] = Field(
+        "both",
+        description="which kind of unit is routed; the other one always executes (ffn by itself where the code of a "
+        "model's attention is not known)",
+    )
     first_layer: int = Field(0, ge=0, description="layers before it always execute (D-LLM: 2)")
     every: int = Field(1, ge=1, description="one in so many layers is routed, from first_layer on (MoD's best: 2)")
     first_tokens: int = Field(0, ge=0, description="tokens at the start of a sequence that always execute (D-LLM: 2)")
@@ -152,15 +157,17 @@ class SelectionConfig(Frozen):
         stored: dict[str, Any] = plain(self)
         if not stored.get("static_layers"):
             stored.pop("static_layers", None)
+        if stored.get("units") == "both":
+            stored.pop("units")
         return stored
 
     def is_static(self, layer: int) -> bool:
         """Whether a layer is approximated for every token."""
         return layer in self.static_layers
 
-    def routes(self, layer: int) -> bool:
-        """Whether the units of a layer are routed at all."""
-        if self.is_static(layer):
+    def routes(self, layer: int, kind: UnitKind) -> bool:
+        """Whether a unit of a layer is routed at all."""
+        if self.is_static(layer) or self.units not in ("both", kind):
             return False
         return layer >= self.first_layer and (layer - self.first_layer) % self.every == 0
 
@@ -171,6 +178,8 @@ def check_parts(forecaster: ForecasterConfig, router: RouterConfig, selection: S
         raise ValueError("selection.decision held is chosen for each run: set_sparsity(..., decision='held'), --hold")
     if selection.static_layers:
         _check_static(selection)
+    if selection.units != "both" and selection.granularity == "layer":
+        raise ValueError(f"selection.units = {selection.units} does not go with selection.granularity = layer")
     if (router.kind == "ranking") != (selection.decision == "top-k"):
         raise ValueError("router.kind ranking and selection.decision top-k need each other")
     whole = selection.granularity == "unit" and selection.first_layer == 0 and selection.every == 1
@@ -179,7 +188,7 @@ def check_parts(forecaster: ForecasterConfig, router: RouterConfig, selection: S
 
 
 def _check_static(selection: SelectionConfig) -> None:
-    for name, plain in (("granularity", "unit"), ("decision", "threshold"), ("first_tokens", 0)):
+    for name, plain in (("granularity", "unit"), ("decision", "threshold"), ("first_tokens", 0), ("units", "both")):
         if (value := getattr(selection, name)) != plain:
             raise ValueError(f"selection.static_layers goes with selection.{name} = {plain}, not {value}")
 
@@ -188,6 +197,8 @@ def check_kv(kv: str, selection: SelectionConfig) -> None:
     """Raises ValueError for static layers in a cache that counts executed tokens."""
     if kv == "drop" and selection.static_layers:
         raise ValueError("selection.static_layers does not go with kv = drop: set kv = keep")
+    if kv == "drop" and selection.units == "ffn":
+        raise ValueError("selection.units = ffn executes all attentions and drops no keys: set kv = keep")
 
 
 def method_of(forecaster: ForecasterConfig, selection: SelectionConfig) -> str:

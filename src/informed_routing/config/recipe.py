@@ -237,7 +237,7 @@ class Recipe(Frozen):
             raise ValueError("route.penalty token counts units: leave route.budget at units")
         if self.router.warm_start and {"route", "joint"} & set(self.stages) and self.start is None:
             plain = self.router.kind in ("mlp", "linear", "low-rank") and self.router.input != "layer"
-            routed = self.selection.model_copy(update={"static_layers": ()})
+            routed = self.selection.model_copy(update={"static_layers": (), "units": "both"})
             if not plain or routed != SelectionConfig():
                 raise ValueError("router.warm_start knows plain routers of single units: set it to false")
         return self

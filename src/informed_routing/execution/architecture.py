@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..models.calls import is_watched
-from ..models.families import Family, NativeName, family_of, native_families
+from ..models.families import Family, NativeName, native_families
 from ..models.head import PLAIN, logit_scaling
 
 _SILU, _GELU = ("silu", "swish"), ("gelu_pytorch_tanh",)
@@ -25,10 +25,9 @@ def activation_known(family: Family, config: Any) -> bool:
 
 def unknown(model: Any, engine: NativeName) -> str | None:
     """What of a routed model a native engine does not know; None when it knows all of it."""
-    config, known = model.config, native_families(engine)
-    if config.model_type not in known:
-        return f"model family {config.model_type!r} is not one of {', '.join(known)}"
-    family = family_of(config.model_type)
+    config, family = model.config, model.units[0].unit.family
+    if any(engine not in unit.unit.family.native for unit in model.units):
+        return f"model family {config.model_type!r} is not one of {', '.join(native_families(engine))}, or like them"
     if not activation_known(family, config):
         return f"activation {getattr(config, family.activation)!r}"
     if logit_scaling(family, config) != PLAIN:

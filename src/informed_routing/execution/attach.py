@@ -8,7 +8,7 @@ from typing import Any
 from ..config.folder import RoutingConfig
 from ..config.parts import KINDS, ForecasterConfig, RouterConfig, SelectionConfig
 from ..errors import InputError
-from ..models.families import family_of
+from ..models.discover import family_of
 from ..routing.costs import unit_costs
 from ..routing.routed_unit import RoutedUnit
 from ..routing.state import RoutingState
@@ -23,11 +23,12 @@ def units_of(decoder: Any) -> Iterator[RoutedUnit]:
         yield layer.ffn_routing
 
 
-def route_decoder(decoder: Any, config: RoutingConfig) -> RoutingState:
-    """Give the layers of a dense decoder routed units, and layers and decoder their routed classes."""
+def route_decoder(model: Any, config: RoutingConfig) -> RoutingState:
+    """Give the layers of a dense model routed units, and layers and decoder their routed classes."""
+    decoder = model.model
     state = RoutingState(kv=config.kv)
     for place, layer in enumerate(decoder.layers):
-        units = make_units(decoder, place, config.forecaster, config.router, config.selection)
+        units = make_units(model, place, config.forecaster, config.router, config.selection)
         add_routing(layer, state, *units)
     decoder.routing_state = state
     count_anew(decoder)
@@ -36,11 +37,11 @@ def route_decoder(decoder: Any, config: RoutingConfig) -> RoutingState:
 
 
 def make_units(
-    decoder: Any, place: int, forecaster: ForecasterConfig, router: RouterConfig, selection: SelectionConfig
+    model: Any, place: int, forecaster: ForecasterConfig, router: RouterConfig, selection: SelectionConfig
 ) -> tuple[RoutedUnit, RoutedUnit]:
     """Fresh units (attention, ffn) for one layer, which keeps those that it has."""
-    layer, width = decoder.layers[place], decoder.config.hidden_size
-    family, device = family_of(decoder.config.model_type), decoder.embed_tokens.weight.device
+    layer, width = model.model.layers[place], model.config.hidden_size
+    family, device = family_of(model, place), model.get_input_embeddings().weight.device
     attention, ffn = (
         RoutedUnit(2 * place + j, kind, family, layer, width, forecaster, router, selection).to(device)
         for j, kind in enumerate(KINDS)
@@ -55,7 +56,7 @@ def make_static(model: Any, places: Sequence[int]) -> None:
     selection = SelectionConfig.model_validate({**config.selection.model_dump(), "static_layers": given})
     check_selection(model.config, len(model.decoder.layers), selection)
     for place in places:
-        units = make_units(model.decoder, place, config.forecaster, config.router, selection)
+        units = make_units(model, place, config.forecaster, config.router, selection)
         add_units(model.decoder.layers[place], *units)
     model.routing_config = config.model_copy(update={"selection": selection})
     count_anew(model.decoder)
@@ -72,6 +73,25 @@ def never_static(config: Any, layers: int) -> tuple[int, ...]:
     """Layers by whose keys transformers measures a cache: the first, and the first of each kind of attention."""
     kinds: Sequence[str] = getattr(config, "layer_types", None) or ()
     return tuple(sorted({0, *(list(kinds).index(kind) for kind in set(kinds[:layers]))}))
+
+
+def possible_selection(model: Any, wanted: SelectionConfig, given: bool) -> SelectionConfig:
+    """What of a selection can be done with a model: FFNs alone where the code of an attention is not known.
+
+    Raises InputError where that is not what is asked for; `given` says that the selection is that of a folder.
+    """
+    places = range(len(model.model.layers))
+    unknown = next((place for place in places if not family_of(model, place).in_parts), None)
+    if unknown is None or wanted.units == "ffn":
+        return wanted
+    layer = model.model.layers[unknown]
+    name = type(getattr(layer, family_of(model, unknown).attention)).__name__
+    if given or wanted.units == "attention" or wanted.granularity == "layer" or wanted.static_layers:
+        raise InputError(
+            f"the attention of layer {unknown} ({name}) cannot be routed: its code is not known",
+            "Route FFNs alone: selection.units = ffn",
+        )
+    return wanted.model_copy(update={"units": "ffn"})
 
 
 def check_selection(config: Any, layers: int, selection: SelectionConfig) -> None:

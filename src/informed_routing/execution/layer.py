@@ -85,6 +85,8 @@ def routed_decoder_class(base: type[nn.Module]) -> type[nn.Module]:
         has_static = any(layer.ffn_routing.is_static for layer in self.layers)
         if has_static and state.forward.modules_whole and not state.original:
             raise InputError("output_attentions: static layers have none", "Leave it out, or use sparsity 0")
+        if not state.dense and state.skips(self.training):
+            _check_records(self.config, call)
         if state.ranks and call.cache is not None and call.cache.get_seq_length():
             raise InputError(*NOT_CAUSAL)
         if state.kv == "drop" and not state.dense and state.skips(self.training):
@@ -106,6 +108,14 @@ def routed_decoder_class(base: type[nn.Module]) -> type[nn.Module]:
     # transformers keeps what a class can record (hidden states) under the class's printed name: keep that name.
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, **made_by(routed_decoder_class, base)}
     return type(f"Routed{base.__name__}", (base,), {"forward": forward, **names})
+
+
+def _check_records(config: Any, call: calls.Call) -> None:
+    """Raises InputError where the routers of experts are asked for what they gave: skipped tokens reach none."""
+    if call.options.get("output_router_logits", getattr(config, "output_router_logits", False)):
+        raise InputError(
+            "output_router_logits: tokens that skip their experts have none", "Leave it out, or use sparsity 0"
+        )
 
 
 def _contexts(call: calls.Call) -> Tensor:

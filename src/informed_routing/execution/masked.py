@@ -30,6 +30,8 @@ def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tenso
         return after
     features = routed.features(hidden, x)
     gate = routed.decide(state, hidden, features)
+    if routed.always_executes:
+        return hidden + unit.update(layer, unit.run(layer, x, call))
     if routed.kind == "attention" and state.kv == "drop":
         call = _without_approximated_keys(routed, state, layer, gate, call, hidden.dtype)
     raw = unit.run(layer, x, call)
@@ -71,7 +73,7 @@ def _without_approximated_keys(
     The mask has no gradient: routers learn from what their own token's update does, not from who attends to it.
     """
     attention: Any = routed.unit.module(layer)
-    if reason := only_whole(attention, call):
+    if reason := only_whole(routed.unit.family, attention, call):
         raise InputError(f"kv='drop' does not go with {reason}", "Use kv='keep', or attn_implementation='sdpa'")
     if call.cache is not None and call.cache.get_seq_length(attention.layer_idx) > 0:
         raise InputError(

@@ -27,6 +27,7 @@ from ..config.parts import SelectionConfig
 from ..errors import InformedRoutingError, InputError
 from ..files.atomic import write_json
 from ..models import calls
+from ..models.discover import family_of
 from ..routing.decision import AlwaysExecute, DecisionRule, Threshold
 from ..routing.stats import RoutingStats
 from .formats import FORMATS
@@ -89,9 +90,14 @@ class Check:
             if not torch.equal(dense, self.base):
                 raise _failure("with everything executed it is not the base model", dense, self.base)
             trial = _Trial(model, layers)
-            wanted = trial.torch("masked")
-            for name, found, expected in trial.comparisons(lambda **given: trial.torch("sparse", **given), wanted):
-                _compare(name, found, expected, TOLERANCE.get(model.dtype, 0.1))
+            try:
+                wanted = trial.torch("masked")
+                for name, found, expected in trial.comparisons(lambda **given: trial.torch("sparse", **given), wanted):
+                    _compare(name, found, expected, TOLERANCE.get(model.dtype, 0.1))
+            except InformedRoutingError:
+                raise
+            except Exception as error:  # whatever a base model's own code raises
+                raise _failure(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
         _remember(self.key)
 
 
@@ -194,9 +200,15 @@ def _first_layers(model: Any, selection: SelectionConfig) -> int:
     kinds = getattr(model.config, "layer_types", None) or ()
     no_rope = getattr(model.config, "no_rope_layers", None) or ()
     layers = len(model.model.layers)
-    each = [(kinds[i : i + 1], no_rope[i : i + 1], selection.is_static(i)) for i in range(layers)]
+    each = [(kinds[i : i + 1], no_rope[i : i + 1], selection.is_static(i), _classes(model, i)) for i in range(layers)]
     found = [repr(kind) for kind in each]
     return min(max(2, max(found.index(kind) for kind in set(found)) + 1), layers)
+
+
+def _classes(model: Any, place: int) -> tuple[str, str]:
+    """The classes of a layer's units: where some layers have experts, or another attention, both kinds are run."""
+    layer, family = model.model.layers[place], family_of(model, place)
+    return type(getattr(layer, family.attention, None)).__name__, type(getattr(layer, family.ffn, None)).__name__
 
 
 @contextmanager

@@ -33,7 +33,9 @@ def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tenso
     """
     if state.dense or state.observer is not None:
         return masked.run(routed, state, layer, hidden, call)
-    if routed.kind == "attention" and (reason := only_whole(routed.unit.module(layer), call)):
+    if routed.always_executes:
+        return masked.run(routed, state, layer, hidden, call)
+    if routed.kind == "attention" and (reason := only_whole(routed.unit.family, routed.unit.module(layer), call)):
         if state.kv == "drop":
             raise InputError(f"kv='drop' does not go with {reason}", "Use kv='keep', or attn_implementation='sdpa'")
         return masked.run(routed, state, layer, hidden, call)

@@ -21,12 +21,15 @@ _WITHOUT_EFFECT = frozenset(
 )
 """Bookkeeping, training, and what weights tell better. All else counts, so that no family's own scale is forgotten."""
 
+_OPEN = (math.inf, -math.inf)
+"""Ends of a range that is open, such as Mamba's `time_step_limit`: numbers elsewhere are finite."""
+
 _LENGTH_COUNTS = ("dynamic", "longrope", "yarn")
 """Kinds of rotary scaling that read the longest position."""
 
 
 def config_facts(config: Any) -> dict[str, Any]:
-    """The settings as JSON values. Raises InputError for one that is not a finite number."""
+    """The settings as JSON values. Raises InputError for one that is not a finite number, but for ends of a range."""
     settings = config.to_dict()
     facts = {
         key: _plain(value, key)
@@ -62,7 +65,7 @@ def _plain(value: Any, where: str) -> Any:
         return {str(key): _plain(inner, f"{where}.{key}") for key, inner in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         inner = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
-        return [_plain(one, where) for one in inner]
+        return [_plain(str(one) if one in _OPEN else one, where) for one in inner]
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{where} of the base model is {value}", "Correct it in the model's config.json")
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -1,8 +1,8 @@
 """The table of model families: where a decoder layer keeps attention, FFN, norms and residuals, and how they compute.
 
-To add a family, add a row: the torch back ends, both native engines, losses and costs read it. The layer must be:
-update residual with attention, then update it with the FFN, each as `h + scale * out_norm(unit(in_norm(h)))` with any
-of the norms absent.
+The torch back ends, both native engines, losses and costs read its rows. The layer must be: update residual with
+attention, then update it with the FFN, each as `h + scale * out_norm(unit(in_norm(h)))` with any of the norms absent.
+Rows of families that are not here are read from their code (`discover.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ..errors import InputError
+from .layer_code import Passed
 
 NativeName = Literal["cpu", "gpu"]
 
@@ -25,6 +25,8 @@ class Family:
     ffn_out_norm: str | None = None
     attention: str = "self_attn"
     ffn: str = "mlp"
+    ffn_beside: str | None = None
+    """Another module that reads what the FFN reads, and whose output is added to its (Granite 4's shared MLP)."""
     attention_dropout: str | None = None
     ffn_dropout: str | None = None
     residual_scale: str | None = None
@@ -49,11 +51,17 @@ class Family:
     """Config field: how many keys the layers see that `layer_types` calls sliding, or all where there is no such."""
     logits_divisor: str | None = None
     """Config field that divides the logits (Granite)."""
+    logits_factor: str | None = None
+    """Config field that multiplies the logits (HyperCLOVA X)."""
     logits_softcap: str | None = None
     """Config field that caps the logits softly (Gemma 2)."""
     native: tuple[NativeName, ...] = ()
     """Native engines that know such a decoder: pre-norm layers with gated FFNs, then a norm and a plain head."""
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "gate_proj")
+    in_parts: bool = True
+    """Whether the attention's arithmetic is known, so that it can be computed for some queries only."""
+    passed: Passed | None = None
+    """What the layer passes to an attention that only runs whole; None: everything that it is given."""
 
     def window(self, config: Any, layer: int) -> int | None:
         """Keys that a layer attends to at most; None without a sliding window."""
@@ -117,18 +125,6 @@ FAMILIES: dict[str, Family] = {
     "olmo3": replace(_POST_NORM, sliding_window="sliding_window"),
     "granite": Family(residual_scale="residual_multiplier", logits_divisor="logits_scaling"),
 }
-
-
-def family_of(model_type: str) -> Family:
-    """The row of a model type. Raises InputError that says how to add one."""
-    try:
-        return FAMILIES[model_type]
-    except KeyError:
-        known = ", ".join(sorted(FAMILIES))
-        raise InputError(
-            f"model family {model_type!r} is not known (known: {known})",
-            "Add a row to FAMILIES in informed_routing/models/families.py that names its attention, FFN and norms",
-        ) from None
 
 
 def native_families(engine: NativeName) -> tuple[str, ...]:

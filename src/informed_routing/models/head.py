@@ -8,17 +8,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .families import FAMILIES, Family, family_of
+from .discover import family_of
+from .families import FAMILIES, Family
 
 
 @dataclass(frozen=True)
 class LogitScaling:
-    """Logits are divided, then capped softly."""
+    """Logits are multiplied, divided, then capped softly."""
 
     divisor: float = 1.0
     softcap: float | None = None
+    factor: float = 1.0
 
     def __call__(self, logits: Tensor) -> Tensor:
+        if self.factor != 1:
+            logits = logits * self.factor
         if self.divisor != 1:  # a pass over [n, V] saved
             logits = logits / self.divisor
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
@@ -31,7 +35,8 @@ def logit_scaling(family: Family, config: Any) -> LogitScaling:
     """What a family's row and a model's settings say of its logits."""
     divisor = 1.0 if family.logits_divisor is None else getattr(config, family.logits_divisor)
     softcap = None if family.logits_softcap is None else getattr(config, family.logits_softcap, None)
-    return LogitScaling(divisor, softcap)
+    factor = 1.0 if family.logits_factor is None else getattr(config, family.logits_factor)
+    return LogitScaling(divisor, softcap, factor)
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Head:
 
 def lm_head(model: Any) -> Head:
     """The map from hidden states to logits. Raises InputError for a family that is not in the table."""
-    return Head(model.lm_head, logit_scaling(family_of(model.config.model_type), model.config))
+    return Head(model.lm_head, logit_scaling(family_of(model), model.config))
 
 
 def base_logits(model: Any, hidden: Tensor) -> Tensor:

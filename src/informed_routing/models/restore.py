@@ -47,11 +47,11 @@ def restored_on_failure(model: Any, changed: Iterable[nn.Parameter] = ()) -> Ite
 
 
 def all_or_nothing(method: Function) -> Function:
-    """A class method `(cls, model, ...)` that leaves the model as it was when it raises."""
+    """A function `(model, ...)` that leaves the model as it was when it raises."""
 
     @functools.wraps(method)
-    def guarded(cls: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    def guarded(model: Any, *args: Any, **kwargs: Any) -> Any:
         with restored_on_failure(model):
-            return method(cls, model, *args, **kwargs)
+            return method(model, *args, **kwargs)
 
     return guarded  # type: ignore[return-value]

@@ -18,6 +18,7 @@ from ..config.parts import UnitKind
 from . import calls, slices
 from .calls import Call
 from .families import Family
+from .layer_code import told
 from .projections import projections
 
 
@@ -41,6 +42,15 @@ class Unit:
         """The unit itself: the attention or FFN module of the base model."""
         return getattr(layer, getattr(self.family, self.kind))
 
+    def modules(self, layer: nn.Module) -> list[nn.Module]:
+        """The unit's module, and the one beside it if there is one."""
+        beside = self.family.ffn_beside if self.kind == "ffn" else None
+        return [self.module(layer), *([] if beside is None else [getattr(layer, beside)])]
+
+    def module_of(self, layer: nn.Module, kind: UnitKind) -> nn.Module | None:
+        """A unit of the layer, this one or the other; None where it is gone."""
+        return getattr(layer, getattr(self.family, kind), None)
+
     def input_norm(self, layer: nn.Module) -> Any:
         """The norm before the unit; None in post-norm families."""
         return self._part(layer, "in_norm")
@@ -57,8 +67,13 @@ class Unit:
     def run(self, layer: nn.Module, x: Tensor, call: Call) -> Tensor:
         """The unit's raw output [..., d] for its normed input, by the base model's own module."""
         if self.kind == "ffn":
-            return self.module(layer)(x)
-        return self.module(layer)(x, **call.given)[0]
+            output = self.module(layer)(x)
+            if self.family.ffn_beside is not None:
+                return output + getattr(layer, self.family.ffn_beside)(x)
+        else:
+            passed = self.family.passed
+            output = self.module(layer)(x, **(call.given if passed is None else told(passed, layer, call.given)))
+        return (output[0] if isinstance(output, tuple) else output).view(x.shape)
 
     def neurons(self, layer: nn.Module) -> int | None:
         """How many neurons the unit has of which some can be computed alone; None where it is no known gated FFN."""
@@ -105,11 +120,13 @@ def mixed(gate: Tensor, executed: Tensor, approximated: Tensor) -> Tensor:
 _READ_IMPLEMENTATIONS = ("eager", "sdpa")
 
 
-def only_whole(attention: Any, call: Call) -> str | None:
+def only_whole(family: Family, attention: Any, call: Call) -> str | None:
     """Why only the base model's own module can compute a call of an attention, all queries at once; None if we can.
 
     The parts below are the arithmetic of transformers' own classes with keys, mask and rotary tables of a plain call.
     """
+    if not family.in_parts:
+        return f"a {type(attention).__name__}, whose code is not known"
     if (implementation := attention.config._attn_implementation) not in _READ_IMPLEMENTATIONS:
         return f"attn_implementation {implementation!r}"
     if unknown := call.options.keys() - {"output_hidden_states"}:

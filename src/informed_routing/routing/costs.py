@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from ..errors import InputError
 from .routed_unit import RoutedUnit
 
 
@@ -62,13 +63,17 @@ def unit_costs(layers: Sequence[nn.Module], units: Sequence[RoutedUnit]) -> list
         forecaster = 0 if routed.forecaster is None else _weights(routed.forecaster)
         hidden_size, static = routed.hidden_size, routed.is_static
         if routed.kind == "ffn":
-            weights = _base_weights(module)
+            settings = getattr(routed.unit.module_of(layer, "attention"), "config", None)
+            weights = sum(active_weights(part, settings) for part in routed.unit.modules(layer))
             own = _slice_weights(routed, layer, weights)
             costs.append(
                 UnitCost(0, weights, 0, router, forecaster + own, stream=4 * hidden_size, static=static, slice=own)
             )
             continue
-        config = module.config
+        config = cast(Any, getattr(module, "config", None))
+        if not routed.unit.family.in_parts:
+            costs.append(_whole_attention(module, config, hidden_size))
+            continue
         width, d = config.num_attention_heads * module.head_dim, config.hidden_size
         kv = 2 * d * config.num_key_value_heads * module.head_dim
         window = routed.unit.family.window(config, routed.index // 2)
@@ -77,16 +82,65 @@ def unit_costs(layers: Sequence[nn.Module], units: Sequence[RoutedUnit]) -> list
     return costs
 
 
-def _slice_weights(routed: RoutedUnit, layer: nn.Module, weights: int) -> float:
+def _slice_weights(routed: RoutedUnit, layer: nn.Module, weights: float) -> float:
     """Weights of a unit's own neurons that its fallback computes; every neuron has as many."""
     chosen = None if routed.forecaster is None else routed.forecaster.chosen()
     neurons = routed.unit.neurons(layer)
     return 0 if chosen is None or neurons is None else weights * len(chosen) / neurons
 
 
-def _base_weights(module: nn.Module) -> int:
-    return sum(
-        p.numel()
-        for name, p in module.named_parameters()
-        if name.endswith("weight") and p.dim() == 2 and "lora_" not in name
+def _whole_attention(module: nn.Module, config: Any, hidden_size: int) -> UnitCost:
+    """A mixer of tokens that runs whole: its matrices, and scores and values where it has heads that attend to keys."""
+    head = getattr(module, "head_dim", None)
+    keys, values = getattr(module, "qk_head_dim", head), getattr(module, "v_head_dim", head)
+    per_key = kv = 0
+    if keys and values and hasattr(config, "num_attention_heads"):
+        per_key = config.num_attention_heads * (keys + values)
+        kv = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * (keys + values)
+    return UnitCost(0, active_weights(module, config), per_key, 0, 0, None, kv, 4 * hidden_size)
+
+
+_ACTIVE = (
+    *("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts", "top_k"),
+    "num_selected_experts",
+)
+"""What configurations and modules call the number of experts that a token goes to."""
+
+
+def active_weights(module: nn.Module, config: Any) -> float:
+    """Elements of the matrices that a token is multiplied with: of a stack of experts, of as many as it goes to.
+
+    Raises InputError where nothing says how many experts that is.
+    """
+    total = 0.0
+    for name, parameter in module.named_parameters():
+        parent, _, own = name.rpartition(".")
+        if "lora_" in name or (parameter.dim() == 2 and own != "weight") or parameter.dim() not in (2, 3):
+            continue
+        experts = _experts(module, name) if parameter.dim() == 2 else len(parameter)
+        if parameter.dim() == 3 and isinstance(module.get_submodule(parent), nn.Conv1d):
+            experts = 1
+        total += parameter.numel() * (1 if experts == 1 else _visited(module, config, experts) / experts)
+    return total
+
+
+def _experts(module: nn.Module, name: str) -> int:
+    """How many like it a matrix lies beside: experts in a list; 1 for one that every token meets."""
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        if part.isdigit():
+            return len(list(module.get_submodule(".".join(parts[:place])).children()))
+    return 1
+
+
+def _visited(module: nn.Module, config: Any, experts: int) -> int:
+    """How many of its experts a token goes to."""
+    for source in (*module.modules(), config):
+        for name in _ACTIVE:
+            count = getattr(source, name, None)
+            if isinstance(count, int) and not isinstance(count, bool) and 0 < count <= experts:
+                return count
+    raise InputError(
+        f"a {type(module).__name__} has {experts} experts, and nothing says how many a token goes to",
+        "Its cost is not known: use another model",
     )

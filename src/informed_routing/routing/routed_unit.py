@@ -21,7 +21,8 @@ from .state import Observation, RoutingState
 class RoutedUnit(nn.Module):
     """Router and forecaster beside one unit. The unit's own weights stay where the base model has them.
 
-    A unit that is not routed (`selection.first_layer`, `every`) has no router and always executes; with
+    A unit that is not routed (`selection.first_layer`, `every`) has no router and always executes; those of a kind that
+    is not (`selection.units`) have no forecaster either; with
     `selection.granularity` = layer an FFN has none either and takes the decision of its layer's attention. Units of a
     static layer (`selection.static_layers`) have none and never execute: the attention gives nothing, and the FFN's
     forecaster predicts the update of the whole layer from the layer's input.
@@ -50,10 +51,11 @@ class RoutedUnit(nn.Module):
         fallback = kind_of("fallbacks", forecaster.fallback)
         make = fallback.make_static if self.is_static else fallback.make_for
         self.forecaster: Fallback | None = None
-        if not (self.is_static and kind == "attention"):
+        self.always_executes = selection.units not in ("both", kind)
+        if not self.always_executes and not (self.is_static and kind == "attention"):
             self.forecaster = make(forecaster, hidden_size, self.unit, layer)
         rank = 0 if self.forecaster is None else self.forecaster.rank
-        self.is_routed = selection.routes(index // 2)
+        self.is_routed = selection.routes(index // 2, kind)
         self.joins = self.is_routed and selection.granularity == "layer"
         decides = self.is_routed and not (self.joins and kind == "ffn")
         self.router: Router | None = make_router(router, hidden_size, rank) if decides else None
@@ -173,8 +175,8 @@ class RoutedUnit(nn.Module):
         gate: Tensor | None,
         after: Tensor,
     ) -> None:
-        """Show one unit's input x and output to the observer, if there is one."""
-        if state.observer is None:
+        """Show one unit's input x and output to the observer, if there is one and the unit is not always executed."""
+        if state.observer is None or self.always_executes:
             return
         output = raw if self.predicts_raw else update
         with torch.no_grad():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..config.recipe import LoraStage
 from ..errors import InputError
 from ..files.atomic import write_json, write_tensors
-from ..models.families import family_of
+from ..models.discover import family_of
 from ..models.head import lm_head
 from ..routed_model import RoutedModelForCausalLM
 from ..routing.decision import DecisionRule
@@ -58,7 +58,7 @@ def lora_targets(model: Any, config: LoraStage) -> tuple[str, ...]:
 
     targets = config.targets
     if targets is None:  # of a pruned model some may be gone altogether
-        targets = tuple(name for name in family_of(model.config.model_type).lora_targets if named(name))
+        targets = tuple(name for name in _usual_targets(model) if named(name))
     if not targets:
         raise InputError("lora.targets is empty", "Name linear layers such as q_proj")
     for target in targets:
@@ -75,6 +75,17 @@ def lora_targets(model: Any, config: LoraStage) -> tuple[str, ...]:
                     "Name linear layers such as q_proj",
                 )
     return tuple(targets)
+
+
+def _usual_targets(model: Any) -> list[str]:
+    """Names by the rows of the model's layers; none of FFNs where some are stacks of experts, which PEFT fuses."""
+    layers = model.model.layers
+    families = [family_of(model, place) for place in range(len(layers))]
+    names = dict.fromkeys(name for family in families for name in family.lora_targets)
+    ffns = [getattr(layer, family.ffn, None) for layer, family in zip(layers, families, strict=True)]
+    if any(parameter.dim() == 3 for ffn in ffns if ffn is not None for parameter in ffn.parameters()):
+        return [name for name in names if name not in ("gate_proj", "gate_up_proj")]
+    return list(names)
 
 
 def peft_config(config: LoraStage, targets: tuple[str, ...], base: str) -> LoraConfig:

@@ -109,7 +109,7 @@ class Search:
     def _units(self, place: int, moments: Moments | None) -> tuple[RoutedUnit, RoutedUnit]:
         config = self.model.routing_config
         selection = config.selection.model_copy(update={"static_layers": (place,)})
-        attention, ffn = make_units(self.model.decoder, place, self.forecaster, config.router, selection)
+        attention, ffn = make_units(self.model, place, self.forecaster, config.router, selection)
         if moments is not None and ffn.forecaster is not None:
             ffn.forecaster.take(solve(moments, self.forecaster.ridge))
         return attention, ffn.to(dtype=self.model.dtype)

@@ -168,8 +168,8 @@ class _Statistics:
     def solve_routers(self, meter: BudgetMeter, target: float) -> dict[str, object]:
         weights: list[Tensor] = []
         constants: list[float] = []
-        explained: list[tuple[float, float]] = []
-        for moments, cost in zip(self.routers, self.costs, strict=True):
+        explained: dict[str, list[tuple[float, float]]] = {}
+        for unit, moments, cost in zip(self.routed, self.routers, self.costs, strict=True):
             found = _Regression(moments)
             miss, sensitivity = found.ridge(0, MISS_RIDGE), found.ridge(1, SENSITIVITY_RIDGE)
             both = miss + sensitivity
@@ -177,18 +177,19 @@ class _Statistics:
             constant = (cost / self.tokens).clamp(min=1e-30).log() - float(found.mean @ both)
             constants.append(float(constant - 0.5 * float(both @ found.cov @ both)))
             weights.append(both.float())
-            explained.append((found.explained(0, miss), found.explained(1, sensitivity)))
+            explained.setdefault(unit.kind, []).append((found.explained(0, miss), found.explained(1, sensitivity)))
         margins = torch.stack([(x @ w).cpu() + c for x, w, c in zip(self.last, weights, constants, strict=True)])
         margins = margins * MARGIN_SCALE
-        shift = _shift(margins, [unit.index for unit in self.routed], meter, target)
+        others = torch.tensor([float(not unit.always_executes) for unit in self.model.units])
+        shift = _shift(margins, [unit.index for unit in self.routed], others, meter, target)
         for unit, w, c in zip(self.routed, weights, constants, strict=True):
             assert unit.router is not None
             unit.router.take(w * MARGIN_SCALE, c * MARGIN_SCALE - shift)
         return {
             "explained": {
-                f"{what}_{kind}": round(sum(e[j] for e in explained[k::2]) / len(explained[k::2]), 4)
+                f"{what}_{kind}": round(sum(e[j] for e in explained[kind]) / len(explained[kind]), 4)
                 for j, what in enumerate(("miss", "sensitivity"))
-                for k, kind in enumerate(("attention", "ffn"))
+                for kind in explained
             },
             "margin_std": float(margins.std()),
         }
@@ -214,12 +215,12 @@ class _Regression:
         return float(gain / self.variance[output])
 
 
-def _shift(margins: Tensor, units: list[int], meter: BudgetMeter, target: float) -> float:
+def _shift(margins: Tensor, units: list[int], others: Tensor, meter: BudgetMeter, target: float) -> float:
     """The constant that makes sampled decisions save `target`: bisection on the monotone expected saving.
 
-    `margins` are of some `units`; all tokens approximate the others, which are static.
+    `margins` are of some `units`; `others` [all units] says what share of tokens the others approximate.
     """
-    approximated = torch.ones(len(meter.weights))
+    approximated = others.clone()
     low, high = float(margins.min()) - 20, float(margins.max()) + 20
     for _ in range(60):
         middle = (low + high) / 2

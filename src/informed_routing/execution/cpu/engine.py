@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ...errors import InputError
-from ...models.families import family_of
+from ...models.discover import family_of
 from ...routing.history import History, Holding
 from ...routing.limits import Balance
 from ...routing.rules.base import DecisionRule
@@ -61,7 +61,7 @@ class CpuEngine:
         self.identity = identity(model)
         self.content = {step: content(self.library, copied(model), self.threads, step) for step in (1, PAGE)}
         decoder, config = model.decoder, model.config
-        family = family_of(config.model_type)
+        family = family_of(model)
         attention = decoder.layers[0].attention_routing.unit.module(decoder.layers[0])
         self.kv_shape = (config.num_key_value_heads, attention.head_dim, self.packer.panel)
         self.units = 2 * len(decoder.layers)

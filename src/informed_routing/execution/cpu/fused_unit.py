@@ -41,7 +41,7 @@ class FusedUnit(Unit):
         drops = module.training and module.attention_dropout
         if drops or call.rope is None or call.mask is not None or call.cache is not None:
             return super().run(layer, x, call)
-        if x.shape[1] % fused.MULTIPLE or only_whole(module, call):
+        if x.shape[1] % fused.MULTIPLE or only_whole(self.family, module, call):
             return super().run(layer, x, call)
         made = projections(self.family, module)
         q, (k, v) = made.q(x), made.keys_values(x)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from ...errors import InputError
-from ...models.families import family_of
+from ...models.discover import family_of
 from ...routing.history import History
 from ...routing.state import GateBlock, RoutingState
 from ..changes import identity, norms
@@ -60,7 +60,7 @@ class GpuEngine:
         self.policy: Policy = policy
         self.identity, self.content = identity(model), _content(model)
         decoder, config = model.decoder, model.config
-        family, costs = family_of(config.model_type), model.costs
+        family, costs = family_of(model), model.costs
         block = decoder.layers[0].attention_routing.unit.module(decoder.layers[0])
         self.kv_shape, self.scale = (config.num_key_value_heads, block.head_dim), family.scale(block)
         self.layers = [

@@ -12,7 +12,7 @@ from ...baselines.footprint import footprint
 from ...baselines.shapes import SlicedShapes, empty_model
 from ...baselines.static import shape_report
 from ...config.parts import KINDS, ForecasterConfig, RouterConfig, SelectionConfig
-from ...models.families import family_of
+from ...models.discover import family_of
 from ...routing.costs import UnitCost, unit_costs
 from ...routing.routed_unit import RoutedUnit
 from ...routing.target import BudgetMeter
@@ -105,7 +105,8 @@ def routed_costs(config: LlamaConfig, method: str, sparsity: float) -> dict[str,
 
 def _unit_costs(config: LlamaConfig, shape: RoutedShape) -> tuple[list[UnitCost], int]:
     """Costs of the two units of one layer, which stand for those of all, and the weights that routing adds to them."""
-    layers, family = empty_model(config).model.layers, family_of(config.model_type)
+    model = empty_model(config)
+    layers, family = model.model.layers, family_of(model)
     forecaster = ForecasterConfig(rank=100, fallback=shape.fallback)
     with torch.device("meta"):
         units = [

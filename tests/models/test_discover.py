@@ -1,0 +1,182 @@
+"""Families that are not in the table: understood by their code, as far as it goes, or refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny import FAMILIES as TINY
+from tests.tiny import OTHERS, make_tiny, random_ids
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
+
+from informed_routing.config.parts import ForecasterConfig, SelectionConfig
+from informed_routing.errors import InputError
+from informed_routing.models import source
+from informed_routing.models.discover import family_of
+from informed_routing.models.families import FAMILIES
+from informed_routing.models.layer_code import Unread, read_layer
+from informed_routing.routed_model import RoutedModelForCausalLM
+from informed_routing.routing.decision import Threshold
+
+BOTH = (
+    "gemma",
+    "ministral",
+    "glm4",
+    "helium",
+    "hyperclovax",
+    "qwen3_moe",
+    "mixtral",
+    "arcee",
+    "ernie4_5",
+    "granitemoeshared",
+)
+
+
+def _routed(name: str, **overrides: Any) -> RoutedModelForCausalLM:
+    torch.manual_seed(0)
+    model = RoutedModelForCausalLM.attach(make_tiny(name, **overrides), ForecasterConfig(rank=8))
+    for unit in model.units:
+        for parameter in unit.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    model.set_decision(Threshold(0.0))
+    return model
+
+
+@pytest.mark.parametrize("name", [*TINY, "olmo3", "granite"])
+def test_code_says_what_the_table_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_tiny(name)
+    row = FAMILIES[name]
+    monkeypatch.setattr("informed_routing.models.discover.FAMILIES", {})
+    found = family_of(model)
+    parts = ("attention_in_norm", "attention_out_norm", "ffn_in_norm", "ffn_out_norm", "attention", "ffn")
+    others = ("attention_dropout", "ffn_dropout", "residual_scale", "qkv", "gate_up", "qk_norm", "rotates")
+    scores = ("attention_scale", "attention_softcap", "logits_divisor", "logits_softcap", "in_parts")
+    for field in (*parts, *others, *scores):
+        assert getattr(found, field) == getattr(row, field), field
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_known_of_each(name: str) -> None:
+    routed = _routed(name)
+    wanted = "both" if name in BOTH else "ffn"
+    assert routed.routing_config.selection.units == wanted
+    assert all((unit.router is None) == (wanted == "ffn" and unit.kind == "attention") for unit in routed.units)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_skipping_is_the_masked_reference(name: str) -> None:
+    routed, ids = _routed(name), random_ids(2, 14)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    found = []
+    for execution in ("masked", "sparse"):
+        routed.set_execution(execution)  # type: ignore[arg-type]
+        found.append(routed(ids, attention_mask=mask).logits)
+    assert 0.03 < routed.routing_stats()["macs"] < 0.95
+    torch.testing.assert_close(found[0][1], found[1][1], atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(found[0][0, 5:], found[1][0, 5:], atol=2e-4, rtol=1e-3)
+    dense = make_tiny(name)(ids, attention_mask=mask).logits
+    assert not torch.allclose(found[1], dense, atol=1e-2)
+    routed.set_sparsity(0)
+    assert torch.equal(routed(ids, attention_mask=mask).logits, dense)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_cached_text_is_the_whole_one(name: str) -> None:
+    routed, ids = _routed(name), random_ids(1, 12)
+    whole = routed(ids).logits
+    cache = DynamicCache(config=routed.config)
+    parts = [routed(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 7), (7, 8), (8, 12))]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name != "lfm2"])
+def test_macs_are_those_that_are_computed(name: str) -> None:
+    """Of one FFN for one token, with as many experts as it goes to."""
+    routed = RoutedModelForCausalLM.attach(make_tiny(name, experts_implementation="eager"))
+    for unit, cost in zip(routed.units, routed.costs, strict=True):
+        if unit.kind != "ffn":
+            continue
+        layer = routed.decoder.layers[unit.index // 2]
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            unit.unit.run(layer, torch.randn(1, 1, 64), _nothing())
+        assert cost.execute == counter.get_total_flops() / 2
+
+
+def _nothing() -> Any:
+    from informed_routing.models.calls import NOTHING
+
+    return NOTHING
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gpt2", "has no model.layers"),
+        ("phi", "units side by side"),
+        ("cohere", "does more to its logits"),
+        ("bloom", "has no model.layers"),
+    ],
+)
+def test_what_is_not_understood_is_refused_with_the_reason(name: str, reason: str) -> None:
+    with pytest.raises(InputError, match=rf"'{name}' is not in the table, and its code is not understood: .*{reason}"):
+        RoutedModelForCausalLM.attach(make_tiny(name))
+
+
+def test_what_an_unknown_attention_cannot_do_is_refused() -> None:
+    for selection, kv in ((SelectionConfig(units="attention"), "keep"), (SelectionConfig(static_layers=(1,)), "keep")):
+        with pytest.raises(InputError, match=r"attention of layer 0 \(DeepseekV3Attention\) cannot be routed"):
+            RoutedModelForCausalLM.attach(make_tiny("deepseek_v3"), selection=selection, kv=kv)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="drops no keys"):
+        RoutedModelForCausalLM.attach(make_tiny("deepseek_v3"), kv="drop")
+
+
+def test_routers_of_experts_are_not_recorded_while_tokens_skip_them() -> None:
+    routed = _routed("qwen3_moe")
+    with pytest.raises(InputError, match="output_router_logits"):
+        routed(random_ids(1, 5), output_router_logits=True)
+    routed.set_sparsity(0)
+    assert routed(random_ids(1, 5), output_router_logits=True).router_logits is not None
+
+
+class _Layer(nn.Module):
+    """A layer that is not of the library."""
+
+    def forward(self, hidden_states: Any, attention_mask: Any = None) -> Any:
+        return hidden_states
+
+
+def test_code_that_says_something_else_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Unread, match="_Layer is not that of transformers"):
+        read_layer(_Layer())
+    model = make_tiny("llama")
+    layer = model.model.layers[0]
+    kind = type(layer)
+
+    def clamped(self: Any, hidden_states: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        hidden_states, _ = self.self_attn(hidden_states=hidden_states, attention_mask=attention_mask, **kwargs)
+        hidden_states = residual + hidden_states.clamp(-1, 1)
+        return hidden_states
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "forward", clamped)
+        with pytest.raises(Unread, match="clamp"):
+            read_layer(layer)
+    layer.__class__ = type("Mine", (kind,), {"forward": clamped, "__module__": __name__})
+    with pytest.raises(Unread, match="Mine is not that of transformers"):
+        read_layer(layer)
+
+
+def test_the_same_code_is_told_from_other_code() -> None:
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeAttention
+
+    assert source.same_code(LlamaAttention.forward, Qwen2MoeAttention.forward)
+    assert not source.same_code(LlamaRMSNorm.forward, GemmaRMSNorm.forward)
+    assert not source.same_code(len, len)  # without source nothing is known
