@@ -51,11 +51,13 @@ BASE = {
 }
 SLIM = {"forecaster.fallback": "slim", "forecaster.rank": 64}
 FROM_SLIM = {"start": "out/levers/slim-start", "stages": ["route"]}
+UNTRAINED = {"route.steps": 0, "calibration.targets": [0.25]}
+"""For untrained.py, which places thresholds itself."""
 RUNS: dict[str, dict[str, Any]] = {
-    "zero-start": {"forecaster.fallback": "zero", "route.steps": 0},
-    "rank-64-start": {"forecaster.rank": 64, "route.steps": 0},
-    "rank-start": {"route.steps": 0},
-    "quarter-start": {**SLIM, "forecaster.slice": 0.25, "route.steps": 0},
+    "zero-start": {"forecaster.fallback": "zero", **UNTRAINED},
+    "rank-64-start": {"forecaster.rank": 64, **UNTRAINED},
+    "rank-start": UNTRAINED,
+    "quarter-start": {**SLIM, "forecaster.slice": 0.25, **UNTRAINED},
     "rank": {"start": "out/levers/rank-start", "stages": ["route"]},
     "slim-start": {**SLIM, "route.steps": 0},
     "slim": FROM_SLIM,

@@ -95,7 +95,9 @@ def is_fused(model: Any) -> bool:
 
 def _known(model: Any) -> bool:
     family, config = model.units[0].unit.family, model.config
-    if "cpu" not in family.native or not activation_known(family, config) or logit_scaling(family, config) != PLAIN:
+    if any("cpu" not in routed.unit.family.native for routed in model.units):
+        return False
+    if not activation_known(family, config) or logit_scaling(family, config) != PLAIN:
         return False
     if (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0) != 1.0:
         return False
