@@ -40,8 +40,9 @@ INTRODUCTION = """# Levers of training
 SmolLM2-135M, trained for 30 % of MACs saved, one seed: ratio of perplexity to the dense model without an adapter, on
 held-out Wikipedia / C4, at equal shares of MACs (`benchmarks/levers.py`). Runs of a million tokens and those that go on
 from them have books, code and manuals among their text, the others only Wikipedia and C4. `static` runs have three
-layers that no token executes. `latency` goes on from `slim-1000` with routers that are trained for 25 % of the time
-saved in place of MACs. Seconds are of one thread beside other work, those of `latency` and `static-1000` of two.
+layers that no token executes; `joint-1000` has them too, and an adapter that is learned with the routers. `latency`
+goes on from `slim-1000` with routers that are trained for 25 % of the time saved in place of MACs. Seconds are of one
+thread beside other work, those of `latency` and `static-1000` of two; those of `joint-1000` have pauses in them.
 """
 BASE = {
     "route.budget": "macs",
