@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tiny_types
 import torch
 from tests.tiny import FAMILIES as TINY
 from tests.tiny import OTHERS, make_tiny, random_ids
@@ -14,6 +15,7 @@ from transformers import DynamicCache
 
 from informed_routing.config.parts import ForecasterConfig, SelectionConfig
 from informed_routing.errors import InputError
+from informed_routing.execution.cpu import build
 from informed_routing.models import source
 from informed_routing.models.discover import family_of
 from informed_routing.models.families import FAMILIES
@@ -180,3 +182,28 @@ def test_the_same_code_is_told_from_other_code() -> None:
     assert source.same_code(LlamaAttention.forward, Qwen2MoeAttention.forward)
     assert not source.same_code(LlamaRMSNorm.forward, GemmaRMSNorm.forward)
     assert not source.same_code(len, len)  # without source nothing is known
+
+
+@pytest.mark.parametrize("name", ["ministral3", "olmo", "diffllama", "hunyuan_v1_dense", "glm4_moe", "starcoder2"])
+def test_an_attention_that_only_looks_like_one_that_is_known_runs_whole(name: str) -> None:
+    """Scaled queries at long positions, clipped ones, norms behind the rotation: few tokens would not show it."""
+    family = family_of(tiny_types.make(name))
+    assert (family.in_parts, family.native) == (False, ())
+
+
+@pytest.mark.parametrize(
+    "name", ["ernie4_5", "helium", "hyperclovax", "gemma", "glm4", "emu3", "granite_swa", "ministral"]
+)
+def test_engines_do_not_know_what_differs_in_some_part(name: str) -> None:
+    """Interleaved rotation, rotation of a part, factors, other norms and dropouts: shapes are those of Llama."""
+    assert family_of(tiny_types.make(name)).native == ()
+
+
+@pytest.mark.parametrize("name", ["internlm3", "iquestcoder"])
+def test_engines_know_what_is_the_code_of_a_family_that_they_know(name: str) -> None:
+    model = tiny_types.make(name)
+    assert family_of(model).native == ("cpu", "gpu")
+    if build.compiler() is not None:
+        routed = RoutedModelForCausalLM.attach(model, ForecasterConfig(rank=8))
+        routed.set_execution("native")  # compared with the torch back ends
+        assert routed.runs_native

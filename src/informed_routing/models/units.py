@@ -73,7 +73,8 @@ class Unit:
         else:
             passed = self.family.passed
             output = self.module(layer)(x, **(call.given if passed is None else told(passed, layer, call.given)))
-        return (output[0] if isinstance(output, tuple) else output).view(x.shape)
+        output = output[0] if isinstance(output, tuple) else output
+        return output.view(*x.shape[:-1], output.shape[-1])  # some give back a list of rows
 
     def neurons(self, layer: nn.Module) -> int | None:
         """How many neurons the unit has of which some can be computed alone; None where it is no known gated FFN."""
