@@ -11,7 +11,8 @@ settings in turns with the dense base model, and perplexity by the same engine o
 of sums over the timed rows; perplexities are ratios to the dense model. The table reads each curve at the asked
 speed-ups by a line through the points around them (log perplexity over log speed-up), which begins at the dense model;
 it never goes beyond a curve's end. A sliced model, which the engine does not run, is granted the speed-up that its
-multiply-accumulates would give, more than any engine has. Run it on an idle machine.
+multiply-accumulates would give, more than any engine has. Run it on an idle machine; a second copy of the dense model,
+again=demo:smollm2-135m, shows what is noise.
 """
 
 from __future__ import annotations

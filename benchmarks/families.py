@@ -42,7 +42,7 @@ def look(model_type: str) -> dict[str, Any]:
     try:
         model = make(model_type)
     except Exception as error:  # a type needs another package, or settings that are not known here
-        return {"type": model_type, "group": "not made", "reason": f"{type(error).__name__}: {str(error)[:120]}"}
+        return {"type": model_type, "group": "not made", "reason": type(error).__name__}
     try:
         found = inspect(model)
         routed = RoutedModelForCausalLM.attach(model, ForecasterConfig(rank=8))
