@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +16,13 @@ from transformers import DynamicCache
 
 from informed_routing.config.parts import ForecasterConfig, SelectionConfig
 from informed_routing.errors import InputError
+from informed_routing.execution import self_check
 from informed_routing.execution.cpu import build
 from informed_routing.models import source
 from informed_routing.models.discover import family_of
 from informed_routing.models.families import FAMILIES
-from informed_routing.models.layer_code import Unread, read_layer
+from informed_routing.models.head import base_logits, lm_head
+from informed_routing.models.layer_code import Passed, Unread, read_layer, told
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.routing.decision import Threshold
 
@@ -95,7 +98,7 @@ def test_a_cached_text_is_the_whole_one(name: str) -> None:
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in OTHERS if name != "lfm2"])
+@pytest.mark.parametrize("name", OTHERS)
 def test_macs_are_those_that_are_computed(name: str) -> None:
     """Of one FFN for one token, with as many experts as it goes to."""
     routed = RoutedModelForCausalLM.attach(make_tiny(name, experts_implementation="eager"))
@@ -208,3 +211,26 @@ def test_engines_know_what_is_the_code_of_a_family_that_they_know(name: str) -> 
         routed.set_execution("native")  # compared with the torch back ends
         with torch.no_grad():
             assert routed.runs_native
+
+
+def test_logits_that_another_head_makes_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(self_check, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(self_check, "lm_head", lambda model: lambda hidden: 2 * model.lm_head(hidden))
+    with pytest.raises(InputError, match="logits are not those of the head"):
+        RoutedModelForCausalLM.attach(make_tiny("qwen3_moe"))
+
+
+@pytest.mark.parametrize("name", ["hyperclovax", "granitemoeshared", "gemma"])
+def test_heads_that_were_read_make_the_base_models_logits(name: str) -> None:
+    model, ids = make_tiny(name), random_ids(1, 6)
+    hidden = model.model(ids).last_hidden_state
+    torch.testing.assert_close(base_logits(model, hidden), model(ids).logits)
+    torch.testing.assert_close(lm_head(model)(hidden), model(ids).logits)
+
+
+def test_what_a_layer_does_not_pass_on_does_not_reach_its_attention() -> None:
+    layer = make_tiny("gpt_oss").model.layers[0]
+    passed = Passed((("cache_params", "past_key_values"),), rest=False)
+    given = {"past_key_values": "cache", "use_cache": True, "other": 1}
+    assert told(passed, layer, given) == {"cache_params": "cache"}
+    assert told(passed._replace(rest=True), layer, given) == {"cache_params": "cache", "other": 1}

@@ -43,9 +43,7 @@ def inspect(
         from informed_routing.execution.inspection import inspect as look
 
         found = look(load_empty(model, revision=revision), context)
-        run.finish(
-            found.as_dict(), lambda console: _show(console, found, model), model=model, device="meta", dtype="none"
-        )
+        run.finish(found.as_dict(), lambda console: _show(console, found, model), model=model, device="meta", dtype="")
 
 
 def _show(console: Console, found: Inspection, name: str) -> None:

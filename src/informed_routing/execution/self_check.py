@@ -28,6 +28,7 @@ from ..errors import InformedRoutingError, InputError
 from ..files.atomic import write_json
 from ..models import calls
 from ..models.discover import family_of
+from ..models.head import lm_head
 from ..routing.decision import AlwaysExecute, DecisionRule, Threshold
 from ..routing.stats import RoutingStats
 from .formats import FORMATS
@@ -89,11 +90,12 @@ class Check:
             dense = _states(model.decoder, layers, tokens)
             if not torch.equal(dense, self.base):
                 raise _failure("with everything executed it is not the base model", dense, self.base)
+            _compare("logits are not those of the head", *_logits(model, layers, tokens, dense), _tolerance(model))
             trial = _Trial(model, layers)
             try:
                 wanted = trial.torch("masked")
                 for name, found, expected in trial.comparisons(lambda **given: trial.torch("sparse", **given), wanted):
-                    _compare(name, found, expected, TOLERANCE.get(model.dtype, 0.1))
+                    _compare(name, found, expected, _tolerance(model))
             except InformedRoutingError:
                 raise
             except Exception as error:  # whatever a base model's own code raises
@@ -114,7 +116,7 @@ def check_engine(model: Any, native: NativeExecution) -> None:
         wanted = trial.torch("masked")
         if not bool(wanted.isfinite().all()):
             return
-        tolerance = TOLERANCE.get(model.dtype, 0.1)
+        tolerance = _tolerance(model)
         rounded = max(FORMATS[weights].tolerance, tolerance)  # torch's weights are not
         for name, found, expected in trial.comparisons(trial.native, wanted):
             # Compared with itself, the engine has the same rounded weights on both sides.
@@ -184,6 +186,21 @@ def _states(decoder: Any, layers: int, tokens: Tensor, mask: Tensor | None = Non
         return calls.hidden_states(decoder, tokens, mask, _positions(mask), cache)
     finally:
         decoder.layers = whole
+
+
+def _logits(model: Any, layers: int, tokens: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, N, V] by the head that losses use of hidden states behind the first layers, and by the model itself."""
+    whole = model.decoder.layers
+    model.decoder.layers = whole[:layers]
+    try:
+        wanted: Tensor = model(input_ids=tokens, use_cache=False).logits
+    finally:
+        model.decoder.layers = whole
+    return lm_head(model)(states), wanted
+
+
+def _tolerance(model: Any) -> float:
+    return TOLERANCE.get(model.dtype, 0.1)
 
 
 def _positions(mask: Tensor | None) -> Tensor | None:

@@ -98,7 +98,6 @@ def _row(model: Any, place: int, attention: UnitCode, ffn: UnitCode) -> Family:
     built = replace(
         built,
         in_parts=True,
-        passed=None,
         qkv=row.qkv,
         qk_norm=row.qk_norm,
         rotates=row.rotates,

@@ -61,7 +61,7 @@ class Family:
     in_parts: bool = True
     """Whether the attention's arithmetic is known, so that it can be computed for some queries only."""
     passed: Passed | None = None
-    """What the layer passes to an attention that only runs whole; None: everything that it is given."""
+    """What the layer passes to an attention that runs whole; None: everything that it is given."""
 
     def window(self, config: Any, layer: int) -> int | None:
         """Keys that a layer attends to at most; None without a sliding window."""

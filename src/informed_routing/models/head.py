@@ -8,8 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
 from .discover import family_of
-from .families import FAMILIES, Family
+from .families import Family
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,10 @@ def lm_head(model: Any) -> Head:
 def base_logits(model: Any, hidden: Tensor) -> Tensor:
     """Logits of hidden states in the model's dtype, as the base model makes them.
 
-    Families that are not in the table may do more to them than the output projection that is used here.
+    Families whose code is not understood may do more to them than the output projection that is used here.
     """
-    family = FAMILIES.get(model.config.model_type, Family())
+    try:
+        family = family_of(model)
+    except InputError:
+        family = Family()
     return logit_scaling(family, model.config)(model.get_output_embeddings()(hidden))

@@ -201,7 +201,8 @@ class _Reader:
         if not isinstance(getattr(self.layer, name, None), nn.Module):
             raise Unread(f"self.{name} is no module")
         given = {str(keyword.arg): keyword.value for keyword in node.keywords if keyword.arg is not None}
-        stream = node.args[0] if node.args else given.pop("hidden_states", given.pop("x", None))
+        names = [name for name in ("hidden_states", "x") if name in given]
+        stream = node.args[0] if node.args else given.pop(names[0]) if len(names) == 1 else None
         if stream is None or len(node.args) > 1:
             raise Unread(f"`{ast.unparse(node)}`: what it reads")
         value = self._value(stream)

@@ -97,7 +97,8 @@ def _whole_attention(module: nn.Module, config: Any, hidden_size: int) -> UnitCo
     if keys and values and hasattr(config, "num_attention_heads"):
         per_key = config.num_attention_heads * (keys + values)
         kv = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * (keys + values)
-    return UnitCost(0, active_weights(module, config), per_key, 0, 0, None, kv, 4 * hidden_size)
+    matrices = sum(p.numel() for name, p in module.named_parameters() if p.dim() > 1 and "lora_" not in name)
+    return UnitCost(0, matrices, per_key, 0, 0, None, kv, 4 * hidden_size)
 
 
 _ACTIVE = (
