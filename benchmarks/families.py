@@ -31,7 +31,8 @@ from informed_routing.routed_model import RoutedModelForCausalLM
 
 GROUPS = {
     "both": "attention and FFN",
-    "ffn": "FFN; attention always runs, since its code is not known",
+    "ffn": "FFN; attention always runs",
+    "attention": "attention; layers have no FFN of their own",
     "refused": "refused, with the reason",
     "not made": "no tiny model could be made of it here",
 }

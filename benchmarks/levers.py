@@ -93,6 +93,14 @@ RUNS: dict[str, dict[str, Any]] = {
         "route.steps": 1000,
         "calibration.targets": [0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45],
     },
+    # The same for another million tokens, in another order.
+    "joint-2000": {
+        "start": "out/levers/joint-1000",
+        "stages": ["joint"],
+        "seed": 1,
+        "route.steps": 1000,
+        "calibration.targets": [0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45],
+    },
     "latency": {
         "start": "out/levers/slim-1000",
         "stages": ["route"],

@@ -15,7 +15,7 @@ from typing import Any
 
 from informed_routing.assets import DEMO_MODEL, load_model
 from informed_routing.evaluation.environment import environment
-from informed_routing.execution import self_check
+from informed_routing.execution import remembered, self_check
 from informed_routing.execution.formats import PACKED
 from informed_routing.execution.native import NativeExecution
 from informed_routing.files.atomic import write_json
@@ -27,7 +27,7 @@ REPEATS = 5
 
 def seconds(base: Any, folder: Path) -> dict[str, float]:
     """Seconds of each check of a copy of the model, with what `folder` remembers."""
-    self_check.cache_dir = lambda: folder  # type: ignore[assignment]
+    remembered.cache_dir = lambda: folder  # type: ignore[assignment]
     found = {"attach": 0.0}
     begun, attached = self_check.Check.__init__, self_check.Check.routed
 

@@ -52,10 +52,22 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"num_global_key_value_heads", 1),
 )
 _KINDS = ("layer_types", "mlp_layer_types", "layers_block_type")
+_IMAGES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+_IMAGES |= {"image_size": 28, "patch_size": 14}
+_SOUNDS = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+_INDEXED = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8}
+_INDEXED |= {"indexer_compress_ratio": 2, "hc_lowrank": 8, "hc_count": 2}
 _OWN: dict[str, dict[str, Any]] = {
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            "full_attention": None,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]},
+        }
     },
     "dots1": {"n_shared_experts": 1, "num_experts_per_tok": 2, "n_routed_experts": 8},
     "falcon_h1": {"mamba_d_ssm": 128},
@@ -63,10 +75,35 @@ _OWN: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 16},
+    "longcat_flash": {"head_dim": 8},
+    "qwen4_exp": _INDEXED,
+    "qwen4_exp_text": _INDEXED,
+    "xlstm": {"qk_dim_factor": 1.0},
+    "phi4_multimodal": {
+        "vision_config": {**_IMAGES, "crop_size": 28},
+        "audio_config": {**_SOUNDS, "num_blocks": 1, "ext_pw_out_channel": 32, "nemo_conv_channels": 32},
+    },
     "nemotron": {"num_key_value_heads": 2, "head_dim": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "zaya": {"num_experts_per_tok": 1},
 }
+_BESIDE: dict[str, dict[str, Any]] = {
+    "dots3_note": {
+        "vision_config": {
+            **{"adapter_out_dim": WIDTH, "adapter_in_dim": 48, "embed_dim": 48, "num_heads": 2},
+            **{"num_hidden_layers": 1, "intermediate_size": 32, "moe_intermediate_size": 32},
+            "mlp_layer_types": ["dense"],
+        },
+        "audio_config": {
+            **{"adapter_out_dim": WIDTH, "hidden_size": 48, "adapter_input_size": 48, "num_hidden_layers": 1},
+            **{"num_attention_heads": 2, "intermediate_size": 32},
+        },
+    },
+    "moss_transcribe_diarize": {
+        "audio_config": {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 64}
+    },
+}
+"""Parts for images and sounds, where those that come with a type are large."""
 
 
 def make(model_type: str) -> Any:
@@ -78,7 +115,8 @@ def make(model_type: str) -> Any:
         config = kind(**_small(default.to_dict(), model_type))
     else:  # images and sounds keep their settings: only text goes in
         name = next(name for name, value in vars(default).items() if value is text)
-        config = kind(**{name: type(text)(**_small(text.to_dict(), text.model_type)).to_dict()})
+        text_settings = type(text)(**_small(text.to_dict(), text.model_type)).to_dict()
+        config = kind(**{name: text_settings, **_BESIDE.get(model_type, {})})
     with torch.device("meta"):
         shadow = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if (size := sum(parameter.numel() for parameter in shadow.parameters())) > LARGEST:

@@ -16,19 +16,19 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from .config.folder import BaseModelReference, RoutingConfig, ThresholdRow
+from .config.folder import RoutingConfig, ThresholdRow
 from .config.kinds import kind, kinds_of
-from .config.parts import Budget, Decision, ForecasterConfig, RouterConfig, SelectionConfig, method_of
-from .config.types import describe
+from .config.parts import Budget, Decision, ForecasterConfig, RouterConfig, SelectionConfig
 from .errors import InputError
-from .execution.attach import check_selection, possible_selection, route_decoder, units_of
+from .execution.attach import route_decoder, units_of
 from .execution.layer import NOT_CAUSAL
+from .execution.possible import check_router, check_selection, fresh_config, measured_private, possible_selection
 from .execution.self_check import Check, check_engine, skipped
 from .models import calls
+from .models.decoder import decoder_of, layers_of, text_config
 from .models.discover import family_of
 from .models.fingerprint import reference_to
 from .models.restore import all_or_nothing
@@ -87,12 +87,25 @@ class RoutedModelForCausalLM(FromRoutingFolder):
         if routing_config is None:
             reference = reference_to(model, name, revision)
             forecaster, router = forecaster or ForecasterConfig(), router or RouterConfig()
-            selection = possible_selection(model, selection or SelectionConfig(), given=False)
-            routing_config = _fresh_config(model, reference, forecaster, router, selection, kv)
+            selection = selection or SelectionConfig()
+            private = () if kv == "drop" else measured_private(model, selection)
+            possible = possible_selection(model, selection, private, given=False)
+            routing_config = fresh_config(model, reference, forecaster, router, possible, kv, private, _version())
         else:
-            possible_selection(model, routing_config.selection, given=True)
+            private = ()
+            possible_selection(model, routing_config.selection, routing_config.private, given=True)
+        check_router(model, routing_config.router)
         with nullcontext() if self_check else skipped():
-            return _checked_routing(model, routing_config)
+            try:
+                return _checked_routing(model, routing_config)
+            except InputError:
+                if not private or selection is None or routing_config.selection.units != "both":
+                    raise
+        # Private matrices were measured one by one: together with all else they do not do. FFNs alone may.
+        possible = selection.model_copy(update={"units": "ffn"})
+        return cls.attach(
+            model, forecaster, router, selection=possible, kv=kv, name=name, revision=revision, self_check=self_check
+        )
 
     def __init__(self, config: Any = None, *_: Any, **__: Any) -> None:
         raise InputError(
@@ -104,7 +117,7 @@ class RoutedModelForCausalLM(FromRoutingFolder):
     @property
     def decoder(self) -> Any:
         """The routed decoder (the base model's stack of layers)."""
-        return cast(Any, self).model
+        return decoder_of(self)
 
     @property
     def units(self) -> list[RoutedUnit]:
@@ -243,6 +256,8 @@ class RoutedModelForCausalLM(FromRoutingFolder):
             raise InputError("kv='drop' does not go with static layers", "Use kv='keep'")
         if kept == "drop" and self.routing_config.selection.units == "ffn":
             raise InputError("kv='drop': attentions that always execute drop no keys", "Use kv='keep'")
+        if kept == "drop" and self.routing_config.private:
+            raise InputError("kv='drop': attentions that run whole drop no keys", "Use kv='keep'")
         native = None
         if execution == "native":
             from .execution.native import NativeExecution
@@ -298,10 +313,14 @@ class RoutedModelForCausalLM(FromRoutingFolder):
 @all_or_nothing
 def _checked_routing(model: PreTrainedModel, config: RoutingConfig) -> RoutedModelForCausalLM:
     """Routing put into a dense model, which then computes what it must; InputError if not, and it is as it was."""
-    kind("fallbacks", config.forecaster.fallback).check(config.forecaster, model.config.hidden_size)
-    decoder = cast(Any, model).model
-    check_selection(model.config, len(decoder.layers), config.selection)
-    calls.check_own_forwards((model, decoder, *decoder.layers))
+    kind("fallbacks", config.forecaster.fallback).check(config.forecaster, text_config(model).hidden_size)
+    layers = layers_of(model)
+    if taken := sorted(set(vars(model)["_modules"]) & set(dir(RoutedModelForCausalLM))):
+        raise InputError(
+            f"a {type(model).__name__} has a part of its own that is called {taken[0]}", "Use another model"
+        )
+    check_selection(text_config(model), len(layers), config.selection)
+    calls.check_own_forwards((model, decoder_of(model), *layers))
     check = Check(model, config)
     routed = _with_routing(model, config)
     check.routed(routed)
@@ -317,31 +336,6 @@ def _with_routing(model: PreTrainedModel, config: RoutingConfig) -> RoutedModelF
     routed.routing_config, routed.routing_state, routed._target = config, state, 0.0
     routed.train(training)
     return routed
-
-
-def _fresh_config(
-    model: PreTrainedModel,
-    base: BaseModelReference,
-    forecaster: ForecasterConfig,
-    router: RouterConfig,
-    selection: SelectionConfig,
-    kv: KeyValues,
-) -> RoutingConfig:
-    """The configuration of untrained parts. Raises InputError when they do not go together."""
-    try:
-        return RoutingConfig(
-            library_version=_version(),
-            method=method_of(forecaster, selection),
-            base_model=base,
-            num_layers=model.config.num_hidden_layers,
-            hidden_size=model.config.hidden_size,
-            forecaster=forecaster,
-            router=router,
-            selection=selection,
-            kv=kv,
-        )
-    except ValidationError as error:
-        raise InputError(*describe(error)) from None
 
 
 @functools.cache

@@ -21,9 +21,10 @@ def test_the_page_is_that_of_the_data() -> None:
 
 def test_a_type_is_looked_at() -> None:
     assert families.look("qwen3_moe")["group"] == "both"
-    assert families.look("gpt_oss")["group"] == "ffn"
-    refused = families.look("gpt2")
-    assert (refused["group"], "has no model.layers" in refused["reason"]) == ("refused", True)
+    assert families.look("longcat_flash")["group"] == "ffn"
+    assert families.look("opt")["group"] == "attention"
+    refused = families.look("bloom")
+    assert (refused["group"], "cannot be routed" in refused["reason"]) == ("refused", True)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from tests.tiny import random_ids
 from torch import Tensor, nn
 
 from informed_routing.errors import InputError
-from informed_routing.execution import self_check
+from informed_routing.execution import remembered
 from informed_routing.execution.cpu import availability, build, packing
 from informed_routing.execution.cpu import engine as cpu_engine
 from informed_routing.execution.cpu.engine import CpuEngine
@@ -284,7 +284,7 @@ def test_another_choice_of_neurons_is_packed_again() -> None:
 
 def test_the_self_check_sees_slices(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = slim()
-    monkeypatch.setattr(self_check, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(remembered, "cache_dir", lambda: tmp_path)
     monkeypatch.setattr(packing, "chosen_first", lambda index, of: torch.arange(of).flip(0))
     with pytest.raises(InputError, match="skipping is not the masked reference"):
         model.set_execution("native")

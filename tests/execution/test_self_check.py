@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from informed_routing import RoutedModelForCausalLM
 from informed_routing.errors import InputError
-from informed_routing.execution import self_check, sparse
+from informed_routing.execution import remembered, self_check, sparse
 from informed_routing.execution.cpu import build
 from informed_routing.execution.cpu.packing import Packer
 from informed_routing.execution.formats import Format
@@ -27,7 +27,7 @@ needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C++ com
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_check, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(remembered, "cache_dir", lambda: tmp_path)
 
 
 def test_an_argument_of_an_unknown_name_is_found_by_its_type_or_left_to_the_base_model() -> None:

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from informed_routing.config.parts import ForecasterConfig, SelectionConfig
 from informed_routing.errors import InputError
-from informed_routing.execution import self_check
+from informed_routing.execution import remembered, self_check
 from informed_routing.execution.cpu import build
 from informed_routing.models import source
 from informed_routing.models.discover import family_of
@@ -26,7 +26,7 @@ from informed_routing.models.layer_code import Passed, Unread, read_layer, told
 from informed_routing.routed_model import RoutedModelForCausalLM
 from informed_routing.routing.decision import Threshold
 
-BOTH = (
+READ = (
     "gemma",
     "ministral",
     "glm4",
@@ -38,6 +38,7 @@ BOTH = (
     "ernie4_5",
     "granitemoeshared",
 )
+"""Whose attention is one of the table's; of the others it runs whole but for its private matrices."""
 
 
 def _routed(name: str, **overrides: Any) -> RoutedModelForCausalLM:
@@ -66,9 +67,11 @@ def test_code_says_what_the_table_says(name: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_is_known_of_each(name: str) -> None:
     routed = _routed(name)
-    wanted = "both" if name in BOTH else "ffn"
-    assert routed.routing_config.selection.units == wanted
-    assert all((unit.router is None) == (wanted == "ffn" and unit.kind == "attention") for unit in routed.units)
+    assert routed.routing_config.selection.units == "both"
+    assert all(unit.router is not None for unit in routed.units)
+    families = [unit.unit.family for unit in routed.units if unit.kind == "attention"]
+    assert all(family.in_parts == (name in READ) == (family.private == ()) for family in families)
+    assert not any(family.in_place for family in families)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -117,26 +120,15 @@ def _nothing() -> Any:
     return NOTHING
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("gpt2", "has no model.layers"),
-        ("phi", "units side by side"),
-        ("cohere", "does more to its logits"),
-        ("bloom", "has no model.layers"),
-    ],
-)
-def test_what_is_not_understood_is_refused_with_the_reason(name: str, reason: str) -> None:
-    with pytest.raises(InputError, match=rf"'{name}' is not in the table, and its code is not understood: .*{reason}"):
-        RoutedModelForCausalLM.attach(make_tiny(name))
-
-
-def test_what_an_unknown_attention_cannot_do_is_refused() -> None:
-    for selection, kv in ((SelectionConfig(units="attention"), "keep"), (SelectionConfig(static_layers=(1,)), "keep")):
+def test_what_cannot_be_routed_is_refused_with_the_reason() -> None:
+    with pytest.raises(InputError, match=r"attention of layer 0 \(BloomAttention\) cannot be routed"):
+        RoutedModelForCausalLM.attach(make_tiny("bloom"))
+    for selection in (SelectionConfig(static_layers=(1,)), SelectionConfig(granularity="layer")):
         with pytest.raises(InputError, match=r"attention of layer 0 \(DeepseekV3Attention\) cannot be routed"):
-            RoutedModelForCausalLM.attach(make_tiny("deepseek_v3"), selection=selection, kv=kv)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="drops no keys"):
-        RoutedModelForCausalLM.attach(make_tiny("deepseek_v3"), kv="drop")
+            RoutedModelForCausalLM.attach(make_tiny("deepseek_v3"), selection=selection)
+    routed = RoutedModelForCausalLM.attach(make_tiny("deepseek_v3"))
+    with pytest.raises(InputError, match="drop no keys"):
+        routed.set_execution("sparse", "drop")
 
 
 def test_routers_of_experts_are_not_recorded_while_tokens_skip_them() -> None:
@@ -214,7 +206,7 @@ def test_engines_know_what_is_the_code_of_a_family_that_they_know(name: str) -> 
 
 
 def test_logits_that_another_head_makes_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(self_check, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(remembered, "cache_dir", lambda: tmp_path)
     monkeypatch.setattr(self_check, "lm_head", lambda model: lambda hidden: 2 * model.lm_head(hidden))
     with pytest.raises(InputError, match="logits are not those of the head"):
         RoutedModelForCausalLM.attach(make_tiny("qwen3_moe"))

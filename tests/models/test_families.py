@@ -25,11 +25,11 @@ def test_parts_and_settings_are_there(name: str) -> None:
         others = (family.attention_dropout, family.ffn_dropout, family.residual_scale)
         for part in (family.attention, family.ffn, *parts, *others):
             assert part is None or hasattr(layer, part)
-        attention = getattr(layer, family.attention)
+        attention = getattr(layer, family.attention or "")
         for fact in (family.rotates, family.attention_scale, family.attention_softcap):
             assert fact is None or hasattr(attention, fact)
         assert hasattr(attention, "qkv_proj") == (family.qkv == "fused")
-        assert hasattr(getattr(layer, family.ffn), "gate_up_proj") == (family.gate_up == "fused")
+        assert hasattr(getattr(layer, family.ffn or ""), "gate_up_proj") == (family.gate_up == "fused")
         assert hasattr(attention, "q_norm") == (family.qk_norm != "none")
     for field in (family.activation, family.sliding_window, family.logits_divisor, family.logits_softcap):
         assert field is None or hasattr(model.config, field)
@@ -39,7 +39,7 @@ def test_parts_and_settings_are_there(name: str) -> None:
 def test_windows_are_those_of_the_modules(name: str) -> None:
     model, family = make_tiny(name), FAMILIES[name]
     for place, layer in enumerate(model.model.layers):
-        attention = getattr(layer, family.attention)
+        attention = getattr(layer, family.attention or "")
         if hasattr(attention, "sliding_window"):
             assert family.window(model.config, place) == attention.sliding_window
 

@@ -33,7 +33,7 @@ def test_attention_in_parts_is_the_module(name: str) -> None:
     causal = torch.ones(7, 7, dtype=torch.bool).tril()
     additive = torch.zeros(1, 1, 7, 7).masked_fill(~causal, torch.finfo(torch.float32).min)
     for place, layer in enumerate(model.model.layers):
-        attention = getattr(layer, family.attention)
+        attention = getattr(layer, family.attention or "")
         rope = _rope(model, x, place)
         with torch.no_grad():
             wanted = attention(x, position_embeddings=rope, attention_mask=additive)[0]

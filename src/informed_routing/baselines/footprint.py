@@ -36,7 +36,7 @@ def footprint(model: Any, context: float) -> Footprint:
     family = listed_family_of(model)
     macs, kv = 0.0, 0
     for index, layer in enumerate(layers):
-        attention = getattr(layer, family.attention, None)
+        attention = getattr(layer, family.attention or "", None)
         per_key = 0
         if attention is not None:
             per_key = 2 * model.config.num_attention_heads * attention.head_dim

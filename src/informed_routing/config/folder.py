@@ -106,6 +106,9 @@ class RoutingConfig(Frozen):
     forecaster: ForecasterConfig
     router: RouterConfig
     selection: SelectionConfig = SelectionConfig()
+    private: tuple[tuple[str, ...], ...] = Field(
+        (), description="by layer, where attentions run whole: their matrices that only executed tokens need"
+    )
     budget: Budget = "units"
     sparsity: float = 0.0
     kv: Literal["keep", "drop"] = "keep"
@@ -140,6 +143,14 @@ class RoutingConfig(Frozen):
         beyond = [layer for layer in self.selection.static_layers if layer >= self.num_layers]
         if beyond:
             raise ValueError(f"selection.static_layers {beyond[0]} is beyond the model's {self.num_layers} layers")
+        return self
+
+    @model_validator(mode="after")
+    def _private_is_of_all_layers(self) -> RoutingConfig:
+        if self.private and len(self.private) != self.num_layers:
+            raise ValueError(f"private has {len(self.private)} layers, not {self.num_layers}")
+        if self.private and self.kv == "drop":
+            raise ValueError("kv drop does not go with private: attentions that run whole drop no keys")
         return self
 
     @model_validator(mode="after")

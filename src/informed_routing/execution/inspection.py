@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from ..config.parts import KINDS, ForecasterConfig, RouterConfig, SelectionConfig, UnitKind
+from ..models.decoder import layers_of, text_config
 from ..models.discover import family_of
 from ..models.families import FAMILIES, Family
+from ..models.in_place import base_of
 from ..routing.costs import UnitCost, unit_costs
 from ..routing.routed_unit import RoutedUnit
-from .attach import possible_selection
+from .possible import measured_private, possible_selection, with_private
 
 
 @dataclass
@@ -64,9 +66,15 @@ class Inspection:
 def inspect(model: Any, context: int = 512) -> Inspection:
     """Look at a causal LM, which may be on the meta device. Raises InputError where its code is not understood."""
     family_of(model)  # first of all: it says what is not understood
-    layers, config = model.model.layers, model.config
+    layers, config = layers_of(model), text_config(model)
     families = [family_of(model, place) for place in range(len(layers))]
-    selection = possible_selection(model, SelectionConfig(), given=False)
+    private = measured_private(model, SelectionConfig())
+    families = [with_private(family, private[place] if private else ()) for place, family in enumerate(families)]
+    unknown = any(not (family.in_parts or family.private or family.attention is None) for family in families)
+    if unknown and model.device.type == "meta":  # what is private is measured
+        selection = SelectionConfig(units="ffn")
+    else:
+        selection = possible_selection(model, SelectionConfig(), private, given=False)
     units = _units(layers, families, config.hidden_size, selection)
     costs = unit_costs(layers, units)
     found: dict[tuple[Any, ...], UnitFound] = {}
@@ -75,11 +83,11 @@ def inspect(model: Any, context: int = 512) -> Inspection:
         alike = (one.kind, one.path, one.module, one.form, one.routed, one.macs, one.neurons)
         found.setdefault(alike, one).layers.append(unit.index // 2)
     body = sum(cost.dense(context) for cost in costs)
-    skipped = sum(cost.dense(context) - cost.always for u, cost in zip(units, costs, strict=True) if u.is_routed)
+    skipped = sum(cost.dense(context) - cost.kept(context) for u, cost in zip(units, costs, strict=True) if u.is_routed)
     common = set.intersection(*(set(family.native) for family in families))
     return Inspection(
-        model_type=config.model_type,
-        source="table" if config.model_type in FAMILIES else "code",
+        model_type=model.config.model_type,
+        source="table" if model.config.model_type in FAMILIES else "code",
         layers=len(layers),
         hidden_size=config.hidden_size,
         context=context,
@@ -104,25 +112,31 @@ def _units(
 
 
 def _found(layer: nn.Module, family: Family, unit: RoutedUnit, cost: UnitCost, context: int) -> UnitFound:
-    path = getattr(family, unit.kind)
+    path = getattr(family, unit.kind) or "-"
     if unit.kind == "ffn" and family.ffn_beside is not None:
         path = f"{path} + {family.ffn_beside}"
     dense = cost.dense(context)
     return UnitFound(
         kind=unit.kind,
         path=path,
-        module=type(unit.unit.module(layer)).__name__,
+        module=_class_of(unit.unit.module_of(layer, unit.kind)),
         layers=[],
         form=_form(family, unit.kind),
         routed=unit.is_routed,
         macs=dense,
-        skippable=(dense - cost.always) / dense if unit.is_routed and dense else 0.0,
+        skippable=(dense - cost.kept(context)) / dense if unit.is_routed and dense else 0.0,
         neurons=unit.unit.neurons(layer),
     )
 
 
+def _class_of(module: nn.Module | None) -> str:
+    return "-" if module is None else base_of(type(module)).__name__
+
+
 def _form(family: Family, kind: UnitKind) -> str:
     """`scale * out_norm(unit(in_norm(h)))` with the names of the parts."""
+    if family.in_place:
+        return f"{family.ffn} where its layer calls it" if kind == "ffn" and family.ffn else "all else of the layer"
     read, written = (getattr(family, f"{kind}_{part}") for part in ("in_norm", "out_norm"))
     inner = f"{read}(h)" if read else "h"
     text = f"{getattr(family, kind)}({inner})"

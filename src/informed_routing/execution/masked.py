@@ -25,13 +25,13 @@ def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tenso
     if state.dense:
         raw = unit.run(layer, x, call)
         update = unit.update(layer, raw)
-        after = hidden + update
+        after = unit.added(hidden, update)
         routed.observe(state, layer, hidden, x, raw, update, None, after)
         return after
     features = routed.features(hidden, x)
     gate = routed.decide(state, hidden, features)
     if routed.always_executes:
-        return hidden + unit.update(layer, unit.run(layer, x, call))
+        return unit.added(hidden, unit.update(layer, unit.run(layer, x, call)))
     if routed.kind == "attention" and state.kv == "drop":
         call = _without_approximated_keys(routed, state, layer, gate, call, hidden.dtype)
     raw = unit.run(layer, x, call)

@@ -8,31 +8,29 @@ have each kind of them, in some milliseconds each; what passed is remembered in 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from importlib import resources
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..assets.cache import cache_dir
 from ..config.folder import RoutingConfig
 from ..config.parts import SelectionConfig
 from ..errors import InformedRoutingError, InputError
-from ..files.atomic import write_json
 from ..models import calls
+from ..models.decoder import decoder_of, layers_name, layers_of, text_config
 from ..models.discover import family_of
 from ..models.head import lm_head
 from ..routing.decision import AlwaysExecute, DecisionRule, Threshold
 from ..routing.stats import RoutingStats
 from .formats import FORMATS
 from .native import NativeExecution, plan
+from .possible import text_of
+from .remembered import name_of, remember, remembered
 
 SKIP_VARIABLE = "INFORMED_ROUTING_SKIP_SELF_CHECK"
 """Set to 1, no model is checked: at one's own risk."""
@@ -73,10 +71,10 @@ class Check:
         self.base: Tensor | None = None
         if os.environ.get(SKIP_VARIABLE) == "1" or model.device.type == "meta":
             return
-        self.key = _key(model, config, "torch")
-        if not _remembered(self.key):
+        self.key = name_of(model, config, "torch")
+        if not remembered(self.key):
             with _quiet(model):
-                base = _states(model.model, _first_layers(model, config.selection), _tokens(model))
+                base = _base_states(model, _first_layers(model, config.selection))
             # A model that computes no numbers is said to by whoever runs it; there is nothing to compare.
             self.base = base if bool(base.isfinite().all()) else None
 
@@ -84,30 +82,38 @@ class Check:
         """Compare the routed model with the base, and the torch back ends with each other. Raises InputError."""
         if self.base is None:
             return
-        layers = _first_layers(model, model.routing_config.selection)
-        tokens = _tokens(model)
-        with _quiet(model), _own_state(model):
+        try:
+            with _quiet(model), _own_state(model):
+                self._compare(model)
+        except InformedRoutingError:
+            raise
+        except Exception as error:  # whatever a base model's own code raises
+            reason = (str(error).splitlines() or [""])[0]
+            raise _failure(f"{type(error).__name__}: {reason}") from error
+        remember(self.key)
+
+    def _compare(self, model: Any) -> None:
+        layers, tokens = _first_layers(model, model.routing_config.selection), _tokens(model)
+        tolerance = _tolerance(model)
+        assert self.base is not None
+        with _called_once(model.decoder.layers[:layers]):
             dense = _states(model.decoder, layers, tokens)
-            if not torch.equal(dense, self.base):
-                raise _failure("with everything executed it is not the base model", dense, self.base)
-            _compare("logits are not those of the head", *_logits(model, layers, tokens, dense), _tolerance(model))
-            trial = _Trial(model, layers)
-            try:
-                wanted = trial.torch("masked")
-                for name, found, expected in trial.comparisons(lambda **given: trial.torch("sparse", **given), wanted):
-                    _compare(name, found, expected, _tolerance(model))
-            except InformedRoutingError:
-                raise
-            except Exception as error:  # whatever a base model's own code raises
-                raise _failure(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
-        _remember(self.key)
+        if not torch.equal(dense, self.base):
+            raise _failure("with everything executed it is not the base model", dense, self.base)
+        _compare("logits are not those of the head", *_logits(model, layers, tokens, dense), tolerance)
+        trial = _Trial(model, layers)
+        masked, sparse = (functools.partial(trial.torch, execution) for execution in ("masked", "sparse"))
+        # Attentions that run whole do with caches and padding what they do: skipping must do the same.
+        reference = None if trial.reads_caches else masked
+        for name, found, expected in trial.comparisons(sparse, masked(), reference):
+            _compare(name, found, expected, tolerance)
 
 
 def check_engine(model: Any, native: NativeExecution) -> None:
     """Make the native engine of a routed model and compare it with the torch back ends. Raises InputError."""
     weights = native.of(model).weights
-    key = _key(model, model.routing_config, f"native {weights}")
-    if os.environ.get(SKIP_VARIABLE) == "1" or _remembered(key):
+    key = name_of(model, model.routing_config, f"native {weights}")
+    if os.environ.get(SKIP_VARIABLE) == "1" or remembered(key):
         return
     layers = _first_layers(model, model.routing_config.selection)
     with _quiet(model), _own_state(model), native.fixed():
@@ -121,7 +127,7 @@ def check_engine(model: Any, native: NativeExecution) -> None:
         for name, found, expected in trial.comparisons(trial.native, wanted):
             # Compared with itself, the engine has the same rounded weights on both sides.
             _compare(name, found, expected, rounded if expected is wanted else max(tolerance, 5e-2))
-    _remember(key)
+    remember(key)
 
 
 class _Trial:
@@ -134,34 +140,47 @@ class _Trial:
         self.gates = torch.rand(units, 1, LENGTH, generator=generator) < 0.5
         routers = [unit.router is not None for unit in model.units]
         self.routers = torch.tensor(routers)
+        self.reads_caches = all(unit.unit.family.in_parts for unit in model.units)
 
-    def comparisons(self, run: Any, wanted: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(what, found, expected) of an execution `run(tokens=, gates=, mask=, cache=)`."""
+    def comparisons(self, run: Any, wanted: Tensor, reference: Any = None) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(what, found, expected) of an execution `run(tokens=, gates=, mask=, cache=)`.
+
+        In parts, and in a padded batch, a text is expected to be what it is alone; or, with a `reference`, what that
+        makes of it in the same way.
+        """
         whole = run()
         yield "skipping is not the masked reference", whole, wanted
-        cache, parts = DynamicCache(config=self.model.config), []
-        for start, stop in ((0, 7), (7, 10), (10, 11), (11, LENGTH)):
-            parts.append(run(tokens=self.tokens[:, start:stop], gates=self.gates[..., start:stop], cache=cache))
-        yield "cached tokens are not uncached ones", torch.cat(parts, 1), whole
+        parts = self.in_parts(run)
+        yield "cached tokens are not uncached ones", parts, whole if reference is None else self.in_parts(reference)
         short = LENGTH - PADS
         pads = torch.zeros(1, PADS, dtype=torch.long, device=self.tokens.device)
         mask = torch.ones(2, LENGTH, dtype=torch.long, device=self.tokens.device)
         mask[0, :PADS] = 0
-        both = run(
-            tokens=torch.cat([torch.cat([pads, self.tokens[:, :short]], 1), self.tokens]),
-            gates=torch.cat([nn.functional.pad(self.gates[..., :short], (PADS, 0)), self.gates], 1),
-            mask=mask,
-        )
-        yield "a row of a batch is not the same text alone", both[1:], whole
-        yield "a padded row is not the same text alone", both[:1, PADS:], whole[:, :short]
+        given = {
+            "tokens": torch.cat([torch.cat([pads, self.tokens[:, :short]], 1), self.tokens]),
+            "gates": torch.cat([nn.functional.pad(self.gates[..., :short], (PADS, 0)), self.gates], 1),
+            "mask": mask,
+        }
+        both = run(**given)
+        same = None if reference is None else reference(**given)
+        yield "a row of a batch is not the same text alone", both[1:], whole if same is None else same[1:]
+        padded = whole[:, :short] if same is None else same[:1, PADS:]
+        yield "a padded row is not the same text alone", both[:1, PADS:], padded
+
+    def in_parts(self, run: Any) -> Tensor:
+        """The text in parts, one after the other, with a cache."""
+        cache: Any = DynamicCache(config=self.model.decoder.config) if self.reads_caches else _OwnCache()
+        parts = []
+        for start, stop in ((0, 7), (7, 10), (10, 11), (11, LENGTH)):
+            parts.append(run(tokens=self.tokens[:, start:stop], gates=self.gates[..., start:stop], cache=cache))
+        return torch.cat(parts, 1)
 
     def torch(self, execution: str, **given: Any) -> Tensor:
         """Hidden states by a torch back end."""
-        state = self.model.routing_state
         gates = given.pop("gates", self.gates)
-        state.choose(execution=execution, decision=_Replay(gates[self.routers]))
+        self.model.routing_state.choose(execution=execution, decision=_Replay(gates[self.routers]))
         states = _states(self.model.decoder, self.layers, given.pop("tokens", self.tokens), **given)
-        if len(state.forward.gates) != 2 * self.layers:
+        if len(self.model.routing_state.forward.gates) != 2 * self.layers:
             raise _failure("layers are called past their routing")
         return states
 
@@ -178,25 +197,72 @@ class _Trial:
             return asked.run(self.model, forced=gates)
 
 
+def _base_states(model: Any, layers: int) -> Tensor:
+    """Hidden states of the dense model. Raises InputError where it does not run on text alone."""
+    try:
+        return _states(decoder_of(model), layers, _tokens(model))
+    except Exception as error:  # whatever a base model's own code raises
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(
+            f"the {type(model).__name__} does not run on text: {type(error).__name__}: {reason}",
+            "Use a model whose decoder reads token ids",
+        ) from error
+
+
+@dataclass
+class _OwnCache:
+    """The cache that a decoder makes for itself."""
+
+    value: Any = None
+
+
 def _states(decoder: Any, layers: int, tokens: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
     """Normed hidden states [B, N, d] behind the first layers."""
-    whole = decoder.layers
-    decoder.layers = whole[:layers]
-    try:
-        return calls.hidden_states(decoder, tokens, mask, _positions(mask), cache)
-    finally:
-        decoder.layers = whole
+    with _shortened(decoder, layers):
+        if not isinstance(cache, _OwnCache):
+            return calls.hidden_states(decoder, tokens, mask, _positions(mask), cache)
+        states, cache.value = calls.states_and_cache(decoder, tokens, mask, None, cache.value)
+        return states
 
 
 def _logits(model: Any, layers: int, tokens: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
     """[B, N, V] by the head that losses use of hidden states behind the first layers, and by the model itself."""
-    whole = model.decoder.layers
-    model.decoder.layers = whole[:layers]
-    try:
+    with _shortened(model.decoder, layers):
         wanted: Tensor = model(input_ids=tokens, use_cache=False).logits
-    finally:
-        model.decoder.layers = whole
     return lm_head(model)(states), wanted
+
+
+@contextmanager
+def _called_once(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Raises InputError where the block does not call each of the layers once: decisions are kept by layer."""
+    calls_of = dict.fromkeys(layers, 0)
+
+    def count(layer: nn.Module, *_: Any) -> None:
+        calls_of[layer] += 1
+
+    handles = [layer.register_forward_pre_hook(count) for layer in calls_of]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if set(calls_of.values()) != {1}:
+        raise _failure("layers are not called once each")
+
+
+@contextmanager
+def _shortened(decoder: Any, layers: int) -> Iterator[None]:
+    """A decoder of its first layers alone."""
+    name = layers_name(decoder)
+    whole = getattr(decoder, name)
+    if layers == len(whole):
+        yield
+        return
+    setattr(decoder, name, whole[:layers])
+    try:
+        yield
+    finally:
+        setattr(decoder, name, whole)
 
 
 def _tolerance(model: Any) -> float:
@@ -208,15 +274,16 @@ def _positions(mask: Tensor | None) -> Tensor | None:
 
 
 def _tokens(model: Any) -> Tensor:
-    places = torch.arange(LENGTH, device=model.device)[None]
-    return (places * 7919 + 5) % model.get_input_embeddings().weight.shape[0]
+    return text_of(model, LENGTH)
 
 
 def _first_layers(model: Any, selection: SelectionConfig) -> int:
     """How many layers have at least one of each kind that the model has, and no fewer than two."""
-    kinds = getattr(model.config, "layer_types", None) or ()
-    no_rope = getattr(model.config, "no_rope_layers", None) or ()
-    layers = len(model.model.layers)
+    config, layers = text_config(model), len(layers_of(model))
+    if any(family_of(model, place).in_place for place in range(layers)):
+        return layers  # nobody has read what they hand on to each other
+    kinds = getattr(config, "layer_types", None) or ()
+    no_rope = getattr(config, "no_rope_layers", None) or ()
     each = [(kinds[i : i + 1], no_rope[i : i + 1], selection.is_static(i), _classes(model, i)) for i in range(layers)]
     found = [repr(kind) for kind in each]
     return min(max(2, max(found.index(kind) for kind in set(found)) + 1), layers)
@@ -224,8 +291,9 @@ def _first_layers(model: Any, selection: SelectionConfig) -> int:
 
 def _classes(model: Any, place: int) -> tuple[str, str]:
     """The classes of a layer's units: where some layers have experts, or another attention, both kinds are run."""
-    layer, family = model.model.layers[place], family_of(model, place)
-    return type(getattr(layer, family.attention, None)).__name__, type(getattr(layer, family.ffn, None)).__name__
+    layer, family = layers_of(model)[place], family_of(model, place)
+    attention, ffn = (type(getattr(layer, name or "", None)).__name__ for name in (family.attention, family.ffn))
+    return attention, ffn
 
 
 @contextmanager
@@ -273,55 +341,3 @@ def _failure(name: str, found: Tensor | None = None, wanted: Tensor | None = Non
         "Install versions that the compatibility page lists, or go on at your own risk with --skip-self-check "
         f"({SKIP_VARIABLE}=1)",
     )
-
-
-# ---------------------------------------------------------------------------------------------------------
-# What passed is remembered
-# ---------------------------------------------------------------------------------------------------------
-
-
-def _key(model: Any, routing: RoutingConfig, engine: str) -> str:
-    """A name for everything that the outcome depends on."""
-    import transformers
-
-    config = {name: value for name, value in model.config.to_dict().items() if not name.startswith("_name")}
-    parts = [
-        _own_code(),
-        transformers.__version__,
-        torch.__version__,
-        engine,
-        str(model.dtype),
-        model.device.type,
-        model.config._attn_implementation,
-        config,
-        routing.kv,
-        *(part.model_dump() for part in (routing.router, routing.forecaster, routing.selection)),
-    ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
-
-
-@functools.cache
-def _own_code() -> str:
-    """What of this library computes forwards."""
-    digest, root = hashlib.sha256(), Path(str(resources.files("informed_routing")))
-    for room in ("models", "routing", "execution"):
-        for path in sorted((root / room).rglob("*")):
-            if path.suffix in (".py", ".h", ".cpp"):
-                digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def _file(key: str) -> Path:
-    return cache_dir() / "self-checks" / f"{key}.json"
-
-
-def _remembered(key: str) -> bool:
-    try:
-        return json.loads(_file(key).read_text(encoding="utf-8")) == {"passed": True}
-    except (OSError, ValueError):
-        return False
-
-
-def _remember(key: str) -> None:
-    with suppress(InformedRoutingError):  # a cache that cannot be written: the next run checks again
-        write_json(_file(key), {"passed": True})

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..models.calls import NOTHING, Call
+from ..models.calls import Call
 from ..models.families import Family
 from ..models.units import attend, attend_causal, keys_values, only_whole, queries
 from ..routing.routed_unit import RoutedUnit
 from ..routing.state import RoutingState
 from . import masked
 from .cache import ExecutedKeysLayer
+from .private_rows import rows
 
 QUERY_BLOCK = 256
 """Queries in one attention call on a CPU: few enough to skip keys that none of them sees."""
@@ -35,12 +36,18 @@ def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tenso
         return masked.run(routed, state, layer, hidden, call)
     if routed.always_executes:
         return masked.run(routed, state, layer, hidden, call)
-    if routed.kind == "attention" and (reason := only_whole(routed.unit.family, routed.unit.module(layer), call)):
+    family = routed.unit.family
+    if (
+        routed.kind == "attention"
+        and not family.private
+        and (reason := only_whole(family, routed.unit.module(layer), call))
+    ):
         if state.kv == "drop":
             raise InputError(f"kv='drop' does not go with {reason}", "Use kv='keep', or attn_implementation='sdpa'")
         return masked.run(routed, state, layer, hidden, call)
-    hidden = routed.unit.stream(hidden)
-    x = routed.unit.normed(layer, hidden)
+    unit = routed.unit
+    hidden = unit.stream(hidden)
+    x = unit.normed(layer, hidden)
     features = routed.features(hidden, x)
     gate = routed.decide(state, hidden, features)
     flat = gate.reshape(-1)
@@ -48,24 +55,27 @@ def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tenso
     count, total = executed.numel(), flat.numel()
     if routed.kind == "attention":
         if count == total and state.kv == "keep":
-            return hidden + routed.unit.update(layer, routed.unit.run(layer, x, call))
-        if state.kv == "drop":
+            return unit.added(hidden, unit.update(layer, unit.run(layer, x, call)))
+        if family.private:
+            with rows(state, executed, total):
+                output = _rows(unit.run(layer, x, call), executed)
+        elif state.kv == "drop":
             output, state.forward.keys_read[routed.index] = _drop_attention(routed, layer, x, gate, executed, call)
         else:
             output = _keep_attention(routed, layer, x, gate, executed, call)
     elif count == total:
-        return hidden + routed.unit.update(layer, routed.unit.run(layer, x, call))
+        return unit.added(hidden, unit.update(layer, unit.run(layer, x, call)))
     elif count:
-        output = routed.unit.run(layer, _rows(x, executed), NOTHING)
+        output = unit.run(layer, _rows(x, executed), call.rows(executed, total))
     if not count:
-        return hidden + routed.forecast(layer, features, x)
+        return unit.added(hidden, routed.forecast(layer, features, x))
     result = torch.empty_like(hidden).view(total, -1)
-    update = routed.unit.update(layer, output).reshape(count, -1)
-    result.index_copy_(0, executed, _rows(hidden, executed)[0] + update)
+    update = unit.update(layer, output).reshape(1, count, -1)
+    result.index_copy_(0, executed, unit.added(_rows(hidden, executed), update)[0])
     if count < total:
         approximated = (~flat).nonzero().squeeze(1)
         forecast = routed.forecast(layer, _rows(features, approximated), _rows(x, approximated))
-        result.index_copy_(0, approximated, (_rows(hidden, approximated) + forecast)[0])
+        result.index_copy_(0, approximated, unit.added(_rows(hidden, approximated), forecast)[0])
     return result.view_as(hidden)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from .decoder import decoder_of
 from .families import FAMILIES, Family
 from .source import forward_of, same_code
 
@@ -85,12 +86,13 @@ def is_plain(row: Family, model: Any, layer: nn.Module, attention: nn.Module, ml
     """
     known = next(known for known in _known() if FAMILIES[known.family] == row)
     plain = next(iter(_known()))
-    norms = [part for part in (*layer.modules(), model.model.norm) if type(part).__name__.endswith("Norm")]
+    decoder = decoder_of(model)
+    norms = [part for part in (*layer.modules(), *decoder.children()) if type(part).__name__.endswith("Norm")]
     helpers = sys.modules[type(attention).__module__]
     return (
         gate_up_of(mlp)[0] is not None
         and all(same_code(forward_of(norm), plain.part("RMSNorm").forward) for norm in norms)
         and all(same_code(getattr(helpers, name, None), getattr(plain.module, name)) for name in _HELPERS)
-        and same_code(forward_of(model.model), known.part("Model").forward)
+        and same_code(forward_of(decoder), known.part("Model").forward)
         and same_code(forward_of(model), known.part("ForCausalLM").forward)
     )

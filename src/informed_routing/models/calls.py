@@ -31,6 +31,7 @@ _NAMES: dict[str, Word] = {
     "position_ids": "positions",
     "past_key_values": "cache",
     "cache": "cache",
+    "cache_params": "cache",
     "position_embeddings": "rope",
     "use_cache": "use_cache",
 }
@@ -57,6 +58,8 @@ class Call:
     use_cache: bool | None = None
     options: dict[str, Any] = field(default_factory=dict)
     """Everything else that says something, by its name."""
+    besides: list[Any] = field(default_factory=list)
+    """What the module that was called gave back besides its output: one tuple, if it gave back any."""
 
     @property
     def length(self) -> int | None:
@@ -68,6 +71,21 @@ class Call:
         """The same call with another mask, for a module whose method is `forward`."""
         name = next((name for name, value in self.given.items() if value is self.mask is not None), None)
         return dataclasses.replace(self, given={**self.given, name or _mask_name(forward): mask}, mask=mask)
+
+    def rows(self, index: Tensor, total: int) -> Call:
+        """The call for some of its `total` tokens, by flat index [n]: what it holds of each of them as [1, n, ...]."""
+        given = {name: _picked(value, index, total) for name, value in self.given.items()}
+        return dataclasses.replace(self, given=given)
+
+
+def _picked(value: Any, index: Tensor, total: int) -> Any:
+    """Rows of a tensor [B, N, ...] or [B * N, ...]; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    for dims in (1, 2):
+        if value.shape[:dims].numel() == total:
+            return value.reshape(total, *value.shape[dims:]).index_select(0, index).unsqueeze(0)
+    return value
 
 
 NOTHING = Call({})
@@ -130,10 +148,15 @@ def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind in by_place and p.name != "self")
 
 
+def first_parameter(forward: Callable[..., Any]) -> str:
+    """What a method calls what it is given first, besides self."""
+    return _parameters(forward)[0]
+
+
 def layer_forward(base: type, run: Callable[[Any, Tensor, Call], Tensor]) -> Callable[..., Tensor]:
     """A `forward` for subclasses of the decoder layer `base`: `run(layer, hidden, call)` in our own words."""
     base_forward = base.forward  # type: ignore[attr-defined]
-    stream = _parameters(base_forward)[0]
+    stream = first_parameter(base_forward)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         given = bound(base_forward, args, kwargs)
@@ -154,6 +177,13 @@ def cache_name(forward: Callable[..., Any]) -> str:
 
 
 @functools.cache
+def _takes(forward: Callable[..., Any], name: str) -> bool:
+    """Whether a method has a parameter, or passes on what it has no name for."""
+    parameters = inspect.signature(forward).parameters
+    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+@functools.cache
 def _mask_name(forward: Callable[..., Any]) -> str:
     return next((name for name in inspect.signature(forward).parameters if "mask" in name), "attention_mask")
 
@@ -171,9 +201,9 @@ def cache_of(output: Any) -> Any:
 
 @functools.cache
 def cache_field(output: type) -> str:
-    """What an output class calls its cache."""
+    """What an output class calls its cache; nothing where it has none."""
     names = {field.name for field in dataclasses.fields(output)}
-    return next(name for name, word in _NAMES.items() if word == "cache" and name in names)
+    return next((name for name, word in _NAMES.items() if word == "cache" and name in names), "")
 
 
 def hidden_states(
@@ -184,13 +214,26 @@ def hidden_states(
     cache: Cache | None = None,
 ) -> Tensor:
     """Normed last hidden states [B, N, d] of a decoder for ids [B, N]; a given cache gets the new keys."""
-    given: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "use_cache": cache is not None}
-    if positions is not None:
+    return states_and_cache(decoder, tokens, mask, positions, cache, use_cache=cache is not None)[0]
+
+
+def states_and_cache(
+    decoder: Any,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    positions: Tensor | None = None,
+    cache: Any = None,
+    *,
+    use_cache: bool = True,
+) -> tuple[Tensor, Any]:
+    """As `hidden_states`, and the cache to go on with, which a decoder makes for itself; None of one that has none."""
+    given: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "use_cache": use_cache}
+    if positions is not None and _takes(type(decoder).forward, "position_ids"):
         given["position_ids"] = positions
     if cache is not None:
         given |= cached(decoder, cache)
-    output: Tensor = decoder(**given).last_hidden_state
-    return output
+    output = decoder(**given)
+    return output.last_hidden_state, cache_of(output)
 
 
 def causal_lm_output(logits: Tensor, cache: Any) -> CausalLMOutputWithPast:

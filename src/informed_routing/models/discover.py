@@ -2,8 +2,9 @@
 
 A family that is not in the table is understood as far as its code says how its layers are built (`layer_code.py`).
 Where its attention is one that we know, too (`attention_code.py`), both units can be skipped; where it is another, the
-attention runs as it is, for every token, and the FFN can be skipped. Whether all this holds is measured when routing is
-attached (`execution/self_check.py`).
+attention runs as it is, for every token, and the FFN can be skipped. Where the layer's code says something else, the
+FFN is routed where it is called (`in_place.py`). Whether all this holds is measured when routing is attached
+(`execution/self_check.py`).
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ from torch import nn
 
 from ..errors import InputError
 from .attention_code import gate_up_of, is_plain, row_of_attention
+from .decoder import layers_of, text_config
 from .families import FAMILIES, Family
 from .head_code import read_head
+from .in_place import find_ffn, find_mixer
 from .layer_code import UnitCode, Unread, read_layer
 
 
 def family_of(model: Any, place: int = 0) -> Family:
     """The row of one layer of a causal LM, dense or routed. Raises InputError where its code is not understood."""
-    if getattr(model.config, "is_heterogeneous", False):
-        raise InputError(
-            f"layers of this {model.config.model_type} have settings of their own", "Use a model whose layers are alike"
-        )
     row = FAMILIES.get(model.config.model_type)
-    return _discovered(model, place) if row is None else row
+    if row is not None and not getattr(model.config, "is_heterogeneous", False):
+        return row
+    return _discovered(model, place)
 
 
 def listed_family_of(model: Any) -> Family:
@@ -41,23 +42,54 @@ def listed_family_of(model: Any) -> Family:
 
 
 def _discovered(model: Any, place: int) -> Family:
-    name = model.config.model_type
-    layers = getattr(getattr(model, "model", None), "layers", None)
+    config = text_config(model)
+    layers = layers_of(model)
+    head = _head(model)
     try:
-        if not isinstance(layers, nn.ModuleList):
-            raise Unread(f"a {type(model).__name__} has no model.layers")
-        if getattr(model.config, "num_hidden_layers", None) != len(layers):
+        if getattr(config, "is_heterogeneous", False):
+            raise Unread("its layers have settings of their own")
+        if getattr(config, "num_hidden_layers", None) != len(layers):
             raise Unread("its configuration does not say how many layers there are")
-        head = read_head(model)
         attention, ffn = _in_order(*read_layer(layers[place]))
+        return replace(_row(model, layers[place], place, attention, ffn), **head)
     except Unread as reason:
-        known = ", ".join(sorted(FAMILIES))
+        return replace(_in_place(model, layers, place, reason), **head)
+
+
+def _head(model: Any) -> dict[str, Any]:
+    """What the row of a model says of its logits."""
+    try:
+        return read_head(model)
+    except Unread:
+        return {"own_head": True}
+
+
+def _in_place(model: Any, layers: nn.ModuleList, place: int, reason: Unread) -> Family:
+    """The row of a layer whose code is not understood, with an FFN that is told from its other modules."""
+    try:
+        names = [find_ffn(layer) for layer in layers]
+    except Unread as other:
         raise InputError(
-            f"model family {name!r} is not in the table, and its code is not understood: {reason}",
-            "Use a family of the table, or one whose layers add two units one after the other to the residual stream "
-            f"(table: {known}). To add one, see FAMILIES in informed_routing/models/families.py",
+            f"model family {model.config.model_type!r} is not in the table, and its code is not understood: {other}",
+            f"Use a family of the table ({', '.join(sorted(FAMILIES))}), or one whose layers have an FFN of their own. "
+            "To add one, see FAMILIES in informed_routing/models/families.py",
         ) from None
-    return replace(_row(model, place, attention, ffn), **head)  # type: ignore[arg-type]
+    ffn, layer = names[place], layers[place]
+    mixer = find_mixer(layer, ffn)
+    if all(name is None and find_mixer(layer, None) is None for name, layer in zip(names, layers, strict=True)):
+        raise InputError(f"layers of a {type(model).__name__} have no modules to route ({reason})", "Use another model")
+    gate_up, activation = (None, Family.ffn_activation) if ffn is None else gate_up_of(getattr(layer, ffn))
+    return Family(
+        attention_in_norm=None,
+        ffn_in_norm=None,
+        attention=mixer,
+        ffn=ffn,
+        gate_up=gate_up,
+        ffn_activation=activation,
+        in_parts=False,
+        in_place=True,
+        lora_targets=() if mixer is None else _linears(getattr(layer, mixer), gate_up),
+    )
 
 
 def _in_order(first: UnitCode, second: UnitCode) -> tuple[UnitCode, UnitCode]:
@@ -71,8 +103,7 @@ def _in_order(first: UnitCode, second: UnitCode) -> tuple[UnitCode, UnitCode]:
     return first, second
 
 
-def _row(model: Any, place: int, attention: UnitCode, ffn: UnitCode) -> Family:
-    layer = model.model.layers[place]
+def _row(model: Any, layer: nn.Module, place: int, attention: UnitCode, ffn: UnitCode) -> Family:
     mixer, mlp = getattr(layer, attention.unit), getattr(layer, ffn.unit)
     gate_up, activation = (None, Family.ffn_activation) if ffn.beside else gate_up_of(mlp)
     built = Family(
@@ -93,7 +124,7 @@ def _row(model: Any, place: int, attention: UnitCode, ffn: UnitCode) -> Family:
         lora_targets=_linears(mixer, gate_up),
     )
     row = row_of_attention(mixer)
-    if row is None or not _windows_agree(row, model.config, place, mixer):
+    if row is None or not _windows_agree(row, text_config(model), place, mixer):
         return built
     built = replace(
         built,

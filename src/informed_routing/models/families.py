@@ -23,8 +23,8 @@ class Family:
     attention_out_norm: str | None = None
     ffn_in_norm: str | None = "post_attention_layernorm"
     ffn_out_norm: str | None = None
-    attention: str = "self_attn"
-    ffn: str = "mlp"
+    attention: str | None = "self_attn"
+    ffn: str | None = "mlp"
     ffn_beside: str | None = None
     """Another module that reads what the FFN reads, and whose output is added to its (Granite 4's shared MLP)."""
     attention_dropout: str | None = None
@@ -60,6 +60,12 @@ class Family:
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "gate_proj")
     in_parts: bool = True
     """Whether the attention's arithmetic is known, so that it can be computed for some queries only."""
+    private: tuple[str, ...] = ()
+    """Linear layers of an attention that runs whole which only executed tokens need (`private.py`)."""
+    in_place: bool = False
+    """Whether the FFN is routed where its layer calls it, since the layer's code is not understood (`in_place.py`)."""
+    own_head: bool = False
+    """Whether logits are made by the model's own forward, since its code does more than `logits_*` say."""
     passed: Passed | None = None
     """What the layer passes to an attention that runs whole; None: everything that it is given."""
 

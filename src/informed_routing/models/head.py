@@ -7,8 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..errors import InputError
+from .decoder import decoder_of, text_config
 from .discover import family_of
 from .families import Family
 
@@ -42,7 +44,7 @@ def logit_scaling(family: Family, config: Any) -> LogitScaling:
 
 @dataclass(frozen=True)
 class Head:
-    """Logits float32 [n, V] of hidden states [n, d]."""
+    """Logits float32 [..., V] of hidden states [..., d]."""
 
     linear: Any
     scaling: LogitScaling = PLAIN
@@ -62,9 +64,40 @@ class Head:
         return linear.weight.detach() if self.scaling == PLAIN else None
 
 
+class _Found(BaseModelOutputWithPast):
+    """What a decoder gives back, of which only the hidden states are known."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+@dataclass(frozen=True)
+class OwnHead(Head):
+    """As the model's own forward makes them, whose decoder is told what hidden states it found."""
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        model, rows = self.linear, hidden.reshape(1, -1, hidden.shape[-1])
+        found, decoder = _Found(last_hidden_state=cast(Any, rows)), decoder_of(model)
+        tokens = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)
+        vars(decoder)["forward"] = lambda *_, **__: found
+        try:
+            logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+        finally:
+            del vars(decoder)["forward"]
+        return logits.float().view(*hidden.shape[:-1], -1)
+
+    @property
+    def weight(self) -> None:
+        """Logits are more than a product with one."""
+        return None
+
+
 def lm_head(model: Any) -> Head:
-    """The map from hidden states to logits. Raises InputError for a family that is not in the table."""
-    return Head(model.lm_head, logit_scaling(family_of(model), model.config))
+    """The map from hidden states to logits. Raises InputError for a family whose code is not understood."""
+    family = family_of(model)
+    return OwnHead(model) if family.own_head else Head(model.lm_head, logit_scaling(family, text_config(model)))
 
 
 def base_logits(model: Any, hidden: Tensor) -> Tensor:
@@ -76,4 +109,6 @@ def base_logits(model: Any, hidden: Tensor) -> Tensor:
         family = family_of(model)
     except InputError:
         family = Family()
-    return logit_scaling(family, model.config)(model.get_output_embeddings()(hidden))
+    if family.own_head:
+        return OwnHead(model)(hidden).to(hidden.dtype)
+    return logit_scaling(family, text_config(model))(model.get_output_embeddings()(hidden))

@@ -49,7 +49,8 @@ class Unit:
 
     def module_of(self, layer: nn.Module, kind: UnitKind) -> nn.Module | None:
         """A unit of the layer, this one or the other; None where it is gone."""
-        return getattr(layer, getattr(self.family, kind), None)
+        name = getattr(self.family, kind)
+        return None if name is None else getattr(layer, name, None)
 
     def input_norm(self, layer: nn.Module) -> Any:
         """The norm before the unit; None in post-norm families."""
@@ -100,9 +101,13 @@ class Unit:
             output = output * getattr(layer, self.family.residual_scale)
         return output
 
+    def added(self, hidden: Tensor, update: Tensor) -> Tensor:
+        """The stream [..., d] with an update [..., d]."""
+        return hidden + update
+
     def mixed(self, hidden: Tensor, gate: Tensor, executed: Tensor, approximated: Tensor) -> Tensor:
         """The stream [B, N, d] with each token's one of two updates [B, N, d], by a gate [B, N] (`mixed`)."""
-        return hidden + mixed(gate, executed, approximated)
+        return self.added(hidden, mixed(gate, executed, approximated))
 
 
 def mixed(gate: Tensor, executed: Tensor, approximated: Tensor) -> Tensor:

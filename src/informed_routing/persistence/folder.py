@@ -26,6 +26,7 @@ from ..assets.models import DEMO_ROUTED, resolve_model
 from ..config.folder import RoutingConfig
 from ..errors import InputError, WorkError
 from ..files.atomic import disk_error, write_several
+from ..models.decoder import layers_of, text_config
 from ..models.fingerprint import mismatch
 from .adapter_folder import Adapter, check_numbers
 from .base_location import path_between
@@ -241,14 +242,14 @@ def check_base(folder: Path, model: Any) -> None:
 
 def check_base_of(folder: Path, config: RoutingConfig, model: Any) -> None:
     """`check_base` for a folder whose configuration has been read."""
-    wanted, settings = config.base_model, model.config
-    reason = None
-    if settings.model_type != wanted.model_type:
-        reason = f"it is of the family {settings.model_type}, not {wanted.model_type}"
-    elif settings.num_hidden_layers != config.num_layers:
-        reason = f"it has {settings.num_hidden_layers} layers, not {config.num_layers}"
-    elif settings.hidden_size != config.hidden_size:
-        reason = f"its hidden size is {settings.hidden_size}, not {config.hidden_size}"
+    wanted, text = config.base_model, text_config(model)
+    reason, model_type = None, model.config.model_type
+    if model_type != wanted.model_type:
+        reason = f"it is of the family {model_type}, not {wanted.model_type}"
+    elif (layers := len(layers_of(model))) != config.num_layers:
+        reason = f"it has {layers} layers, not {config.num_layers}"
+    elif text.hidden_size != config.hidden_size:
+        reason = f"its hidden size is {text.hidden_size}, not {config.hidden_size}"
     else:
         reason = mismatch(model, wanted)
     if reason is None:

@@ -55,7 +55,7 @@ def work_of(
     always, execute, kv = (stats.column(name) for name in ("always", "execute", "kv"))
     router, forecaster, own, stream = (stats.column(name) for name in ("router", "forecaster", "slice", "stream"))
     calls = stats.calls.sum(1)
-    keys = stats.keys if dense else stats.executed_keys
+    keys = stats.keys if dense else torch.where(stats.column("always_per_key") > 0, stats.keys, stats.executed_keys)
     run = calls if dense else stats.calls[:, [ALL, SOME, ROUNDED_UP]].sum(1)
     forecast = torch.zeros_like(calls) if dense else stats.calls[:, [SOME, NONE]].sum(1)
     sliced = torch.zeros_like(calls) if dense else stats.calls[:, NONE]  # where some execute, its weights are read

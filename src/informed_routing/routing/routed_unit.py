@@ -10,6 +10,7 @@ from ..config.kinds import kind as kind_of
 from ..config.parts import ForecasterConfig, RouterConfig, SelectionConfig, UnitKind
 from ..errors import InputError
 from ..models.families import Family
+from ..models.in_place import InPlaceUnit
 from ..models.units import Unit
 from .fallbacks.base import Fallback, LowRankForm
 from .margins import margin_of
@@ -42,7 +43,8 @@ class RoutedUnit(nn.Module):
         super().__init__()
         selection = selection or SelectionConfig()
         self.index = index
-        self.unit = Unit(kind, family)
+        self.unit = (InPlaceUnit if family.in_place else Unit)(kind, family)
+        unknown = not (family.in_parts or family.private) if kind == "attention" else family.ffn is None
         self.reads = router.input
         self.is_static = selection.is_static(index // 2)
         self.predicts_raw = forecaster.target == "raw" and not self.is_static
@@ -51,11 +53,11 @@ class RoutedUnit(nn.Module):
         fallback = kind_of("fallbacks", forecaster.fallback)
         make = fallback.make_static if self.is_static else fallback.make_for
         self.forecaster: Fallback | None = None
-        self.always_executes = selection.units not in ("both", kind)
+        self.always_executes = unknown or selection.units not in ("both", kind)
         if not self.always_executes and not (self.is_static and kind == "attention"):
             self.forecaster = make(forecaster, hidden_size, self.unit, layer)
         rank = 0 if self.forecaster is None else self.forecaster.rank
-        self.is_routed = selection.routes(index // 2, kind)
+        self.is_routed = not unknown and selection.routes(index // 2, kind)
         self.joins = self.is_routed and selection.granularity == "layer"
         decides = self.is_routed and not (self.joins and kind == "ffn")
         self.router: Router | None = make_router(router, hidden_size, rank) if decides else None

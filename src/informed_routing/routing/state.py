@@ -89,6 +89,10 @@ class Forward:
     """What the texts of this forward have approximated before, where the decision rule is held to shares of it."""
     modules_whole: bool = False
     """Whether it must call the base model's attentions as they are, for what they also return."""
+    layer: Any = None
+    """The layer that runs, where its FFN is routed where it is called."""
+    rows: Any = None
+    """Which tokens private matrices are computed for (execution/private_rows.py); None: all."""
     layer_input: Tensor | None = None
     """[B, N, d]: the residual stream as it entered the current layer."""
     gates: MutableMapping[int, Tensor] = field(default_factory=dict)

@@ -120,8 +120,9 @@ class RoutingStats:
         """[units] float64: MACs of the counted tokens, or what they had been had all of them been executed."""
         always, execute, per_key = (self.column(name) for name in ("always", "execute", "per_key"))
         if dense:
-            return self.tokens * (always + execute) + self.keys * per_key
+            return self.tokens * (always + execute) + self.keys * (per_key + self.column("always_per_key"))
         found = (self.tokens - self.evicted) * always + self.executed * execute + self.executed_keys * per_key
+        found = found + self.keys * self.column("always_per_key")
         decided = self.tokens * self.column("router") if self.routed else 0.0
         return found + decided + (self.tokens - self.executed) * self.column("forecaster")
 

@@ -36,7 +36,7 @@ class BudgetMeter:
             self.weights = torch.full((len(costs),), 1.0 / len(costs))
             self.overhead = 0.0
         elif budget == "macs":
-            kept = [0.0 if kv == "drop" or c.static else c.always for c in costs]
+            kept = [0.0 if kv == "drop" or c.static else c.kept(context) for c in costs]
             gain = torch.tensor(
                 [c.dense(context) - own - c.forecaster for c, own in zip(costs, kept, strict=True)], dtype=torch.float32
             )

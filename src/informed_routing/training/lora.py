@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from ..config.recipe import LoraStage
 from ..errors import InputError
 from ..files.atomic import write_json, write_tensors
+from ..models.decoder import layers_of
 from ..models.discover import family_of
 from ..models.head import lm_head
+from ..persistence.adapter_folder import read_adapter
 from ..routed_model import RoutedModelForCausalLM
 from ..routing.decision import DecisionRule
 from .objectives import next_token_loss
@@ -41,6 +43,28 @@ def new_lora(model: Any, config: LoraStage, seed: int) -> dict[str, nn.Parameter
     """Adapters for a stage of a fit: their first weights are a function of the recipe's seed alone."""
     torch.manual_seed(seed_of(seed, "lora"))
     return add_lora(model, config)
+
+
+def go_on_with(folder: Path, adapters: dict[str, nn.Parameter], config: LoraStage) -> None:
+    """Give fresh adapters the weights of a folder's. Raises InputError where they are of another form."""
+    found = read_adapter(folder)
+    wanted = {_stored(name): parameter for name, parameter in adapters.items()}
+    same = found.settings["r"] == config.rank and found.settings["lora_alpha"] == config.alpha
+    tensors = found.tensors
+    if not same or {name: part.shape for name, part in tensors.items()} != {n: p.shape for n, p in wanted.items()}:
+        raise InputError(
+            f"the adapter of {folder.parent} has rank {found.settings['r']} and alpha {found.settings['lora_alpha']}, "
+            "or other targets than lora asks for",
+            "Go on with the lora settings of that fit",
+        )
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(tensors[name])
+
+
+def _stored(name: str) -> str:
+    """What PEFT calls an adapter's tensor in a file."""
+    return f"base_model.model.{name.replace(f'.{ADAPTER}', '')}"
 
 
 def lora_targets(model: Any, config: LoraStage) -> tuple[str, ...]:
@@ -79,10 +103,10 @@ def lora_targets(model: Any, config: LoraStage) -> tuple[str, ...]:
 
 def _usual_targets(model: Any) -> list[str]:
     """Names by the rows of the model's layers; none of FFNs where some are stacks of experts, which PEFT fuses."""
-    layers = model.model.layers
+    layers = layers_of(model)
     families = [family_of(model, place) for place in range(len(layers))]
     names = dict.fromkeys(name for family in families for name in family.lora_targets)
-    ffns = [getattr(layer, family.ffn, None) for layer, family in zip(layers, families, strict=True)]
+    ffns = [getattr(layer, family.ffn or "", None) for layer, family in zip(layers, families, strict=True)]
     if any(parameter.dim() == 3 for ffn in ffns if ffn is not None for parameter in ffn.parameters()):
         return [name for name in names if name not in ("gate_proj", "gate_up_proj")]
     return list(names)
@@ -105,11 +129,7 @@ def peft_config(config: LoraStage, targets: tuple[str, ...], base: str) -> LoraC
 def save_lora(model: Any, config: LoraStage, folder: Path, base: str) -> None:
     """Write the adapter as PEFT does, whole or not at all: it loads on the dense base model too."""
     targets = lora_targets(model, config)
-    tensors = {
-        f"base_model.model.{name.replace(f'.{ADAPTER}', '')}": parameter
-        for name, parameter in model.named_parameters()
-        if "lora_" in name
-    }
+    tensors = {_stored(name): parameter for name, parameter in model.named_parameters() if "lora_" in name}
     description = peft_config(config, targets, base).to_dict()
     description = {k: sorted(v) if isinstance(v, set) else v for k, v in description.items()}
     building = folder.with_name(f".{folder.name}.new")

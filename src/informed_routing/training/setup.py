@@ -92,8 +92,12 @@ def enable_checkpointing(model: Any) -> None:
 
 def _with_settings_of(folder: Path, recipe: Recipe) -> Recipe:
     """The recipe with the settings of the routing folder that it starts from: all that an earlier stage decided."""
-    if (folder / LORA_FOLDER).is_dir() and recipe.stages != ("calibrate",):
-        raise InputError(f"{folder} has been through the lora stage", "Start from a folder without an adapter")
+    goes_on = {"joint", "calibrate"} >= set(recipe.stages)
+    if (folder / LORA_FOLDER).is_dir() and not goes_on:
+        raise InputError(
+            f"{folder} has been through the lora stage",
+            "Start from a folder without an adapter, or go on with stages: [joint]",
+        )
     config = read_config(folder)
     # The closed form would solve the forecasters anew: what they learned since would be lost.
     forecaster = config.forecaster.model_copy(update={"refit": False})
@@ -121,7 +125,7 @@ def _routed(base: Any, recipe: Recipe, beginning: Path | None, adapter: Path | N
     if beginning:
         check_base(beginning, model)
         load_routing_tensors(model, beginning / TENSOR_FILE)
-    if adapter:
+    if adapter and "joint" not in recipe.stages:  # which goes on with it
         with_lora(model, adapter, merge=True)
     return model
 

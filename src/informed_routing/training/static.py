@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from ..config.parts import ForecasterConfig
 from ..config.recipe import StaticSearch
-from ..execution.attach import make_units, never_static
+from ..execution.attach import make_units
 from ..execution.layer import add_units
+from ..execution.possible import never_static
 from ..models.head import lm_head
 from ..progress import NullProgress, Progress
 from ..routed_model import RoutedModelForCausalLM

@@ -148,5 +148,5 @@ def ffn(layer: Any, family: Family, routed: RoutedUnit, dtype: torch.dtype) -> F
         gate=part(gate),
         up=part(up),
         down=matrix(mlp.down_proj),
-        gelu=is_gelu(family, getattr(layer, family.attention).config),
+        gelu=is_gelu(family, getattr(layer, family.attention or "").config),
     )

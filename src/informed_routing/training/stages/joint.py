@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Joint(Stage):
-    """The work of route and lora in one training."""
+    """The work of route and lora in one training; from a start with an adapter, it goes on with that."""
 
     name = "joint"
     place = 30
@@ -27,7 +27,7 @@ class Joint(Stage):
         return {**start_reads(recipe), "joint": Reading.steps(recipe.route)}
 
     def run(self, run: Run) -> dict[str, Any]:
-        from ..lora import new_lora
+        from ..lora import go_on_with, new_lora
         from ..methods import route_objective
         from ..report import routing_summary
         from ..route import freeze_all_but, learning_rates, router_parameters
@@ -36,6 +36,8 @@ class Joint(Stage):
         report = begin_routing(run, reads)
         routers = router_parameters(run.model, config.train_forecasters)
         adapters = new_lora(run.model, lora, run.recipe.seed)
+        if run.adapter:
+            go_on_with(run.adapter, adapters, lora)
         freeze_all_but(run.model, routers | adapters)
         rates = learning_rates(config, routers) | dict.fromkeys(adapters, lora.learning_rate)
         objective = route_objective(run.model, config, run.meter)
