@@ -52,7 +52,8 @@ def look(model_type: str) -> dict[str, Any]:
     return {
         "type": model_type,
         "group": routed.routing_config.selection.units,
-        "source": found.source,
+        "source": "in place" if routed.units[0].unit.family.in_place else found.source,
+        "private": sorted({name for names in routed.routing_config.private for name in names}),
         "modules": sorted({unit.module for unit in found.units}),
         "skippable": round(found.skippable, 3),
         "engines": list(found.engines),
@@ -66,19 +67,24 @@ def page(content: dict[str, Any]) -> str:
     lines = [
         "# Families",
         "",
-        f"All {len(rows)} causal language model types of transformers {content['environment']['transformers']}, each",
-        "as a tiny random model, by `python benchmarks/families.py --json docs/data/families.json`. What is routed has",
-        "passed the self-check. Skippable is the share of the tiny body's multiply-accumulates at 512 keys. Where no",
-        "native engine is named, a type runs in torch. Many are encoders, or parts of models for images and sound.",
+        f"All {len(rows)} causal language model types of transformers {content['environment']['transformers']},",
+        "each as a tiny random model, by `python",
+        "benchmarks/families.py --json docs/data/families.json`. What is routed has passed the self-check.",
+        "Skippable is the share of the tiny body's multiply-accumulates at 512 keys: tiny layers are mostly",
+        "scores, which only attentions of known code skip. `table`: a row of ours. `code`: the layer's code",
+        "is read. `in place`: it is not understood, and units decide where it calls them. Private are",
+        "matrices of attentions of unknown code that only executed tokens need. Where no native engine is",
+        "named, a type runs in torch. Many types are encoders, or parts of models for images and sound.",
         "",
         *(f"- **{group}** ({counts[group]}): {meaning}" for group, meaning in GROUPS.items()),
         "",
-        "| type | routed | read from | units | skippable | engines | why not |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| type | routed | read from | units | private | skippable | engines | why not |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in sorted(rows, key=lambda row: (list(GROUPS).index(row["group"]), row["type"])):
         lines.append(
             f"| {row['type']} | {row['group']} | {row.get('source', '')} | {', '.join(row.get('modules', ()))} | "
+            f"{', '.join(row.get('private', ()))} | "
             f"{row.get('skippable', '')} | {', '.join(row.get('engines', ()))} | {_cell(row.get('reason', ''))} |"
         )
     return "\n".join(lines)

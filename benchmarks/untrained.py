@@ -210,6 +210,12 @@ Wikipedia / C4 ({settings["rows"]} rows of {LENGTH} tokens each) at shares of MA
 (commit {machine["commit"]}). How much of a unit's output each fallback explains is in [method.md](method.md); what
 training makes of them in [levers.md](levers.md).
 
+- `zero`: approximated tokens get nothing. `rank`, `rank-64`: the paper's low-rank forecaster, of rank 128 and 64.
+- `slim`, `quarter`: an eighth and a quarter of each FFN's own neurons, and a forecaster of rank 64 for the rest.
+- `static`: as `slim`, and three layers that no token executes.
+- `ladder`: one router with two thresholds; the harder ones of the approximated tokens get the quarter, the others the
+  eighth. The share is that of the quarter among approximated FFN tokens.
+
 {table(result)}
 """
 

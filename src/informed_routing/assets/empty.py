@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .models import base_location, load_errors, resolve_model
+from .models import auto_class, base_location, load_errors, resolve_model
 from .soundness import check_settings
 
 
@@ -21,7 +21,7 @@ def load_empty(
     A routing folder gives its base model. Raises InputError as `load_model` does, but for weights.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     folder = Path(ref).expanduser()
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -33,4 +33,5 @@ def load_empty(
         check_settings(location, options, str(ref))
         config = AutoConfig.from_pretrained(location, **options)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
+            kind = auto_class(location, options)
+            return kind.from_config(config, trust_remote_code=trust_remote_code).eval()

@@ -141,13 +141,11 @@ def load_model(
     wanted = resolve_dtype(dtype, place)
     source = resolve_model(ref, revision)
     location, options = base_location(source, trust_remote_code, token)
-    from transformers import AutoModelForCausalLM
-
     model: Any
     report: Any
     with load_errors(str(ref)), nullcontext() if source.kind == "hub" else quiet_transformers():
         settings = check_settings(location, options, str(ref))
-        model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, if asked for
+        model, report = auto_class(location, options).from_pretrained(  # a pair, if asked for
             location,
             dtype=wanted,
             use_safetensors=True,
@@ -166,6 +164,22 @@ def load_model(
             f"{ref} does not fit on {place} in {str(wanted).removeprefix('torch.')}",
             "Use --dtype bfloat16, a device with more memory, or a smaller model",
         ) from error
+
+
+def auto_class(location: str, options: dict[str, Any]) -> Any:
+    """The auto class that loads a model that writes text: a causal LM, or a model for images and text.
+
+    Raises what transformers raises for a configuration that cannot be read.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    kind = AutoConfig.from_pretrained(location, **options).model_type
+    for_images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForImageTextToText if for_images else AutoModelForCausalLM
 
 
 def load_tokenizer(

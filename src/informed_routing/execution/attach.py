@@ -73,5 +73,5 @@ def make_static(model: Any, places: Sequence[int]) -> None:
 def count_anew(decoder: Any) -> None:
     """Costs and counts of the units that the decoder has now."""
     units = list(units_of(decoder))
-    costs = unit_costs(decoder.layers, units)
+    costs = unit_costs(decoder.layers, units, decoder.config)
     decoder.routing_stats_counter = RoutingStats.empty(costs, [unit.kind for unit in units])

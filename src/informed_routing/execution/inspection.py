@@ -76,7 +76,7 @@ def inspect(model: Any, context: int = 512) -> Inspection:
     else:
         selection = possible_selection(model, SelectionConfig(), private, given=False)
     units = _units(layers, families, config.hidden_size, selection)
-    costs = unit_costs(layers, units)
+    costs = unit_costs(layers, units, config)
     found: dict[tuple[Any, ...], UnitFound] = {}
     for unit, cost in zip(units, costs, strict=True):
         one = _found(layers[unit.index // 2], families[unit.index // 2], unit, cost, context)

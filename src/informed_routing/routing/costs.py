@@ -60,8 +60,11 @@ def _weights(module: nn.Module) -> int:
     return sum(p.numel() for name, p in module.named_parameters() if name.endswith("weight") and p.dim() == 2)
 
 
-def unit_costs(layers: Sequence[nn.Module], units: Sequence[RoutedUnit]) -> list[UnitCost]:
-    """Costs of all routed units from the modules that are really there (attached adapters are not counted)."""
+def unit_costs(layers: Sequence[nn.Module], units: Sequence[RoutedUnit], settings: Any = None) -> list[UnitCost]:
+    """Costs of all routed units from the modules that are really there (attached adapters are not counted).
+
+    `settings` is the decoder's configuration, for modules that keep none.
+    """
     costs = []
     for routed in units:
         layer = layers[routed.index // 2]
@@ -69,15 +72,15 @@ def unit_costs(layers: Sequence[nn.Module], units: Sequence[RoutedUnit]) -> list
         forecaster = 0 if routed.forecaster is None else _weights(routed.forecaster)
         hidden_size, static = routed.hidden_size, routed.is_static
         if routed.kind == "ffn":
-            settings = _settings(layer)
-            weights = sum(active_weights(part, settings) for part in routed.unit.modules(layer))
+            own_settings = _settings(layer, settings)
+            weights = sum(active_weights(part, own_settings) for part in routed.unit.modules(layer))
             own = _slice_weights(routed, layer, weights)
             costs.append(
                 UnitCost(0, weights, 0, router, forecaster + own, stream=4 * hidden_size, static=static, slice=own)
             )
             continue
         if not routed.unit.family.in_parts:
-            whole = _whole_attention(routed.unit.modules(layer), _settings(layer), hidden_size)
+            whole = _whole_attention(routed.unit.modules(layer), _settings(layer, settings), hidden_size)
             if not routed.always_executes:
                 mixer = cast(Any, routed.unit.module(layer))
                 private = sum(mixer.get_submodule(name).weight.numel() for name in routed.unit.family.private)
@@ -102,9 +105,9 @@ def _slice_weights(routed: RoutedUnit, layer: nn.Module, weights: float) -> floa
     return 0 if chosen is None or neurons is None else weights * len(chosen) / neurons
 
 
-def _settings(layer: nn.Module) -> Any:
-    """The configuration that a layer's modules were made from, if one keeps it."""
-    return next((config for part in layer.modules() if (config := getattr(part, "config", None)) is not None), None)
+def _settings(layer: nn.Module, other: Any) -> Any:
+    """The configuration that a layer's modules were made from, if one keeps it; else another."""
+    return next((config for part in layer.modules() if (config := getattr(part, "config", None)) is not None), other)
 
 
 def _whole_attention(modules: Sequence[nn.Module], settings: Any, hidden_size: int) -> UnitCost:
