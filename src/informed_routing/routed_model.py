@@ -180,6 +180,7 @@ class RoutedModelForCausalLM(FromRoutingFolder):
             )
             self.set_decision(rule)
         self._target = sparsity
+        self.routing_state.choose(share=1 - sparsity)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`. Raises InputError while the decision rule is top-k, which is not causal."""
@@ -236,7 +237,8 @@ class RoutedModelForCausalLM(FromRoutingFolder):
         On a CPU, `weights` (`float32`, `bfloat16`, `int8`, `int4`; default the model's dtype) is the format of its
         packed copy of the base model's matrices; on a GPU it reads the model's own (also torchao's). The policy `exact`
         always does what the routers say, so the same tokens give the same text; `auto` executes all rows of a unit's
-        call where skipping some of them would take longer (small batches) by prices timed on this machine.
+        call where skipping some of them would take longer (small batches, small units) by prices timed on this machine,
+        natively or in torch.
         Raises InputError for unknown values, when the engine cannot run this model here, or when a few tokens show that
         it does not compute what it must (`self_check`); the model is then as it was.
         """
@@ -248,10 +250,12 @@ class RoutedModelForCausalLM(FromRoutingFolder):
             raise InputError(f"weights {weights!r} need the native engine", "Use execution='native'")
         if policy not in ("exact", "auto"):
             raise InputError(f"policy {policy!r} is not known", "Choose exact or auto")
-        if policy == "auto" and execution != "native":
-            raise InputError("policy 'auto' needs the native engine", "Use execution='native'")
+        if policy == "auto" and execution == "masked":
+            raise InputError("policy 'auto': masked execution computes everything", "Use execution='sparse'")
         state = self.routing_state
         kept = state.kv if kv is None else kv
+        if policy == "auto" and kept == "drop":
+            raise InputError("policy 'auto' does not go with kv='drop'", "Use policy='exact', or kv='keep'")
         if kept == "drop" and self.routing_config.selection.static_layers:
             raise InputError("kv='drop' does not go with static layers", "Use kv='keep'")
         if kept == "drop" and self.routing_config.selection.units == "ffn":
@@ -269,7 +273,7 @@ class RoutedModelForCausalLM(FromRoutingFolder):
             native = NativeExecution(weights, policy=policy)
             with nullcontext() if self_check else skipped():
                 check_engine(self, native)
-        state.choose(execution=execution, native=native, kv=kept)
+        state.choose(execution=execution, native=native, kv=kept, policy=policy)
 
     def with_thresholds(self, rows: tuple[ThresholdRow, ...], budget: Budget, sparsity: float, context: int) -> None:
         """Store a calibrated table."""

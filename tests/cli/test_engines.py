@@ -45,7 +45,7 @@ def test_generate_says_which_engine_runs(
     engine = outcome.json["result"]["engine"]
     assert engine["name"] == name
     assert reason in engine["reason"]
-    assert engine.get("policy") == ("exact" if name.startswith("native") else None)
+    assert engine.get("policy") == ("exact" if name.startswith(("native", "torch")) else None)
     (line,) = [line for line in outcome.err.splitlines() if line.startswith("engine: ")]
     assert name in line
     assert reason in line
@@ -207,7 +207,7 @@ def test_benchmark_names_its_engines(run: Run, routing_folder: Path, text_file: 
     arguments = [*SMALL, "--data", text_file, "-s", 0.25, *names, "--json", "-"]
     result = run("benchmark", routing_folder, *arguments, "-q").json["result"]
     assert result["engines"] == ["transformers", "torch"]  # each once
-    assert result["engine"] == {"name": "torch", "reason": "--engine leaves the native one out"}
+    assert result["engine"] == {"name": "torch", "reason": "--engine leaves the native one out", "policy": "exact"}
 
 
 def test_benchmark_of_a_model_fitted_to_drop_keys_is_not_native(

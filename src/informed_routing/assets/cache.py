@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
+import platform
 import shutil
 import stat
 import tempfile
@@ -67,6 +69,16 @@ def check_trusted(path: Path) -> None:
         raise InputError(
             f"everybody may write to {path}, and code is loaded from it", f"Run `chmod o-w {path}`, or {_OWN}"
         )
+
+
+@functools.cache
+def machine() -> str:
+    """The processor, by its name and what it can do: a cache folder may be shared by unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

@@ -129,7 +129,7 @@ def benchmark(
         choice = choose_engine(loaded.model, decision=decision, progress=run.progress) if "native" in names else None
         names, reason = _runnable(choice, folder, names, explicit=engine is not None)
         if "native" not in names:
-            _refuse_native_options(reason, policy, weights, profile)
+            _refuse_native_options(reason, weights, profile)
         formats = list(dict.fromkeys(weights or ([choice.weights] if choice else [])))
         dense = load_base_of(loaded, run) if {"transformers", "compiled"} & set(names) else None
         engines = make_engines(dense, loaded.model, names, formats, policy or "exact", decision)
@@ -137,7 +137,7 @@ def benchmark(
             refuse_idle("the engine of this device has no phases to time", "Leave it out", profile=profile)
         first = next((one for one in engines if one.routes), engines[0])
         described = {"name": first.name, "reason": reason}
-        if "native" in names:
+        if {"native", "torch"} & set(names):
             described["policy"] = policy or "exact"
         say_engine(run, described)
         rows = benchmark_rows(
@@ -213,17 +213,16 @@ def _refuse_idle(
         reason = f"of the engines {', '.join(names)} none routes"
         refuse_idle(reason, leave, sparsity=sparsity, budget=budget, kv=kv, policy=policy, hold=hold)
     if "native" not in names:
-        _refuse_native_options(_NATIVE_ONLY, policy, weights, profile)
+        _refuse_native_options(_NATIVE_ONLY, weights, profile)
     if targets and not any(targets):
         idle = {"kv": kv, "policy": policy if policy == "auto" else None, "hold": hold}
         refuse_idle("at sparsity 0 all is executed", "Leave it out, or give another --sparsity", **idle)
 
 
-def _refuse_native_options(reason: str, policy: str | None, weights: list[str] | None, profile: bool) -> None:
+def _refuse_native_options(reason: str, weights: list[str] | None, profile: bool) -> None:
     from .loading import refuse_idle
 
-    only_auto = policy if policy == "auto" else None  # the others are exact by themselves
-    refuse_idle(reason, "Leave it out, or add --engine native", policy=only_auto, weights=weights, profile=profile)
+    refuse_idle(reason, "Leave it out, or add --engine native", weights=weights, profile=profile)
 
 
 def _runnable(choice: EngineChoice | None, folder: str, names: list[str], *, explicit: bool) -> tuple[list[str], str]:

@@ -25,8 +25,8 @@ PolicyOption = Annotated[
     Literal["exact", "auto"] | None,
     typer.Option(
         "--policy",
-        help="Of the native engine: exact does what the routers say; auto executes calls whole where that is faster on "
-        "this machine, so that text may differ between machines [default: exact].",
+        help="exact does what the routers say; auto executes calls whole where that is faster on this machine, so that "
+        "text may differ between machines [default: exact].",
     ),
 ]
 HoldOption = Annotated[
@@ -201,19 +201,15 @@ def choose_execution(
                 raise InputError(f"the native engine cannot run: {obstacle}", "Leave out --execution native")
             reason = choice.reason
         execution = "native" if obstacle is None else "sparse"
-    if execution != "native":
-        if weights:
-            raise InputError(f"--weights {weights} needs the native engine", "Leave it out, or give --execution native")
-        if policy == "auto":
-            raise InputError(
-                f"--policy auto needs the native engine, and this is {execution}: {reason}", "Leave it out"
-            )
+    if execution != "native" and weights:
+        raise InputError(f"--weights {weights} needs the native engine", "Leave it out, or give --execution native")
     policy = policy or "exact"
-    # The policy is the native engine's own: others always do what the routers say.
-    only_native = {"policy": policy} if execution == "native" else {}
-    model.set_execution(execution, kv, weights=weights, **only_native)
+    if policy == "auto" and (kv == "drop" or execution == "masked"):
+        what = "--kv drop" if kv == "drop" else "--execution masked, which skips nothing"
+        raise InputError(f"--policy auto does not go with {what}", "Leave out one of them")
+    model.set_execution(execution, kv, weights=weights, policy=policy)
     if execution != "native":
-        return {"name": f"torch {execution}", "reason": reason}
+        return {"name": f"torch {execution}", "reason": reason, "policy": policy}
     engine: NativeEngine = model.routing_state.native.of(model)
     if engine.torch_prefill:
         reason += "; long prompts go to torch, whose matrix products are faster here"

@@ -112,7 +112,7 @@ class RoutedEngine(Engine):
         self, model: Any, weights: str | None = None, policy: Policy = "exact", decision: str = "threshold"
     ) -> None:
         super().__init__(model, "torch" if weights is None else f"native {weights}")
-        self.decision = decision
+        self.decision, self.policy = decision, policy
         self.holder: NativeExecution | None = None
         if weights is not None:
             from informed_routing.execution.native import NativeExecution
@@ -138,7 +138,7 @@ class RoutedEngine(Engine):
     def place(self) -> None:
         """Let the model run in this engine from now on."""
         state = self.model.routing_state
-        state.choose(native=self.holder, execution="native" if self.holder else "sparse")
+        state.choose(native=self.holder, execution="native" if self.holder else "sparse", policy=self.policy)
 
     def use(self, sparsity: float, budget: str | None) -> None:
         self.place()
@@ -161,10 +161,10 @@ def make_engines(
     policy: Policy = "exact",
     decision: str = "threshold",
 ) -> list[Engine]:
-    """Engines by name; `native` once for each format in `weights`, with `policy`. Raises InputError for unknown names.
+    """Engines by name; `native` once for each format in `weights`; both it and `torch` have `policy`.
 
-    `decision` is how routed ones choose tokens, by a rule that can generate. `dense` is the base model, and may be None
-    where neither `transformers` nor `compiled` is asked for.
+    Raises InputError for unknown names. `decision` is how routed ones choose tokens, by a rule that can generate.
+    `dense` is the base model, and may be None where neither `transformers` nor `compiled` is asked for.
     """
     check_names(names, weights)
     engines: list[Engine] = []
@@ -172,7 +172,7 @@ def make_engines(
         if name == "native":
             engines += [RoutedEngine(routed, one, policy, decision) for one in weights]
         elif name == "torch":
-            engines.append(RoutedEngine(routed, decision=decision))
+            engines.append(RoutedEngine(routed, None, policy, decision))
         else:
             engines.append(Engine(dense) if name == "transformers" else CompiledEngine(dense))
     return engines

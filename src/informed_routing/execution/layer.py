@@ -21,7 +21,7 @@ from ..models.runtime_classes import made_by
 from ..routing.routed_unit import RoutedUnit
 from ..routing.state import Forward, RoutingState
 from ..routing.stats import RoutingStats
-from . import in_place, masked, sparse, static
+from . import in_place, masked, sparse, static, worth
 from .cache import ExecutedKeysLayer, keep_executed_only
 from .history import history_of, keep_history
 from .private_rows import make_private
@@ -92,6 +92,8 @@ def routed_decoder_class(base: type[nn.Module]) -> type[nn.Module]:
             _check_records(self.config, call)
         if state.ranks and call.cache is not None and call.cache.get_seq_length():
             raise InputError(*NOT_CAUSAL)
+        if state.policy == "auto" and not state.dense and state.skips(self.training):
+            worth.check(state)
         if state.kv == "drop" and not state.dense and state.skips(self.training):
             given = _with_dropping_cache(self, base_forward, call)
         cache = call.cache
@@ -100,8 +102,8 @@ def routed_decoder_class(base: type[nn.Module]) -> type[nn.Module]:
             state.forward.history = history_of(cache, len(self.layers) * 2, len(contexts))
         past = _past(call.cache)
         output = base_forward(self, **given)
-        if isinstance(output, ModelOutput):
-            _keep_past(calls.cache_of(output), past + contexts.shape[1])
+        made = calls.cache_of(output) if isinstance(output, ModelOutput) else None
+        _keep_past(made if call.cache is None else call.cache, past + contexts.shape[1])
         if state.forward.history is not None:
             keep_history(cache, state.forward.history, contexts.shape[1])
         stats: RoutingStats = self.routing_stats_counter
@@ -160,12 +162,17 @@ def _past(cache: Any) -> int:
     try:
         return int(cache.get_seq_length())
     except (ValueError, AttributeError):  # states of recurrences do not say how many tokens they have seen
-        begun = any(getattr(layer, "has_previous_state", False) for layer in getattr(cache, "layers", ()))
-        if begun and not hasattr(cache, _SEEN):
+        if _is_begun(cache) and not hasattr(cache, _SEEN):
             raise InputError(
                 "the cache does not say how many tokens it has seen", "Begin the text with the routed model"
             ) from None
         return int(getattr(cache, _SEEN, 0))
+
+
+def _is_begun(cache: Any) -> bool:
+    """Whether a cache of states has any."""
+    found = (getattr(layer, "has_previous_state", False) for layer in getattr(cache, "layers", ()))
+    return any(any(state.values()) if isinstance(state, dict) else bool(state) for state in found)
 
 
 def _keep_past(cache: Any, tokens: int) -> None:

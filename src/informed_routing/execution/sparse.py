@@ -17,7 +17,7 @@ from ..models.families import Family
 from ..models.units import attend, attend_causal, keys_values, only_whole, queries
 from ..routing.routed_unit import RoutedUnit
 from ..routing.state import RoutingState
-from . import masked
+from . import masked, worth
 from .cache import ExecutedKeysLayer
 from .private_rows import rows
 
@@ -48,8 +48,28 @@ def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tenso
     unit = routed.unit
     hidden = unit.stream(hidden)
     x = unit.normed(layer, hidden)
+    chooses = state.policy == "auto" and routed.router is not None and not routed.joins
+    if chooses and not worth.pays(_skip, routed, state, layer, hidden, x, call):
+        return worth.whole(routed, state, layer, hidden, x, call)
     features = routed.features(hidden, x)
     gate = routed.decide(state, hidden, features)
+    if chooses:
+        state.shares[routed.index] = float(gate.float().mean())
+    return _skip(routed, state, layer, hidden, x, features, gate, call)
+
+
+def _skip(
+    routed: RoutedUnit,
+    state: RoutingState,
+    layer: nn.Module,
+    hidden: Tensor,
+    x: Tensor,
+    features: Tensor,
+    gate: Tensor,
+    call: Call,
+) -> Tensor:
+    """The updated stream [B, N, d] by a gate bool [B, N]; the unit reads x, its forecaster features."""
+    unit, family = routed.unit, routed.unit.family
     flat = gate.reshape(-1)
     executed = flat.nonzero().squeeze(1)
     count, total = executed.numel(), flat.numel()

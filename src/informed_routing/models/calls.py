@@ -72,6 +72,15 @@ class Call:
         name = next((name for name, value in self.given.items() if value is self.mask is not None), None)
         return dataclasses.replace(self, given={**self.given, name or _mask_name(forward): mask}, mask=mask)
 
+    def alone(self) -> Call:
+        """The call without cache and mask, as if its tokens were all there are."""
+        dropped = {"cache", "mask"}
+        given = {
+            name: None if value is not None and (_NAMES.get(name) or _by_type(value)) in dropped else value
+            for name, value in self.given.items()
+        }
+        return dataclasses.replace(self, given=given, mask=None, cache=None)
+
     def rows(self, index: Tensor, total: int) -> Call:
         """The call for some of its `total` tokens, by flat index [n]: what it holds of each of them as [1, n, ...]."""
         given = {name: _picked(value, index, total) for name, value in self.given.items()}

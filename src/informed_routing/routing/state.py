@@ -75,6 +75,10 @@ class Settings:
     """The native engine's holder (execution/native.py) where execution is `native`."""
     observer: Observer | None = None
     record_margins: bool = False
+    policy: str = "exact"
+    """Of the sparse back end: `auto` executes calls whole where skipping takes longer (execution/worth.py)."""
+    share: float = 0.75
+    """Of a unit's tokens that are likely to be executed, while nothing was seen of it."""
 
 
 @dataclass
@@ -102,6 +106,8 @@ class Forward:
     """[B, N] float32, of units with a ranking router: what the updates of chosen tokens are multiplied by."""
     predictions: dict[int, Tensor] = field(default_factory=dict)
     """[B, N] float32: margins of the causal predictors, kept while ranking routers train."""
+    rounded_up: set[int] = field(default_factory=set)
+    """Units whose call was executed whole because skipping takes longer."""
     keys_read: dict[int, Tensor] = field(default_factory=dict)
     """With kv='drop', of attention units: how many keys all executed queries attended to."""
 
@@ -116,6 +122,8 @@ class RoutingState:
     def __init__(self, **settings: Any) -> None:
         self.settings = Settings(**settings)
         self.forward = Forward()
+        self.shares: dict[int, float] = {}
+        """Of each unit's tokens that were executed, in the last forward in which it decided."""
 
     def choose(self, **settings: Any) -> None:
         """Change settings, by name, until somebody chooses again."""
@@ -162,6 +170,11 @@ class RoutingState:
     def record_margins(self) -> bool:
         """Whether a forward keeps its margins."""
         return self.settings.record_margins
+
+    @property
+    def policy(self) -> str:
+        """Whether the sparse back end always does what routers say."""
+        return self.settings.policy
 
     @property
     def dense(self) -> bool:

@@ -66,7 +66,8 @@ class RoutingStats:
             return
         self.routed = True
         gates = torch.stack([state.forward.gates[i].detach().reshape(-1) for i in range(len(self.costs))]) > 0.5
-        found = count(gates, flat, windows)
+        rounded = torch.tensor([index in state.forward.rounded_up for index in range(len(self.costs))])
+        found = count(gates, flat, windows, rounded.to(gates.device) if state.forward.rounded_up else None)
         executed, read = found.executed.cpu(), found.keys.cpu()
         if state.kv == "drop":
             self.evicted += tokens - executed

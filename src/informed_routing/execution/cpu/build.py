@@ -10,13 +10,12 @@ import ctypes
 import functools
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 from importlib import resources
 from pathlib import Path
 
-from ...assets.cache import cache_dir, check_trusted, disk_errors, locked, make_cache_folder, sha256_of
+from ...assets.cache import cache_dir, check_trusted, disk_errors, locked, machine, make_cache_folder, sha256_of
 from ...errors import InputError
 from ...files.atomic import scratch_folder, write_text
 from .interface import check_abi
@@ -41,7 +40,7 @@ def _target(found: str) -> tuple[Path, list[str], dict[str, str]]:
     sources = sorted((path.name, path) for path in folder.iterdir() if path.name.endswith((".h", ".cpp")))
     texts = {name: path.read_text(encoding="utf-8") for name, path in sources}
     flags = [*_FLAGS, *os.environ.get(FLAGS_VARIABLE, "").split()]
-    key = hashlib.sha256("\0".join([*texts.values(), *flags, found, _machine()]).encode()).hexdigest()[:20]
+    key = hashlib.sha256("\0".join([*texts.values(), *flags, found, machine()]).encode()).hexdigest()[:20]
     return cache_dir() / "native" / f"engine-{key}.so", flags, texts
 
 
@@ -132,12 +131,3 @@ def _compile(found: str, flags: list[str], texts: dict[str, str], target: Path) 
             raise InputError(f"the native engine did not compile: {first}", "Use the torch engine, and report this")
         made.chmod(made.stat().st_mode & 0o775)  # whatever the umask says: not everybody may write to it
         made.replace(target)
-
-
-def _machine() -> str:
-    """What -march=native depends on: a cache folder may be shared by unlike machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine() + platform.processor()
-    return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))

@@ -1,0 +1,131 @@
+"""Does skipping pay in torch? The profitability switch of the sparse back end (`policy="auto"`).
+
+Routing costs time of its own: features and router for every token, selections read on the host, rows gathered and
+written back. With few tokens, or small units, that is more than the skipped work. So before a unit decides, both are
+timed on the call at hand, once for each kind of unit, number of tokens and share of them that is usually executed; what
+was found is kept in the cache folder for this machine. Where skipping does not pay, the unit's call is executed whole,
+and counted as such.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..assets.cache import cache_dir, machine, read_record, write_record
+from ..errors import InputError
+from ..models.calls import Call
+from ..routing.routed_unit import RoutedUnit
+from ..routing.state import RoutingState
+
+REPEATS = 7
+STEPS = 8
+"""Shares of executed tokens are told apart in so many steps."""
+
+CLEARLY = 0.97
+"""Skipping pays where it takes less than this of the time."""
+
+Skip = Callable[[RoutedUnit, RoutingState, nn.Module, Tensor, Tensor, Tensor, Tensor, Call], Tensor]
+_FOUND: dict[str, bool] = {}
+
+
+def check(state: RoutingState) -> None:
+    """Raises InputError for decisions that a call executed whole would break."""
+    if state.decision.held or state.ranks:
+        raise InputError("policy 'auto' executes more than a held or ranking rule asks for", "Use policy='exact'")
+
+
+def pays(
+    skip: Skip, routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tensor, x: Tensor, call: Call
+) -> bool:
+    """Whether a unit's call on the stream hidden [B, N, d], whose norm is x, should be routed."""
+    share = round(state.shares.get(routed.index, state.settings.share) * STEPS) / STEPS
+    key = _key(routed, layer, hidden, share)
+    if key not in _FOUND:
+        path = cache_dir() / "torch-prices" / f"{key}.json"
+        stored = read_record(path)
+        if stored is None:
+            stored = _measured(skip, routed, state, layer, hidden, x, call, share)
+            write_record(path, stored)
+        _FOUND[key] = stored["skipping"] < CLEARLY * stored["whole"]
+    return _FOUND[key]
+
+
+def whole(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tensor, x: Tensor, call: Call) -> Tensor:
+    """The unit's call on x executed for all tokens, and noted as such."""
+    valid = state.forward.valid
+    everything = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
+    state.forward.gates[routed.index] = everything if valid is None else valid
+    state.forward.rounded_up.add(routed.index)
+    return routed.unit.added(hidden, routed.unit.update(layer, routed.unit.run(layer, x, call)))
+
+
+def _measured(
+    skip: Skip,
+    routed: RoutedUnit,
+    state: RoutingState,
+    layer: nn.Module,
+    hidden: Tensor,
+    x: Tensor,
+    call: Call,
+    share: float,
+) -> dict[str, Any]:
+    """Median seconds of both, in turns, without what a cache holds."""
+    unit, alone = routed.unit, call.alone()
+    total = hidden.shape[:-1].numel()
+    order = (torch.arange(total, device=hidden.device) * 7919) % total
+    gate = (order < round(share * total)).view(hidden.shape[:-1])
+    read = {"normed": None, "residual": hidden, "layer": state.forward.layer_input}[routed.reads]
+    forward = state.forward
+
+    def all_of_it() -> None:
+        unit.added(hidden, unit.update(layer, unit.run(layer, x, alone)))
+
+    def some_of_it() -> None:
+        features = routed.features(hidden, x)
+        assert routed.router is not None
+        state.decision.decide(routed.router(features if read is None else read), routed.index, forward.contexts)
+        skip(routed, state, layer, hidden, x, features, gate, alone)
+
+    seconds: dict[str, list[float]] = {"whole": [], "skipping": []}
+    try:
+        with torch.no_grad():
+            for turn in range(REPEATS + 1):
+                for name, work in (("whole", all_of_it), ("skipping", some_of_it)):
+                    started = _now(hidden)
+                    work()
+                    if turn:  # the first is to warm up
+                        seconds[name].append(_now(hidden) - started)
+    except InputError:
+        raise
+    except Exception:  # a mixer that does not run without its cache: do as the router says
+        return {"whole": 1.0, "skipping": 0.0}
+    return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def _now(like: Tensor) -> float:
+    if like.is_cuda:
+        torch.cuda.synchronize(like.device)
+    return time.perf_counter()
+
+
+def _key(routed: RoutedUnit, layer: nn.Module, hidden: Tensor, share: float) -> str:
+    """A name for all that the times depend on. Many tokens are told apart by their logarithm."""
+    batch, length, width = hidden.shape
+    tokens = batch * length
+    size = tokens if tokens <= STEPS else -(1 << (tokens - 1).bit_length())
+    parts = [tuple(p.shape) for module in routed.unit.modules(layer) for p in module.parameters()]
+    own = [tuple(p.shape) for p in routed.parameters()]
+    what = [type(routed.unit.module(layer)).__name__, routed.kind, routed.unit.family.private, parts, own]
+    where = [machine(), str(hidden.device), torch.__version__, torch.get_num_threads()]
+    if hidden.is_cuda:
+        where.append(torch.cuda.get_device_name(hidden.device))
+    text = json.dumps([what, where, width, size, length == 1, share, str(hidden.dtype)])
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
