@@ -128,12 +128,12 @@ def test_rank_above_the_hidden_size(run: Run, tiny_folder: Path, tmp_path: Path,
 
 
 def test_unknown_family(run: Run, tmp_path: Path, flags: list[object]) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import BloomConfig, BloomForCausalLM
 
-    folder = tmp_path / "gpt2"
-    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=128, n_positions=64)).save_pretrained(folder)
+    folder = tmp_path / "bloom"
+    BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=2, n_head=2, vocab_size=128)).save_pretrained(folder)
     save_tokenizer(folder)
-    assert "gpt2" in run("fit", folder, "--out", tmp_path / "out", *flags).one_line_error()
+    assert "BloomAttention" in run("fit", folder, "--out", tmp_path / "out", *flags).one_line_error()
 
 
 def test_missing_model_and_text(run: Run, tiny_folder: Path, tmp_path: Path, flags: list[object]) -> None:

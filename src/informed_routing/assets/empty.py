@@ -33,5 +33,5 @@ def load_empty(
         check_settings(location, options, str(ref))
         config = AutoConfig.from_pretrained(location, **options)
         with torch.device("meta"):
-            kind = auto_class(location, options)
-            return kind.from_config(config, trust_remote_code=trust_remote_code).eval()
+            empty = auto_class(config.model_type).from_config(config, trust_remote_code=trust_remote_code)
+            return empty.eval()

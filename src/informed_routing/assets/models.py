@@ -145,7 +145,7 @@ def load_model(
     report: Any
     with load_errors(str(ref)), nullcontext() if source.kind == "hub" else quiet_transformers():
         settings = check_settings(location, options, str(ref))
-        model, report = auto_class(location, options).from_pretrained(  # a pair, if asked for
+        model, report = auto_class(settings.get("model_type")).from_pretrained(  # a pair, if asked for
             location,
             dtype=wanted,
             use_safetensors=True,
@@ -166,18 +166,14 @@ def load_model(
         ) from error
 
 
-def auto_class(location: str, options: dict[str, Any]) -> Any:
-    """The auto class that loads a model that writes text: a causal LM, or a model for images and text.
-
-    Raises what transformers raises for a configuration that cannot be read.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+def auto_class(kind: str | None) -> Any:
+    """The auto class that loads a model that writes text: a causal LM, or a model for images and text."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     )
 
-    kind = AutoConfig.from_pretrained(location, **options).model_type
     for_images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     return AutoModelForImageTextToText if for_images else AutoModelForCausalLM
 
