@@ -32,8 +32,8 @@ WRONG = {
 FACTORS: dict[str, Any] = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.0156}
 """Of Granite's real models; without any they are Llamas."""
 
-ENGINES = ("ernie4_5", "helium", "granite_swa", "hyperclovax", "granite")
-"""Which the native engines take by the names of their parts, and compute wrong."""
+ENGINES = ("ernie4_5", "helium", "granite_swa", "hyperclovax", "glm")
+"""Which fit the native engines by the names of their parts, and would be computed wrong."""
 
 
 @pytest.fixture(autouse=True)

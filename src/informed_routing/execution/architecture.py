@@ -30,7 +30,8 @@ def unknown(model: Any, engine: NativeName) -> str | None:
         return f"model family {config.model_type!r} is not one of {', '.join(native_families(engine))}, or like them"
     if not activation_known(family, config):
         return f"activation {getattr(config, family.activation)!r}"
-    if logit_scaling(family, config) != PLAIN:
+    scaling = logit_scaling(family, config)
+    if scaling != PLAIN and (engine != "cpu" or scaling.softcap is not None):
         return "logits that are scaled or capped"
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("partial_rotary_factor", 1.0) != 1.0:

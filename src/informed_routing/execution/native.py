@@ -185,7 +185,7 @@ def forced_states(model: Any, engine: NativeEngine, ids: Tensor, gates: Tensor |
     No gates: as the decision rule says.
     """
     rows = Rows(torch.zeros(len(ids), dtype=torch.int32), None)
-    return Plan(engine, model.decoder.embed_tokens(ids), rows, None, None).run(model, forced=gates)
+    return Plan(engine, _embedded(model, ids, None), rows, None, None).run(model, forced=gates)
 
 
 def plan(model: Any, call: Call) -> Plan | None:
@@ -212,12 +212,19 @@ def plan(model: Any, call: Call) -> Plan | None:
         return None
     if model.routing_state.decision.held and not engine.holds:
         return None
-    embeddings = model.decoder.embed_tokens(call.tokens) if call.embeddings is None else call.embeddings
+    embeddings = _embedded(model, call.tokens, call.embeddings)
     if cache is None and (model.config.use_cache if call.use_cache is None else call.use_cache):
         cache = DynamicCache(config=model.config)
     if cache is not None:
         cache.first_keys = rows.start
     return Plan(engine, embeddings, rows, cache, call.positions)
+
+
+def _embedded(model: Any, tokens: Tensor | None, embeddings: Tensor | None) -> Tensor:
+    """What the first layer reads, [B, N, d], for ids or embeddings."""
+    found: Tensor = model.decoder.embed_tokens(tokens) if embeddings is None else embeddings
+    factor = model.units[0].unit.family.embedding_factor
+    return found if factor is None else found * getattr(model.config, factor)
 
 
 def _in_order(positions: Tensor | None, rows: Rows, batch: int, length: int) -> bool:

@@ -49,6 +49,8 @@ class Family:
     """Config field: the FFN's activation."""
     sliding_window: str | None = None
     """Config field: how many keys the layers see that `layer_types` calls sliding, or all where there is no such."""
+    embedding_factor: str | None = None
+    """Config field that multiplies what the first layer reads (Granite)."""
     logits_divisor: str | None = None
     """Config field that divides the logits (Granite)."""
     logits_factor: str | None = None
@@ -129,7 +131,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmo2": _POST_NORM,
     "olmo3": replace(_POST_NORM, sliding_window="sliding_window"),
-    "granite": Family(residual_scale="residual_multiplier", logits_divisor="logits_scaling"),
+    "granite": Family(
+        residual_scale="residual_multiplier",
+        embedding_factor="embedding_multiplier",
+        logits_divisor="logits_scaling",
+        native=("cpu",),
+    ),
 }
 
 

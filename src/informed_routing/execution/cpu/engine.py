@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from ...errors import InputError
 from ...models.discover import family_of
+from ...models.head import LogitScaling, logit_scaling
 from ...routing.history import History, Holding
 from ...routing.limits import Balance
 from ...routing.rules.base import DecisionRule
@@ -35,6 +36,14 @@ MANY_ROWS = 128
 
 TORCH_ADVANTAGE = 2.0
 """How much faster torch's products must be before a prefill goes there: its other operations are slower."""
+
+
+def _scaled(head: Any, scaling: LogitScaling) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of an output projection that makes logits as they are in the end."""
+    factor = scaling.factor / scaling.divisor
+    if factor == 1:
+        return head.weight, head.bias
+    return head.weight * factor, None if head.bias is None else head.bias * factor
 
 
 class CpuEngine:
@@ -74,7 +83,7 @@ class CpuEngine:
         self.model = Model(
             layers=self.layers,
             final_norm=self.packer.vector(decoder.norm.weight),
-            head=self.packer.linear(head.weight, head.bias, self.packer.head),
+            head=self.packer.linear(*_scaled(head, logit_scaling(family, config)), self.packer.head),
             n_layers=len(layers),
             d=config.hidden_size,
             heads=config.num_attention_heads,

@@ -87,8 +87,8 @@ class Packer:
         bias = None if gate.bias is None or up.bias is None else interleave(gate.bias, up.bias)
         return self.linear(interleave(gate.weight, up.weight), bias, self.body)
 
-    def routing(self, unit: RoutedUnit) -> Routing:
-        """Router (where it has one) and forecaster of a unit, packed."""
+    def routing(self, unit: RoutedUnit, residual: float) -> Routing:
+        """Router (where it has one) and forecaster of a unit, packed; what is raw is multiplied by `residual`."""
         router, forecast = unit.forms()
         packed = Routing()
         if router is not None:
@@ -98,7 +98,7 @@ class Packer:
             if router.inner_weight is not None:
                 packed.router_in = self.linear(router.inner_weight, router.inner_bias, FORMATS["float32"])
         if forecast is not None:
-            missing = -forecast.rank % self.panel
+            missing, factor = -forecast.rank % self.panel, residual if unit.predicts_raw else 1.0
             # Ranks are filled up with directions that read and give nothing.
             packed.forecast_in = self.linear(
                 nn.functional.pad(forecast.inner_weight, (0, 0, 0, missing)),
@@ -106,7 +106,9 @@ class Packer:
                 self.forecaster,
             )
             packed.forecast_out = self.linear(
-                nn.functional.pad(forecast.outer_weight, (0, missing)), forecast.outer_bias, self.forecaster
+                nn.functional.pad(forecast.outer_weight, (0, missing)) * factor,
+                forecast.outer_bias * factor,
+                self.forecaster,
             )
             packed.forecast_silu = forecast.silu
         return packed
@@ -116,6 +118,7 @@ class Packer:
         block: Any = attention.unit.module(layer)
         mlp: Any = ffn.unit.module(layer)
         _, forecast = ffn.forms()
+        residual = 1.0 if family.residual_scale is None else float(getattr(layer, family.residual_scale))
         q, k, v = projections(family, block)
         query_norm, key_norm = head_norms(family, block)
         bias = None if k.bias is None or v.bias is None else torch.cat([k.bias, v.bias])
@@ -128,14 +131,14 @@ class Packer:
             kv=self.linear(torch.cat([k.weight, v.weight]), bias, self.body),
             o=self.linear(block.o_proj.weight, block.o_proj.bias, self.body),
             **self.ffn(family, mlp, None if forecast is None else forecast.slice),
-            residual=1.0,
+            residual=residual,
             window=cost.window or 0,
             rope=family.has_rope(block),
             gelu=is_gelu(family, block.config),
             is_static=ffn.is_static,
         )
-        packed.attention = self.routing(attention)
-        packed.ffn = self.routing(ffn)
+        packed.attention = self.routing(attention, residual)
+        packed.ffn = self.routing(ffn, residual)
         return packed
 
 
