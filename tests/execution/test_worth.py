@@ -65,9 +65,11 @@ def test_units_that_do_not_pay_are_executed_whole(name: str, monkeypatch: pytest
     assert len(list(cache.glob("*.json"))) == len(asked) == 2  # layers are alike
 
     monkeypatch.setattr(worth, "_FOUND", {})
+    routed.routing_state.pays.clear()
     monkeypatch.setattr(worth, "_measured", lambda *_: pytest.fail("measured twice"))
     routed(ids)
     monkeypatch.setattr(worth, "_FOUND", {})
+    routed.routing_state.pays.clear()
     for path in cache.glob("*.json"):
         path.unlink()
     _prices(monkeypatch, attention=True, ffn=True)

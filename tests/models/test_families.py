@@ -91,14 +91,16 @@ def test_scores_are_scaled_and_capped_as_the_module_says() -> None:
 def test_native_engines_get_no_part_that_they_lack(name: str) -> None:
     family = FAMILIES[name]
     assert None not in (family.attention_in_norm, family.ffn_in_norm)
-    absent = (family.attention_out_norm, family.ffn_out_norm, family.residual_scale, family.attention_softcap)
-    assert {*absent, family.logits_divisor, family.logits_softcap} == {None}
+    absent = (family.attention_out_norm, family.ffn_out_norm, family.attention_softcap)
+    factors = (family.residual_scale, family.embedding_factor, family.logits_divisor)
+    assert {*absent, family.logits_softcap, *(factors if "gpu" in family.native else ())} == {None}
     assert family.qk_norm in ("none", "head")
 
 
 def test_the_families_of_the_native_engines() -> None:
     known = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3")
-    assert native_families("cpu") == native_families("gpu") == known
+    assert native_families("gpu") == known
+    assert native_families("cpu") == (*known, "granite")
 
 
 def test_lora_targets_exist() -> None:

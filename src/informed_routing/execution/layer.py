@@ -7,6 +7,7 @@ recording and `isinstance` working, because transformers hangs these on the clas
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..errors import InputError
 from ..models import calls
 from ..models.decoder import layers_name
 from ..models.runtime_classes import made_by
+from ..routing.decision import AlwaysExecute
 from ..routing.routed_unit import RoutedUnit
 from ..routing.state import Forward, RoutingState
 from ..routing.stats import RoutingStats
@@ -62,7 +64,17 @@ def _weighted(routed: RoutedUnit, state: RoutingState, before: Tensor, after: Te
 @functools.cache
 def routed_layer_class(base: type[nn.Module]) -> type[nn.Module]:
     """The routed subclass of a family's decoder layer."""
-    forward = calls.layer_forward(base, _run_layer)
+    base_forward: Any = base.forward
+    routed = calls.layer_forward(base, _run_layer)
+
+    @functools.wraps(base_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state: RoutingState = self.routing_state
+        plain = state.dense and state.observer is None and not state.settings.by_units
+        if plain and not self.attention_routing.is_static:
+            return base_forward(self, *args, **kwargs)
+        return routed(self, *args, **kwargs)
+
     names = {"forward": forward, "__module__": __name__, **made_by(routed_layer_class, base)}
     return type(f"Routed{base.__name__}", (base,), names)
 
@@ -101,7 +113,11 @@ def routed_decoder_class(base: type[nn.Module]) -> type[nn.Module]:
             given, cache = _with_cache(self, base_forward, call)
             state.forward.history = history_of(cache, len(self.layers) * 2, len(contexts))
         past = _past(call.cache)
-        output = base_forward(self, **given)
+        chooses = state.policy == "auto" and not state.dense and state.skips(self.training) and state.observer is None
+        units = [unit for layer in self.layers for unit in (layer.attention_routing, layer.ffn_routing)]
+        rounded_up = chooses and worth.none_pays(units, state, *contexts.shape)
+        with state.using(decision=AlwaysExecute()) if rounded_up else nullcontext():
+            output = base_forward(self, **given)
         made = calls.cache_of(output) if isinstance(output, ModelOutput) else None
         _keep_past(made if call.cache is None else call.cache, past + contexts.shape[1])
         if state.forward.history is not None:
@@ -110,7 +126,7 @@ def routed_decoder_class(base: type[nn.Module]) -> type[nn.Module]:
         # A forward through some of the layers (early exit) drafts tokens that whole forwards count later.
         whole = 2 * len(self.layers[: self.config.num_hidden_layers]) == len(stats.costs)
         if not self.training and state.observer is None and whole:
-            stats.add(state, contexts)
+            stats.add(state, contexts, rounded_up=rounded_up)
         return output
 
     # transformers keeps what a class can record (hidden states) under the class's printed name: keep that name.

@@ -96,7 +96,7 @@ class Check:
         layers, tokens = _first_layers(model, model.routing_config.selection), _tokens(model)
         tolerance = _tolerance(model)
         assert self.base is not None
-        with _called_once(model.decoder.layers[:layers]):
+        with _called_once(model.decoder.layers[:layers]), model.routing_state.using(by_units=True):
             dense = _states(model.decoder, layers, tokens)
         if not torch.equal(dense, self.base):
             raise _failure("with everything executed it is not the base model", dense, self.base)

@@ -54,7 +54,7 @@ def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tenso
     features = routed.features(hidden, x)
     gate = routed.decide(state, hidden, features)
     if chooses:
-        state.shares[routed.index] = float(gate.float().mean())
+        worth.saw(routed, state, gate)
     return _skip(routed, state, layer, hidden, x, features, gate, call)
 
 

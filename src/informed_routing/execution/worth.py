@@ -13,7 +13,7 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -28,6 +28,9 @@ from ..routing.state import RoutingState
 REPEATS = 7
 STEPS = 8
 """Shares of executed tokens are told apart in so many steps."""
+
+SEEN = 16
+"""Tokens after which a share is taken for what it was among them."""
 
 CLEARLY = 0.97
 """Skipping pays where it takes less than this of the time."""
@@ -46,7 +49,9 @@ def pays(
     skip: Skip, routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tensor, x: Tensor, call: Call
 ) -> bool:
     """Whether a unit's call on the stream hidden [B, N, d], whose norm is x, should be routed."""
-    share = round(state.shares.get(routed.index, state.settings.share) * STEPS) / STEPS
+    share, known = _known(routed.index, state, hidden.shape[0], hidden.shape[1])
+    if (answer := state.pays.get(known)) is not None:
+        return answer
     key = _key(routed, layer, hidden, share)
     if key not in _FOUND:
         path = cache_dir() / "torch-prices" / f"{key}.json"
@@ -55,7 +60,29 @@ def pays(
             stored = _measured(skip, routed, state, layer, hidden, x, call, share)
             write_record(path, stored)
         _FOUND[key] = stored["skipping"] < CLEARLY * stored["whole"]
+    state.pays[known] = _FOUND[key]
     return _FOUND[key]
+
+
+def none_pays(units: Iterable[RoutedUnit], state: RoutingState, batch: int, length: int) -> bool:
+    """Whether it is known of all units that decide that skipping does not pay for so many tokens."""
+    if any(unit.is_static or unit.joins for unit in units):
+        return False
+    decide = [unit.index for unit in units if unit.router is not None]
+    return all(state.pays.get(_known(index, state, batch, length)[1], True) is False for index in decide)
+
+
+def _known(index: int, state: RoutingState, batch: int, length: int) -> tuple[float, tuple[Any, ...]]:
+    """The share that a unit is likely to execute, and what answers are remembered by."""
+    share = round(state.shares.get(index, state.settings.share) * STEPS) / STEPS
+    return share, (index, batch, length, share, torch.get_num_threads())
+
+
+def saw(routed: RoutedUnit, state: RoutingState, gate: Tensor) -> None:
+    """Note how many of a unit's tokens were executed: many tokens count at once, single ones little by little."""
+    found, weight = float(gate.float().mean()), min(gate.numel() / SEEN, 1.0)
+    before = state.shares.get(routed.index, state.settings.share)
+    state.shares[routed.index] = before + weight * (found - before)
 
 
 def whole(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tensor, x: Tensor, call: Call) -> Tensor:

@@ -77,6 +77,8 @@ class Settings:
     record_margins: bool = False
     policy: str = "exact"
     """Of the sparse back end: `auto` executes calls whole where skipping takes longer (execution/worth.py)."""
+    by_units: bool = False
+    """Whether layers run by their units where everything executes, too: to check that they are the base model's."""
     share: float = 0.75
     """Of a unit's tokens that are likely to be executed, while nothing was seen of it."""
 
@@ -123,7 +125,9 @@ class RoutingState:
         self.settings = Settings(**settings)
         self.forward = Forward()
         self.shares: dict[int, float] = {}
-        """Of each unit's tokens that were executed, in the last forward in which it decided."""
+        """Of each unit's tokens that were executed, in the last forwards in which it decided."""
+        self.pays: dict[tuple[Any, ...], bool] = {}
+        """Whether skipping pays, by unit, size and share (execution/worth.py)."""
 
     def choose(self, **settings: Any) -> None:
         """Change settings, by name, until somebody chooses again."""

@@ -49,8 +49,11 @@ class RoutingStats:
             calls = torch.zeros(len(costs), len(OUTCOMES), dtype=torch.float64)
             return cls(costs, kinds, zeros.clone(), zeros.clone(), 0.0, zeros.clone(), calls, zeros.clone())
 
-    def add(self, state: RoutingState, contexts: Tensor) -> None:
-        """Count one forward. `contexts` [B, N]: keys visible to each token, 0 for padding."""
+    def add(self, state: RoutingState, contexts: Tensor, *, rounded_up: bool = False) -> None:
+        """Count one forward. `contexts` [B, N]: keys visible to each token, 0 for padding.
+
+        `rounded_up`: no unit decided, because skipping does not pay.
+        """
         flat = contexts.reshape(-1).long()
         windows = windows_of(self.costs, flat.device)
         tokens, keys = int((flat > 0).sum()), visible(flat, windows).sum(1).cpu()
@@ -58,10 +61,10 @@ class RoutingStats:
         self.keys += keys
         static = self.column("static") * (not state.original)
         self.evicted += tokens * static
-        if state.dense:
+        if state.dense or rounded_up:
             self.executed += tokens * (1 - static)
             self.executed_keys += keys * (1 - static)
-            self.calls[:, ALL] += 1 - static
+            self.calls[:, ROUNDED_UP if rounded_up else ALL] += 1 - static
             self.calls[:, NONE] += static
             return
         self.routed = True
