@@ -161,7 +161,7 @@ def limits(routed: Any, engine: Engine, phases: dict[str, Callable[[], Any]]) ->
 
 
 @torch.no_grad()
-def measured(name: str, share: float, repeats: int) -> dict[str, Any]:
+def measured(name: str, share: float, repeats: int, wanted: list[str]) -> dict[str, Any]:
     """All engines of one shape."""
     dtype = torch.bfloat16
     first = make(name, dtype)  # not timed: what is loaded first lies in slower memory
@@ -172,6 +172,7 @@ def measured(name: str, share: float, repeats: int) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     exact = next(engine for engine in engines if engine.name == "torch exact")
     phases: dict[str, Any] = {f"prefill {n}": n for n in LENGTHS} | {"decode": 0}
+    phases = {phase: n for phase, n in phases.items() if not wanted or phase in wanted}
     made = {
         phase: {e.name: e.prefill(ids[:, :n]) if n else e.decode(ids[:, : LENGTHS[0]]) for e in engines}
         for phase, n in phases.items()
@@ -221,6 +222,7 @@ def main() -> None:
     parser.add_argument("types", nargs="*", metavar="TYPE", help=f"of {', '.join(SHAPES)}; all by default")
     parser.add_argument("--share", type=float, default=0.3, help="of all decisions that are to approximate")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--phase", action="append", default=[], help="prefill 512, prefill 2048 or decode; repeatable")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--idle-gigabytes", type=int, default=4, help="memory that is held, and not used")
     parser.add_argument("--json", type=Path)
@@ -233,7 +235,7 @@ def main() -> None:
         parser.error(f"unknown type {min(unknown)}; choose from {', '.join(SHAPES)}")
     torch.set_num_threads(arguments.threads)
     held = torch.ones(arguments.idle_gigabytes * 2**28)
-    rows = [measured(name, arguments.share, arguments.repeats) for name in arguments.types or SHAPES]
+    rows = [measured(name, arguments.share, arguments.repeats, arguments.phase) for name in arguments.types or SHAPES]
     PROGRESS.done()
     del held
     settings = {name: getattr(arguments, name) for name in ("share", "repeats", "threads", "idle_gigabytes")}

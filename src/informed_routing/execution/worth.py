@@ -108,33 +108,41 @@ def _measured(
     unit, alone = routed.unit, call.alone()
     total = hidden.shape[:-1].numel()
     order = (torch.arange(total, device=hidden.device) * 7919) % total
-    gate = (order < round(share * total)).view(hidden.shape[:-1])
     read = {"normed": None, "residual": hidden, "layer": state.forward.layer_input}[routed.reads]
     forward = state.forward
 
     def all_of_it() -> None:
         unit.added(hidden, unit.update(layer, unit.run(layer, x, alone)))
 
-    def some_of_it() -> None:
-        features = routed.features(hidden, x)
-        assert routed.router is not None
-        state.decision.decide(routed.router(features if read is None else read), routed.index, forward.contexts)
-        skip(routed, state, layer, hidden, x, features, gate, alone)
+    def some_of_it(executed: int) -> Callable[[], None]:
+        gate = (order < executed).view(hidden.shape[:-1])
 
-    seconds: dict[str, list[float]] = {"whole": [], "skipping": []}
+        def run() -> None:
+            features = routed.features(hidden, x)
+            assert routed.router is not None
+            state.decision.decide(routed.router(features if read is None else read), routed.index, forward.contexts)
+            skip(routed, state, layer, hidden, x, features, gate, alone)
+
+        return run
+
+    few = total < STEPS  # which is then done in some calls, and not in others
+    work = {"whole": all_of_it, "all": some_of_it(total), "some": some_of_it(0 if few else round(share * total))}
+    seconds: dict[str, list[float]] = {name: [] for name in work}
     try:
         with torch.no_grad():
             for turn in range(REPEATS + 1):
-                for name, work in (("whole", all_of_it), ("skipping", some_of_it)):
+                for name, run in work.items():
                     started = _now(hidden)
-                    work()
+                    run()
                     if turn:  # the first is to warm up
                         seconds[name].append(_now(hidden) - started)
     except InputError:
         raise
     except Exception:  # a mixer that does not run without its cache: do as the router says
         return {"whole": 1.0, "skipping": 0.0}
-    return {name: statistics.median(found) for name, found in seconds.items()}
+    found = {name: statistics.median(all_runs) for name, all_runs in seconds.items()}
+    skipping = share * found["all"] + (1 - share) * found["some"] if few else found["some"]
+    return {"whole": found["whole"], "skipping": skipping}
 
 
 def _now(like: Tensor) -> float:

@@ -59,12 +59,17 @@ class RoutingStats:
         tokens, keys = int((flat > 0).sum()), visible(flat, windows).sum(1).cpu()
         self.tokens += tokens
         self.keys += keys
+        if rounded_up:  # of models without static layers
+            self.executed += tokens
+            self.executed_keys += keys
+            self.calls[:, ROUNDED_UP] += 1
+            return
         static = self.column("static") * (not state.original)
         self.evicted += tokens * static
-        if state.dense or rounded_up:
+        if state.dense:
             self.executed += tokens * (1 - static)
             self.executed_keys += keys * (1 - static)
-            self.calls[:, ROUNDED_UP if rounded_up else ALL] += 1 - static
+            self.calls[:, ALL] += 1 - static
             self.calls[:, NONE] += static
             return
         self.routed = True
