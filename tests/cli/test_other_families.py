@@ -22,7 +22,7 @@ calibration: {targets: [0.1, 0.2], tokens: 512, sequence_length: 32}
 """
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe", "phi"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe", "phi", "gpt2", "nemotron_h", "gemma4_text"])
 def test_another_family_is_fitted_scored_and_adapted(name: str, run: Run, text_file: Path, tmp_path: Path) -> None:
     folder, recipe, out = tmp_path / name, tmp_path / "small.yaml", tmp_path / "out"
     make_tiny(name, bos_token_id=None).save_pretrained(folder)
@@ -37,6 +37,8 @@ def test_another_family_is_fitted_scored_and_adapted(name: str, run: Run, text_f
     shares = scored.json["result"]["runs"][1]["sparsity"]
     assert shares["macs"] > 0.05
     assert shares["attention"] > 0
+    if name == "gpt2":
+        return  # its matrices are no linear layers
     adapted = run("fit", "--start", out, "--stages", "lora", "--out", tmp_path / "adapted", *base)
     assert adapted.code == 0, adapted.err
     assert run("evaluate", tmp_path / "adapted", "-s", 0.2, *scoring).code == 0

@@ -43,7 +43,7 @@ def _prices(monkeypatch: pytest.MonkeyPatch, **kinds: bool) -> list[str]:
 
     def measured(skip: Any, routed: Any, *_: Any) -> dict[str, float]:
         asked.append(routed.kind)
-        return {"whole": 1.0, "skipping": 0.5 if kinds[routed.kind] else 1.5}
+        return {"whole": 1.0, **dict.fromkeys(("none", "half", "all"), 0.5 if kinds[routed.kind] else 1.5)}
 
     monkeypatch.setattr(worth, "_measured", measured)
     return asked
@@ -93,6 +93,17 @@ def test_prices_are_measured_on_the_call_at_hand(name: str, cache: Path) -> None
     given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     assert routed.generate(ids, **given).shape == (1, 12)
     assert len(list(cache.glob("*.json"))) >= 2  # of the prompt and of single tokens
+
+
+@torch.no_grad()
+def test_prices_are_read_for_the_share_that_is_executed(monkeypatch: pytest.MonkeyPatch) -> None:
+    prices = {"whole": 1.0, "none": 0.2, "half": 0.6, "all": 1.4}
+    monkeypatch.setattr(worth, "_measured", lambda *_: prices)
+    for share, pays in ((0.0, True), (0.5, True), (0.75, False), (1.0, False)):
+        routed = _routed(make_tiny("llama"))
+        routed.routing_state.choose(share=share)
+        routed(random_ids(1, 16))
+        assert set(routed.routing_state.pays.values()) == {pays}
 
 
 @torch.no_grad()

@@ -89,13 +89,15 @@ def _skip(
         output = unit.run(layer, _rows(x, executed), call.rows(executed, total))
     if not count:
         return unit.added(hidden, routed.forecast(layer, features, x))
-    result = torch.empty_like(hidden).view(total, -1)
     update = unit.update(layer, output).reshape(1, count, -1)
-    result.index_copy_(0, executed, unit.added(_rows(hidden, executed), update)[0])
+    some = unit.added(_rows(hidden, executed), update)[0]
+    result = some.new_empty(total, some.shape[-1])  # what a unit gives back may be of another type than what it reads
+    result.index_copy_(0, executed, some)
     if count < total:
         approximated = (~flat).nonzero().squeeze(1)
         forecast = routed.forecast(layer, _rows(features, approximated), _rows(x, approximated))
-        result.index_copy_(0, approximated, unit.added(_rows(hidden, approximated), forecast)[0])
+        others = unit.added(_rows(hidden, approximated), forecast)[0]
+        result.index_copy_(0, approximated, others.to(some.dtype))
     return result.view_as(hidden)
 
 

@@ -2,9 +2,9 @@
 
 Routing costs time of its own: features and router for every token, selections read on the host, rows gathered and
 written back. With few tokens, or small units, that is more than the skipped work. So before a unit decides, both are
-timed on the call at hand, once for each kind of unit, number of tokens and share of them that is usually executed; what
-was found is kept in the cache folder for this machine. Where skipping does not pay, the unit's call is executed whole,
-and counted as such.
+timed on the call at hand, once for each kind of unit and number of tokens; what was found is kept in the cache folder
+for this machine, and read for the share of tokens that a unit usually executes. Where skipping does not pay, the unit's
+call is executed whole, and counted as such.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CLEARLY = 0.97
 """Skipping pays where it takes less than this of the time."""
 
 Skip = Callable[[RoutedUnit, RoutingState, nn.Module, Tensor, Tensor, Tensor, Tensor, Call], Tensor]
-_FOUND: dict[str, bool] = {}
+_FOUND: dict[str, dict[str, Any]] = {}
 
 
 def check(state: RoutingState) -> None:
@@ -52,16 +52,21 @@ def pays(
     share, known = _known(routed.index, state, hidden.shape[0], hidden.shape[1])
     if (answer := state.pays.get(known)) is not None:
         return answer
-    key = _key(routed, layer, hidden, share)
+    key = _key(routed, layer, hidden)
     if key not in _FOUND:
         path = cache_dir() / "torch-prices" / f"{key}.json"
         stored = read_record(path)
         if stored is None:
-            stored = _measured(skip, routed, state, layer, hidden, x, call, share)
+            stored = _measured(skip, routed, state, layer, hidden, x, call)
             write_record(path, stored)
-        _FOUND[key] = stored["skipping"] < CLEARLY * stored["whole"]
-    state.pays[known] = _FOUND[key]
-    return _FOUND[key]
+        _FOUND[key] = stored
+    prices = _FOUND[key]
+    low, high, part = ("none", "half", 2 * share) if share < 0.5 else ("half", "all", 2 * share - 1)
+    if hidden.shape[:2].numel() == 1:  # a token is executed or not
+        low, high, part = "none", "all", share
+    skipping = prices[low] + part * (prices[high] - prices[low])
+    state.pays[known] = skipping < CLEARLY * prices["whole"]
+    return state.pays[known]
 
 
 def none_pays(units: Iterable[RoutedUnit], state: RoutingState, batch: int, length: int) -> bool:
@@ -95,16 +100,9 @@ def whole(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Ten
 
 
 def _measured(
-    skip: Skip,
-    routed: RoutedUnit,
-    state: RoutingState,
-    layer: nn.Module,
-    hidden: Tensor,
-    x: Tensor,
-    call: Call,
-    share: float,
+    skip: Skip, routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tensor, x: Tensor, call: Call
 ) -> dict[str, Any]:
-    """Median seconds of both, in turns, without what a cache holds."""
+    """Median seconds, in turns and without what a cache holds: of the whole, and of none, half or all by routing."""
     unit, alone = routed.unit, call.alone()
     total = hidden.shape[:-1].numel()
     order = (torch.arange(total, device=hidden.device) * 7919) % total
@@ -125,8 +123,8 @@ def _measured(
 
         return run
 
-    few = total < STEPS  # which is then done in some calls, and not in others
-    work = {"whole": all_of_it, "all": some_of_it(total), "some": some_of_it(0 if few else round(share * total))}
+    work = {"whole": all_of_it}
+    work |= {"none": some_of_it(0), "half": some_of_it(-(-total // 2)), "all": some_of_it(total)}
     seconds: dict[str, list[float]] = {name: [] for name in work}
     try:
         with torch.no_grad():
@@ -139,10 +137,8 @@ def _measured(
     except InputError:
         raise
     except Exception:  # a mixer that does not run without its cache: do as the router says
-        return {"whole": 1.0, "skipping": 0.0}
-    found = {name: statistics.median(all_runs) for name, all_runs in seconds.items()}
-    skipping = share * found["all"] + (1 - share) * found["some"] if few else found["some"]
-    return {"whole": found["whole"], "skipping": skipping}
+        return {"whole": 1.0, "none": 0.0, "half": 0.0, "all": 0.0}
+    return {name: statistics.median(all_runs) for name, all_runs in seconds.items()}
 
 
 def _now(like: Tensor) -> float:
@@ -151,7 +147,7 @@ def _now(like: Tensor) -> float:
     return time.perf_counter()
 
 
-def _key(routed: RoutedUnit, layer: nn.Module, hidden: Tensor, share: float) -> str:
+def _key(routed: RoutedUnit, layer: nn.Module, hidden: Tensor) -> str:
     """A name for all that the times depend on. Many tokens are told apart by their logarithm."""
     batch, length, width = hidden.shape
     tokens = batch * length
@@ -162,5 +158,5 @@ def _key(routed: RoutedUnit, layer: nn.Module, hidden: Tensor, share: float) -> 
     where = [machine(), str(hidden.device), torch.__version__, torch.get_num_threads()]
     if hidden.is_cuda:
         where.append(torch.cuda.get_device_name(hidden.device))
-    text = json.dumps([what, where, width, size, length == 1, share, str(hidden.dtype)])
+    text = json.dumps([what, where, width, size, length == 1, str(hidden.dtype)])
     return hashlib.sha256(text.encode()).hexdigest()[:24]

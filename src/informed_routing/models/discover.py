@@ -66,18 +66,18 @@ def _head(model: Any) -> dict[str, Any]:
 
 def _in_place(model: Any, layers: nn.ModuleList, place: int, reason: Unread) -> Family:
     """The row of a layer whose code is not understood, with an FFN that is told from its other modules."""
+    layer = layers[place]
     try:
-        names = [find_ffn(layer) for layer in layers]
+        ffn = find_ffn(layer)
+        mixer = find_mixer(layer, ffn)
+        if ffn is None and mixer is None and not any(find_ffn(one) or find_mixer(one, None) for one in layers):
+            raise Unread(f"{reason}; and its layers have no modules to route")
     except Unread as other:
         raise InputError(
             f"model family {model.config.model_type!r} is not in the table, and its code is not understood: {other}",
             f"Use a family of the table ({', '.join(sorted(FAMILIES))}), or one whose layers have an FFN of their own. "
             "To add one, see FAMILIES in informed_routing/models/families.py",
         ) from None
-    ffn, layer = names[place], layers[place]
-    mixer = find_mixer(layer, ffn)
-    if all(name is None and find_mixer(layer, None) is None for name, layer in zip(names, layers, strict=True)):
-        raise InputError(f"layers of a {type(model).__name__} have no modules to route ({reason})", "Use another model")
     gate_up, activation = (None, Family.ffn_activation) if ffn is None else gate_up_of(getattr(layer, ffn))
     return Family(
         attention_in_norm=None,

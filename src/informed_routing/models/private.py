@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from . import calls
 
-LENGTH = 12
-LEFT_OUT = (2, 3, 6)
+LENGTH = 40
+LEFT_OUT = (2, 3, 6, 17)
 """Tokens without the matrix: some directly before others that could see them, none at the end."""
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]

@@ -66,10 +66,12 @@ def set_up(
     dtype = base.dtype
     adapter = beginning / LORA_FOLDER if beginning and (beginning / LORA_FOLDER).is_dir() else None
     model = _routed(base, recipe, beginning, adapter)
-    if model.routing_config.selection.units != recipe.selection.units:
-        if recipe.static.layers:
-            raise InputError("static layers need an attention whose code is known", "Leave --static-layers out")
-        progress.message("the code of this family's attention is not known: it always executes (selection.units = ffn)")
+    if recipe.static.layers and not all(unit.unit.family.in_parts for unit in model.units):
+        raise InputError("static layers need an attention whose code is known", "Leave --static-layers out")
+    if (units := model.routing_config.selection.units) != recipe.selection.units:
+        progress.message(f"of this family not all can be routed: selection.units = {units}")
+    elif any(model.routing_config.private):
+        progress.message("attentions of this family run whole, but for matrices that only executed tokens need")
     fuse(model)
     text = Texts(recipe.data, tokenizer, recipe.seed)
     run = Run(recipe, out, model, tokenizer, text, accelerator, progress, dtype, adapter, resumed)
