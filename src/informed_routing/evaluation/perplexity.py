@@ -254,7 +254,7 @@ def _batch_loss(model: torch.nn.Module, inputs: Tensor, targets: Tensor) -> floa
     hidden, last = _hidden_states(wrapped, inputs)
     if not bool(last.isfinite().all()) or (hidden is not None and not bool(hidden.isfinite().all())):
         return math.nan
-    if hidden is None or not torch.allclose(_head(wrapped, hidden[:, -1]), last, rtol=1e-2, atol=1e-2):
+    if hidden is None or not torch.allclose(_head(wrapped, hidden[:, -1]).float(), last.float(), rtol=1e-2, atol=1e-2):
         # a model whose head is more than we know of: let it compute its own logits, all of them
         logits = wrapped(input_ids=inputs, use_cache=False).logits.flatten(0, 1)
         return _summed(logits, targets)
