@@ -77,6 +77,16 @@ def test_units_that_do_not_pay_are_executed_whole(name: str, monkeypatch: pytest
 
 
 @torch.no_grad()
+def test_margins_that_are_asked_for_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    routed, ids = _routed(make_tiny("llama")), random_ids(1, 12)
+    _prices(monkeypatch, attention=False, ffn=False)
+    routed(ids)
+    with routed.routing_state.using(record_margins=True):
+        routed(ids)
+    assert len(routed.routing_state.forward.margins) == len(routed.units)
+
+
+@torch.no_grad()
 def test_each_kind_is_asked_for_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     routed = _routed(make_tiny("llama"))
     _prices(monkeypatch, attention=False, ffn=True)

@@ -113,7 +113,7 @@ def routed_decoder_class(base: type[nn.Module]) -> type[nn.Module]:
             given, cache = _with_cache(self, base_forward, call)
             state.forward.history = history_of(cache, len(self.layers) * 2, len(contexts))
         past = _past(call.cache)
-        chooses = state.policy == "auto" and not state.dense and state.skips(self.training) and state.observer is None
+        chooses = state.rounds and not state.dense and state.skips(self.training) and state.observer is None
         units = [unit for layer in self.layers for unit in (layer.attention_routing, layer.ffn_routing)]
         rounded_up = chooses and worth.none_pays(units, state, *contexts.shape)
         with state.using(decision=AlwaysExecute()) if rounded_up else nullcontext():

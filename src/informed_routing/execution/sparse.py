@@ -48,7 +48,7 @@ def run(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tenso
     unit = routed.unit
     hidden = unit.stream(hidden)
     x = unit.normed(layer, hidden)
-    chooses = state.policy == "auto" and routed.router is not None and not routed.joins
+    chooses = state.rounds and routed.router is not None and not routed.joins
     if chooses and not worth.pays(_skip, routed, state, layer, hidden, x, call):
         return worth.whole(routed, state, layer, hidden, x, call)
     features = routed.features(hidden, x)

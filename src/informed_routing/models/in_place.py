@@ -138,7 +138,10 @@ def _may_be_ffn(module: nn.Module) -> bool:
         return False
     if sum(parameter.dim() >= 2 for parameter in module.parameters()) < MATRICES:
         return False
-    first, *others = list(inspect.signature(kind.forward).parameters.values())[1:]
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    if not parameters:
+        return False
+    first, *others = parameters
     named = inspect.Parameter.POSITIONAL_OR_KEYWORD
     optional = all(other.kind is named and other.default is None for other in others)
     return first.kind is named and optional and not any(_MIXES.search(other.name) for other in others)

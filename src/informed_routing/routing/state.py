@@ -181,6 +181,11 @@ class RoutingState:
         return self.settings.policy
 
     @property
+    def rounds(self) -> bool:
+        """Whether calls may be executed whole where skipping does not pay: not while their margins are asked for."""
+        return self.policy == "auto" and not self.record_margins
+
+    @property
     def dense(self) -> bool:
         """Whether every token executes every unit that is routed."""
         return self.decision.dense
