@@ -165,7 +165,7 @@ def test_an_ffn_that_mixes_tokens_is_found_out(monkeypatch: pytest.MonkeyPatch, 
     plain = kind.forward
 
     def mixing(self: Any, hidden_states: Any) -> Any:
-        return plain(self, hidden_states + hidden_states.cumsum(1))
+        return plain(self, hidden_states.cumsum(1))
 
     monkeypatch.setattr(kind, "forward", mixing)
     with pytest.raises(InputError, match="the self-check failed"):
@@ -184,3 +184,23 @@ def test_what_an_ffn_gives_back_is_read() -> None:
     assert in_place.outputs_of(one) == 0
     with pytest.raises(Unread, match="gives back"):
         in_place.outputs_of(either)
+
+
+def test_what_adds_its_own_input_is_no_ffn() -> None:
+    def plain(self: Any, x: Any) -> Any:
+        residuals = x
+        x = self.experts(x)
+        return x + self.shared(residuals)
+
+    def added(self: Any, x: Any) -> Any:
+        before = x
+        return self.norm(self.outer(x) + before)
+
+    def grown(self: Any, x: Any) -> Any:
+        y = self.outer(x)
+        y += x
+        return y
+
+    assert [in_place.adds_input(function) for function in (plain, added, grown)] == [False, True, True]
+    xlnet = tiny_types.make("xlnet")
+    assert in_place.find_ffn(layers_of(xlnet)[0]) is None

@@ -12,6 +12,7 @@ import ast
 import functools
 import inspect
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,7 +145,41 @@ def _may_be_ffn(module: nn.Module) -> bool:
     first, *others = parameters
     named = inspect.Parameter.POSITIONAL_OR_KEYWORD
     optional = all(other.kind is named and other.default is None for other in others)
-    return first.kind is named and optional and not any(_MIXES.search(other.name) for other in others)
+    told = first.kind is named and optional and not any(_MIXES.search(other.name) for other in others)
+    return told and not adds_input(forward_of(module))
+
+
+@functools.cache
+def adds_input(forward: Function | None) -> bool:
+    """Whether a function's code adds its first parameter, as it came, to something: a residual stream of its own.
+
+    What it gives back is then no update, and nothing in its place would be the end of the stream.
+    """
+    tree = tree_of(forward)
+    if tree is None:
+        return False
+    as_it_came = {tree.args.args[1].arg}
+    for node in _in_order(tree.body):
+        value = getattr(node, "value", None) if isinstance(node, ast.Assign | ast.AugAssign | ast.Return) else None
+        sums = [part for part in ast.walk(value) if isinstance(part, ast.BinOp)] if value is not None else []
+        sides = [side for part in sums if isinstance(part.op, ast.Add) for side in (part.left, part.right)]
+        if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add):
+            sides += [node.target, node.value]
+        if any(isinstance(side, ast.Name) and side.id in as_it_came for side in sides):
+            return True
+        if isinstance(node, ast.Assign):
+            names = {target.id for target in node.targets if isinstance(target, ast.Name)}
+            same = isinstance(node.value, ast.Name) and node.value.id in as_it_came
+            as_it_came = as_it_came | names if same else as_it_came - names
+    return False
+
+
+def _in_order(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Statements as they stand, those of blocks among them."""
+    for node in body:
+        yield node
+        for block in ("body", "orelse", "finalbody"):
+            yield from _in_order(getattr(node, block, []))
 
 
 @functools.cache
