@@ -76,10 +76,11 @@ class RoutedModelForCausalLM(FromRoutingFolder):
         """Give a dense model routed layers, in place, with fresh (or, for `routing_config`, unloaded) weights.
 
         Forecaster, router, selection and `kv` are the parts that make a method; `routing_config` holds all of them.
-        Every token executes until `set_sparsity`, so logits are the base model's. Of a family whose attention is not
-        known only the FFNs are routed (`routing_config.selection.units` says so). Raises InputError for a family whose
-        layers are not understood, a rank above the hidden size, parts that do not go together, and where a few tokens
-        show that the routed model does not compute what it must with the versions installed (`self_check`).
+        Every token executes until `set_sparsity`, so logits are the base model's. Of an attention whose code is not
+        known those matrices are skipped that nobody else needs (`routing_config.private`); where there are none, only
+        FFNs are routed (`routing_config.selection.units` says so). Raises InputError for a family whose layers are not
+        understood, a rank above the hidden size, parts that do not go together, and where a few tokens show that the
+        routed model does not compute what it must with the versions installed (`self_check`).
         """
         if isinstance(model, RoutedModelForCausalLM):
             raise InputError("the model is routed already", "Load the dense base model first")

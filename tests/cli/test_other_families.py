@@ -82,6 +82,7 @@ def test_a_configuration_is_enough_to_look_at_a_model(run: Run, tmp_path: Path) 
     AutoConfig.for_model("opt").save_pretrained(tmp_path / "opt")
     unknown = run("inspect", tmp_path / "opt", "--json", "-")
     assert unknown.json["result"]["skippable"] == 0
+    assert [unit["needs_weights"] for unit in unknown.json["result"]["units"]] == [True, False]
     AutoConfig.for_model("bert").save_pretrained(tmp_path / "bert")
     refused = run("inspect", tmp_path / "bert")
     assert refused.code == 2

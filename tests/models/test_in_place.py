@@ -146,6 +146,30 @@ def test_routers_learn_where_units_are_called() -> None:
         assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in unit.router.parameters())
 
 
+@torch.no_grad()
+def test_a_ranking_router_weighs_both_kinds_of_unit() -> None:
+    """What MoD's routers give the updates of chosen tokens reaches them wherever units are called."""
+    nothing, ranking = ForecasterConfig(fallback="zero"), RouterConfig(kind="ranking")
+    chosen = SelectionConfig(decision="top-k")
+    model = RoutedModelForCausalLM.attach(tiny_types.make("phi"), nothing, ranking, selection=chosen)
+    ids, dense = random_ids(1, 9), tiny_types.make("phi")(random_ids(1, 9)).logits
+    model.set_execution("sparse")
+    model.set_decision(Threshold(-torch.inf))  # everything executes
+    assert not torch.allclose(model(ids).logits, dense, atol=1e-2)
+    state = model.routing_state
+    assert set(state.forward.weights) == {unit.index for unit in model.units}
+    wanted = tiny_types.make("phi")
+    for place, layer in enumerate(wanted.model.layers):
+        for index, module in ((2 * place, layer.self_attn), (2 * place + 1, layer.mlp)):
+            weight = state.forward.weights[index].unsqueeze(-1)
+
+            def weigh(_: Any, __: Any, output: Any, weight: Any = weight) -> Any:
+                return (weight * output[0], *output[1:]) if isinstance(output, tuple) else weight * output
+
+            module.register_forward_hook(weigh)
+    torch.testing.assert_close(model(ids).logits, wanted(ids).logits, atol=1e-4, rtol=1e-4)
+
+
 def test_what_is_not_known_of_such_layers_is_refused() -> None:
     with pytest.raises(InputError, match="the stream of layer 0"):
         RoutedModelForCausalLM.attach(tiny_types.make("phi"), router=RouterConfig(input="residual"))

@@ -58,7 +58,7 @@ def _show(console: Console, found: Inspection, name: str) -> None:
             _ranges(unit.layers),
             unit.form,
             f"{unit.macs:,.0f}",
-            f"{unit.skippable:.0%}" if unit.routed else "always runs",
+            "needs weights" if unit.needs_weights else f"{unit.skippable:.0%}" if unit.routed else "always runs",
             "-" if unit.neurons is None else f"{unit.neurons:,}",
         )
     console.print(table)

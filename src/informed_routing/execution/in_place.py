@@ -76,7 +76,7 @@ def routed_mixer_class(base: type[nn.Module]) -> type[nn.Module]:
             raise InputError(f"a routed {base.__name__} was called outside its layer", "Call the whole model")
         call = calls.Call(given)
         run = sparse.run if state.skips(layer.training) else masked.run
-        output = run(layer.attention_routing, state, layer, stream, call)
+        output = _weighted(layer.attention_routing, state, run(layer.attention_routing, state, layer, stream, call))
         return (output, *call.besides[0]) if call.besides else output
 
     names = {"forward": forward, "__module__": __name__, **made_by(routed_mixer_class, base)}
@@ -93,11 +93,14 @@ def _routed(state: RoutingState, given: Tensor, call: calls.Call, name: str) -> 
     routed: RoutedUnit = layer.ffn_routing
     hidden = given.reshape(*contexts.shape, given.shape[-1])
     run = sparse.run if state.skips(layer.training) else masked.run
-    output = run(routed, state, layer, hidden, call)
-    weight = state.forward.weights.get(routed.index)
-    if weight is not None:  # a ranking router's (MoD)
-        output = weight.unsqueeze(-1).to(output.dtype) * output
+    output = _weighted(routed, state, run(routed, state, layer, hidden, call))
     return output.view(*given.shape[:-1], output.shape[-1])
+
+
+def _weighted(routed: RoutedUnit, state: RoutingState, output: Tensor) -> Tensor:
+    """A unit's output [B, N, d], multiplied by what a ranking router gives it, if there is one (MoD)."""
+    weight = state.forward.weights.get(routed.index)
+    return output if weight is None else weight.unsqueeze(-1).to(output.dtype) * output
 
 
 def add_in_place(layer: Any, state: RoutingState) -> None:

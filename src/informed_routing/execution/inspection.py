@@ -32,6 +32,8 @@ class UnitFound:
     form: str
     """What is added to the residual stream for it."""
     routed: bool
+    needs_weights: bool
+    """Whether only a model with weights can tell what of it is skippable: its code is not known."""
     macs: float
     """Multiply-accumulates of one layer's unit for one token of the context asked for."""
     skippable: float
@@ -71,7 +73,8 @@ def inspect(model: Any, context: int = 512) -> Inspection:
     private = measured_private(model, SelectionConfig())
     families = [with_private(family, private[place] if private else ()) for place, family in enumerate(families)]
     unknown = any(not (family.in_parts or family.private or family.attention is None) for family in families)
-    if unknown and model.device.type == "meta":  # what is private is measured
+    on_meta = unknown and model.device.type == "meta"
+    if on_meta:  # what is private is measured
         selection = SelectionConfig(units="ffn")
     else:
         selection = possible_selection(model, SelectionConfig(), private, given=False)
@@ -79,7 +82,7 @@ def inspect(model: Any, context: int = 512) -> Inspection:
     costs = unit_costs(layers, units, config)
     found: dict[tuple[Any, ...], UnitFound] = {}
     for unit, cost in zip(units, costs, strict=True):
-        one = _found(layers[unit.index // 2], families[unit.index // 2], unit, cost, context)
+        one = _found(layers[unit.index // 2], families[unit.index // 2], unit, cost, context, on_meta)
         alike = (one.kind, one.path, one.module, one.form, one.routed, one.macs, one.neurons)
         found.setdefault(alike, one).layers.append(unit.index // 2)
     body = sum(cost.dense(context) for cost in costs)
@@ -111,7 +114,9 @@ def _units(
         ]
 
 
-def _found(layer: nn.Module, family: Family, unit: RoutedUnit, cost: UnitCost, context: int) -> UnitFound:
+def _found(
+    layer: nn.Module, family: Family, unit: RoutedUnit, cost: UnitCost, context: int, on_meta: bool
+) -> UnitFound:
     path = getattr(family, unit.kind) or "-"
     if unit.kind == "ffn" and family.ffn_beside is not None:
         path = f"{path} + {family.ffn_beside}"
@@ -123,6 +128,7 @@ def _found(layer: nn.Module, family: Family, unit: RoutedUnit, cost: UnitCost, c
         layers=[],
         form=_form(family, unit.kind),
         routed=unit.is_routed,
+        needs_weights=unit.kind == "attention" and not unit.is_routed and family.attention is not None and on_meta,
         macs=dense,
         skippable=(dense - cost.kept(context)) / dense if unit.is_routed and dense else 0.0,
         neurons=unit.unit.neurons(layer),

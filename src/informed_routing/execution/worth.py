@@ -58,6 +58,9 @@ def pays(
         stored = read_record(path)
         if stored is None:
             stored = _measured(skip, routed, state, layer, hidden, x, call)
+            if stored is None:  # a mixer that does not run without its cache: as the router says
+                state.pays[known] = True
+                return True
             write_record(path, stored)
         _FOUND[key] = stored
     prices = _FOUND[key]
@@ -101,8 +104,11 @@ def whole(routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Ten
 
 def _measured(
     skip: Skip, routed: RoutedUnit, state: RoutingState, layer: nn.Module, hidden: Tensor, x: Tensor, call: Call
-) -> dict[str, Any]:
-    """Median seconds, in turns and without what a cache holds: of the whole, and of none, half or all by routing."""
+) -> dict[str, Any] | None:
+    """Median seconds, in turns and without what a cache holds: of the whole, and of none, half or all by routing.
+
+    None where the unit does not run so.
+    """
     unit, alone = routed.unit, call.alone()
     total = hidden.shape[:-1].numel()
     order = (torch.arange(total, device=hidden.device) * 7919) % total
@@ -136,8 +142,8 @@ def _measured(
                         seconds[name].append(_now(hidden) - started)
     except InputError:
         raise
-    except Exception:  # a mixer that does not run without its cache: do as the router says
-        return {"whole": 1.0, "none": 0.0, "half": 0.0, "all": 0.0}
+    except Exception:  # whatever a base model's own code raises
+        return None
     return {name: statistics.median(all_runs) for name, all_runs in seconds.items()}
 
 
